@@ -1,0 +1,26 @@
+"""What every test shares: Hypothesis profiles, one thread per process, and the `gpu` marker."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# "fast" draws the same few examples on every run, so that a red test is never luck; "deep" explores.
+settings.register_profile("fast", derandomize=True, max_examples=6, deadline=None)
+settings.register_profile(
+    "deep", max_examples=200, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("deep" if os.environ.get("NESTLING_DEEP") == "1" else "fast")
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and say so."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device and this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
