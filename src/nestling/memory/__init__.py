@@ -1,0 +1,61 @@
+"""Associative memories that learn while they read: five choices, a reference, an engine, named systems."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nestling.memory.biases import L2, Bias, DotProduct, Omega
+from nestling.memory.gates import Gates
+from nestling.memory.named import describe, named, names, register
+from nestling.memory.networks import MLP, Matrix, Network
+from nestling.memory.report import Report
+from nestling.memory.retentions import Decay, Full, Retention, Softmax
+from nestling.memory.rules import DeltaGradient, Gradient, Momentum, Rule
+from nestling.memory.spec import Engine, Memory, MemorySpec
+from nestling.memory.state import MemoryState, Tail
+
+
+def scan(
+    spec: Memory,
+    w0: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates | None = None,
+    state: Any = None,
+    engine: Engine = "chunked",
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """`spec.scan(w0, q, k, v, gates, state, engine=engine, reset=…, valid=…, report=…, tile=…)`; see `MemorySpec.scan`."""
+    return spec.scan(w0, q, k, v, gates, state, engine=engine, **options)
+
+
+__all__ = [
+    "L2",
+    "MLP",
+    "Bias",
+    "Decay",
+    "DeltaGradient",
+    "DotProduct",
+    "Full",
+    "Gates",
+    "Gradient",
+    "Matrix",
+    "Memory",
+    "MemorySpec",
+    "MemoryState",
+    "Momentum",
+    "Network",
+    "Omega",
+    "Report",
+    "Retention",
+    "Rule",
+    "Softmax",
+    "Tail",
+    "describe",
+    "named",
+    "names",
+    "register",
+    "scan",
+]

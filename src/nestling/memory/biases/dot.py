@@ -1,0 +1,26 @@
+"""ℓ = −⟨M(k), v⟩, the Hebbian objective (Miras, eq. 8; Nested Learning, eq. 64)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DotProduct:
+    """ℓ(p, v) = −⟨p, v⟩, so ∂ℓ/∂p = −v: a descent step writes +kᵀv."""
+
+    @property
+    def window(self) -> int:
+        return 1
+
+    @property
+    def reads_prediction(self) -> bool:
+        return False
+
+    def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
+        return -(prediction * value).sum(-1)
+
+    def error(self, prediction: Tensor, value: Tensor) -> Tensor:
+        return -value

@@ -1,0 +1,26 @@
+"""ℓ = ½‖M(k) − v‖² (Titans, eq. 12, with the ½ of its appendix C, so that a step of η is the delta rule's β)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class L2:
+    """ℓ(p, v) = ½‖p − v‖², so ∂ℓ/∂p = p − v."""
+
+    @property
+    def window(self) -> int:
+        return 1
+
+    @property
+    def reads_prediction(self) -> bool:
+        return True
+
+    def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
+        return 0.5 * (prediction - value).square().sum(-1)
+
+    def error(self, prediction: Tensor, value: Tensor) -> Tensor:
+        return prediction - value

@@ -1,0 +1,364 @@
+"""The engine: a whole tile of tokens in a handful of matrix products, equal to the reference.
+
+Gradients of a tile are rank-one factors (x_i, δ_i) at the anchor. No weight matrix per token is ever made; a token's read is
+
+    h_t W_t = γ_t h_t W_0 + f_t h_t S_0 − Σ_i A[t,i] (h_t·x_i) δ_i − Σ_i D[t,i] ε_i (h_t·x_i) p_i
+
+layer after layer with the query's own activations (Titans, §3.2; derived). An erasing rule needs p_i = x_i W_{i−1}, which is
+one unit-lower-triangular solve, (I + T) P = diag(γ_{t−1}) X W_0 + diag(f_{t−1}) X S_0 − (A_{t−1} ∘ X Xᵀ) Δ with
+T[t,i] = D[t−1,i] ε_i (x_t·x_i) (Nested Learning, §8.2; derived). A retention with a link keeps its weights in the dual; there
+each token's weights are made, as no rank-one form exists.
+
+The pieces are public inside `memory/`: `factors`, `solve`, `read`, `advance`, with `coefficients` beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nestling.memory.coefficients import Coefficients, coefficients
+from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, surely
+from nestling.memory.layout import Layout, layout
+from nestling.memory.networks.base import at
+from nestling.memory.report import Report
+from nestling.memory.state import MemoryState, Tail, Weights
+from nestling.memory.step import step
+
+if TYPE_CHECKING:
+    from nestling.memory.spec import MemorySpec
+
+TILE = 64  # tokens per product
+LINK_TILE = 16  # where each token's weights are made
+GROUP = 4  # tiles recomputed together in the backward pass
+
+
+class Factors(NamedTuple):
+    """Rank-one gradients of a tile (halo first): x_l `[…, i, in_l]`, δ_l `[…, i, out_l]`, and which tokens were finite."""
+
+    inputs: tuple[Tensor, ...]
+    errors: tuple[Tensor, ...]
+    finite: Tensor
+
+
+class Writes(NamedTuple):
+    """What a tile writes: factors, and per layer ε_i p_i `[…, i, out_l]` of an erasing rule (None otherwise)."""
+
+    factors: Factors
+    erased: tuple[Tensor, ...] | None
+    halo: int
+
+
+def factors(spec: MemorySpec, anchor: Sequence[Tensor], k: Tensor, v: Tensor) -> Factors:
+    """Gradients at the anchor (weights, not dual). A token whose factors are not finite gets factors of 0."""
+    trace = spec.network.trace(anchor, k)
+    errors = spec.network.errors(anchor, trace, spec.bias.error(trace.prediction, v))
+    total = sum(x.sum(-1) for x in (*trace.inputs, *errors))
+    assert isinstance(total, Tensor)
+    finite = torch.isfinite(total).all(1, keepdim=True)
+    if surely(finite):
+        return Factors(trace.inputs, errors, finite)
+    keep = finite.unsqueeze(-1)
+    return Factors(
+        tuple(torch.where(keep, x, 0.0) for x in trace.inputs),
+        tuple(torch.where(keep, d, 0.0) for d in errors),
+        finite,
+    )
+
+
+def solve(
+    found: Factors, c: Coefficients, weights: Weights, momentum: Weights, erase: Tensor | None, halo: int
+) -> Writes:
+    """Add what an erasing rule takes away: ε_i p_i with p_i = x_i W_{i−1} on the running weights."""
+    if erase is None:
+        return Writes(found, None, halo)
+    assert c.running is not None
+    erased = []
+    for layer, (x_all, delta) in enumerate(zip(found.inputs, found.errors, strict=True)):
+        x = x_all[..., halo:, :]
+        strength = erase_strength(erase, layer, x)
+        gram = x @ x_all.mT
+        right = x @ weights[layer]
+        if c.keep is not None:
+            right = c.keep[..., :-1, None] * right
+        if momentum and c.carry is not None:
+            right = right + c.carry[..., :-1, None] * (x @ momentum[layer])
+        right = right - (c.write[..., :-1, :] * gram) @ delta
+        t = c.running[..., :-1, :] * gram[..., halo:] * strength.unsqueeze(-2)
+        unit = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
+        p = torch.linalg.solve_triangular(unit + t, right, upper=False, unitriangular=True)
+        erased.append(strength.unsqueeze(-1) * p)
+    return Writes(found, tuple(erased), halo)
+
+
+def read(
+    spec: MemorySpec,
+    c: Coefficients,
+    anchor: Sequence[Tensor],
+    weights: Weights,
+    momentum: Weights,
+    writes: Writes,
+    q: Tensor,
+) -> Tensor:
+    """Answer every query of the tile with its own token's weights."""
+    if spec.read == "boundary":
+        return spec.network.apply(at(anchor), q)
+    rows = slice(1, None) if spec.read == "after" else slice(None, -1)
+    inputs, errors, _ = writes.factors
+    write = c.write[..., rows, :]
+
+    def linear(layer: int, h: Tensor) -> Tensor:
+        z = h @ weights[layer]
+        if c.keep is not None:
+            z = c.keep[..., rows, None] * z
+        if momentum and c.carry is not None:
+            z = z + c.carry[..., rows, None] * (h @ momentum[layer])
+        gram = h @ inputs[layer].mT
+        z = z - (write * gram) @ errors[layer]
+        if writes.erased is not None:
+            assert c.running is not None
+            z = z - (c.running[..., rows, :] * gram[..., writes.halo :]) @ writes.erased[layer]
+        return z
+
+    def through_link(layer: int, h: Tensor) -> Tensor:
+        moved = torch.einsum("...ti,...ia,...ib->...tab", write, inputs[layer], errors[layer])
+        dual = weights[layer].unsqueeze(-3)
+        if c.keep is not None:
+            dual = c.keep[..., rows, None, None] * dual
+        if momentum and c.carry is not None:
+            dual = dual + c.carry[..., rows, None, None] * momentum[layer].unsqueeze(-3)
+        return (h.unsqueeze(-2) @ spec.retention.link(dual - moved)).squeeze(-2)
+
+    return spec.network.apply(linear if spec.retention.linear else through_link, q)
+
+
+def advance(c: Coefficients, weights: Weights, momentum: Weights, writes: Writes) -> tuple[Weights, Weights]:
+    """Weights and momentum after the tile."""
+    new_weights, new_momentum = [], []
+    inputs, errors, _ = writes.factors
+    for layer, w in enumerate(weights):
+        x, delta = inputs[layer].mT, errors[layer]
+        new = w if c.keep is None else c.keep[..., -1, None, None] * w
+        step = c.write[..., -1, :, None] * delta
+        if momentum:
+            assert c.carry is not None
+            assert c.keep_s is not None
+            assert c.write_s is not None
+            both = x @ torch.cat([step, c.write_s.unsqueeze(-1) * delta], -1)
+            out = delta.shape[-1]
+            new = new + c.carry[..., -1, None, None] * momentum[layer] - both[..., :out]
+            new_momentum.append(c.keep_s[..., None, None] * momentum[layer] - both[..., out:])
+        else:
+            new = new - x @ step
+        if writes.erased is not None:
+            assert c.running is not None
+            new = new - x[..., writes.halo :] @ (c.running[..., -1, :, None] * writes.erased[layer])
+        new_weights.append(new)
+    return tuple(new_weights), tuple(new_momentum)
+
+
+class Tiles(NamedTuple):
+    """Inputs of a call cut into tiles: `[lane, head, tile, …]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    erase: Tensor | None
+    c: Coefficients
+    use: Tensor | None
+    lr: Tensor
+
+    def part(self, first: int, last: int) -> Tiles:
+        tiles = slice(first, last)
+        return Tiles(
+            self.q[:, :, tiles],
+            self.k[:, :, tiles],
+            self.v[:, :, tiles],
+            None if self.erase is None else self.erase[:, :, tiles],
+            self.c.cut(tiles),
+            None if self.use is None else self.use[:, :, tiles],
+            self.lr[:, :, tiles],
+        )
+
+
+class Running(NamedTuple):
+    """What goes from tile to tile."""
+
+    anchor: Weights
+    weights: Weights
+    momentum: Weights
+    faults: Tensor
+
+
+def scan(
+    spec: MemorySpec, x: Inputs, *, tile: int | None = None, report: Report | None = None
+) -> tuple[Tensor, MemoryState]:
+    """Tile by tile; see the module."""
+    time = x.q.shape[2]
+    if time == 0:
+        return x.v.new_zeros(x.v.shape), x.state
+    if time == 1 and report is None:
+        return step(spec, x)
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile is {tile}; expected at least 1 token")
+    halo = spec.bias.window - 1
+    size = tile or (TILE if spec.retention.linear else LINK_TILE)
+    cut = layout(x.state.position, time, x.reset, x.valid, period=spec.period, tile=size, halo=halo)
+    if cut.tokens.shape[1] == 0:  # no valid token at all
+        return x.v.new_zeros(x.v.shape), x.state
+    tiles = _tiles(spec, x, cut)
+    running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)
+    outputs, notes = [], []
+    count, differentiating = cut.tokens.shape[1], torch.is_grad_enabled()
+    for first in range(0, count, GROUP):
+        last = min(first + GROUP, count)
+        arguments = (spec, x.start, running, tiles.part(first, last), cut, first, report is not None)
+        if differentiating and count > GROUP:
+            y, running, noted = checkpoint(
+                _group, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+            )
+        else:
+            y, running, noted = _group(*arguments)
+        outputs.append(y)
+        notes.extend(noted)
+    y = _back(torch.cat(outputs, 2), cut, time)
+    skipped = ~x.fine if x.valid is None else ~x.fine & x.valid
+    faults = running.faults + skipped.sum(1)
+    if report is not None:
+        surprise, update = (
+            _back(torch.stack(parts, 2).unsqueeze(-1), cut, time).squeeze(-1) for parts in zip(*notes, strict=True)
+        )
+        report.add(surprise=surprise, update=update, lr=x.lr)
+        if x.retention is not None:
+            report.add(retention=x.retention.plain())
+        if x.momentum is not None:
+            report.add(momentum=x.momentum.plain())
+        report.count(faults=faults - x.state.faults)
+    return y, MemoryState(running.anchor, running.weights, running.momentum, _tail(x, cut), cut.position, faults)
+
+
+def _tiles(spec: MemorySpec, x: Inputs, cut: Layout) -> Tiles:
+    halo = spec.bias.window - 1
+    keys, values, usable = x.k, x.v, x.fine
+    if x.state.tail is not None:
+        keys = torch.cat([x.state.tail.key, keys], 2)
+        values = torch.cat([x.state.tail.value, values], 2)
+        usable = torch.cat([x.state.tail.ok, usable], 1)
+    own = _own(cut, halo)
+
+    def pick(x: Tensor) -> Tensor:
+        return _gather(x, own, cut)
+
+    lr = pick(x.lr)
+    retention = None if x.retention is None else x.retention.map(pick)
+    momentum = None if x.momentum is None else x.momentum.map(pick)
+    erase = None if x.erase is None else pick(x.erase)
+    window = None if x.window is None else pick(x.window)
+    if spec.bias.window > 1 and window is None:
+        window = lr.new_ones(*lr.shape, spec.bias.window)
+    alive, present = None, None
+    if cut.ok is not None or not surely(x.fine):
+        present = _gather(usable.unsqueeze(1), cut.tokens, cut)
+        if cut.ok is not None:
+            present = present & cut.ok.to(present.device).unsqueeze(1)
+        alive = present[..., halo:]
+        lr = torch.where(alive, lr, 0.0)
+        erase = None if erase is None else torch.where(alive, erase, 0.0)
+        retention = None if retention is None else retention.masked(alive)
+        momentum = None if momentum is None else momentum.masked(alive)
+    c = coefficients(lr, retention, momentum, window, alive=alive, present=present, erases=spec.rule.erase != "none")
+    return Tiles(pick(x.q), _gather(keys, cut.tokens, cut), _gather(values, cut.tokens, cut), erase, c, alive, lr)
+
+
+def _own(cut: Layout, halo: int) -> Tensor:
+    """Indices of the tiles' own tokens in the call (without the tail in front)."""
+    return (cut.tokens[..., halo:] - halo).clamp_min(0)
+
+
+def _gather(x: Tensor, index: Tensor, cut: Layout) -> Tensor:
+    """`[lane, head, stream, …]` → `[lane, head, tile, place, …]`."""
+    if cut.ok is None:
+        return x.reshape(*x.shape[:2], *index.shape[1:], *x.shape[3:])
+    lanes = torch.arange(index.shape[0], device=x.device)[:, None]
+    picked = x.transpose(1, 2)[lanes, index.to(x.device).flatten(1)]
+    picked = picked.transpose(1, 2)
+    return picked.reshape(*picked.shape[:2], *index.shape[1:], *picked.shape[3:])
+
+
+def _back(y: Tensor, cut: Layout, time: int) -> Tensor:
+    """`[lane, head, tile, place, dim]` → `[lane, head, time, dim]`, zeros where no token was."""
+    flat = y.flatten(2, 3)
+    if cut.ok is None:
+        return flat
+    halo = cut.tokens.shape[-1] - cut.size
+    own = torch.where(cut.ok[..., halo:], cut.tokens[..., halo:] - halo, time).flatten(1).to(y.device)
+    out = flat.new_zeros(flat.shape[0], time + 1, flat.shape[1], flat.shape[3])
+    lanes = torch.arange(own.shape[0], device=y.device)[:, None].expand_as(own)
+    return out.index_put((lanes, own), flat.transpose(1, 2))[:, :time].transpose(1, 2)
+
+
+def _group(
+    spec: MemorySpec,
+    start: MemoryState,
+    running: Running,
+    tiles: Tiles,
+    cut: Layout,
+    first: int,
+    noting: bool,
+) -> tuple[Tensor, Running, list[tuple[Tensor, Tensor]]]:
+    """A few tiles in order."""
+    anchor, weights, momentum, faults = running
+    halo = spec.bias.window - 1
+    outputs, notes = [], []
+    linked: tuple[Tensor, ...] | None = None
+    for n in range(tiles.q.shape[2]):
+        if cut.reset is not None:
+            fresh = cut.reset[first + n]
+            anchor = lanes_where(fresh, start.weights, anchor)
+            weights = lanes_where(fresh, start.weights, weights)
+            momentum = lanes_where(fresh, start.momentum, momentum)
+            linked = None
+        if linked is None:
+            linked = tuple(spec.retention.link(w) for w in anchor)
+        c = tiles.c.cut(n)
+        found = factors(spec, linked, tiles.k[:, :, n], tiles.v[:, :, n])
+        erase = None if tiles.erase is None else tiles.erase[:, :, n]
+        writes = solve(found, c, weights, momentum, erase, halo)
+        outputs.append(read(spec, c, linked, weights, momentum, writes, tiles.q[:, :, n]))
+        weights, momentum = advance(c, weights, momentum, writes)
+        border = cut.border[first + n]
+        if bool(border.any()):
+            anchor, weights, momentum, broken = border_guard(border, anchor, weights, momentum)
+            faults, linked = faults + broken, None
+        lost = ~found.finite[:, 0, halo:]
+        faults = faults + (lost if tiles.use is None else lost & tiles.use[:, 0, n]).sum(1)
+        if noting:
+            notes.append(_notes(found, tiles.lr[:, :, n], halo))
+    return torch.stack(outputs, 2), Running(anchor, weights, momentum, faults), notes
+
+
+def _notes(found: Factors, lr: Tensor, halo: int) -> tuple[Tensor, Tensor]:
+    """Surprise ‖∂ℓ/∂z_n‖ and size of the token's own step, η √Σ_l (‖x_l‖‖δ_l‖)²."""
+    squares = [
+        x[..., halo:, :].square().sum(-1) * d[..., halo:, :].square().sum(-1)
+        for x, d in zip(found.inputs, found.errors, strict=True)
+    ]
+    return found.errors[-1][..., halo:, :].norm(dim=-1).detach(), (lr * sum(squares).sqrt()).detach()  # type: ignore[union-attr]
+
+
+def _tail(x: Inputs, cut: Layout) -> Tail | None:
+    tail = x.state.tail
+    if tail is None:
+        return None
+    lanes = torch.arange(cut.tail.shape[0], device=x.k.device)[:, None]
+    index = cut.tail.to(x.k.device)
+
+    def last(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old, new], 2).transpose(1, 2)[lanes, index].transpose(1, 2)
+
+    there = torch.cat([tail.ok, x.fine], 1)[lanes, index]
+    return Tail(last(tail.key, x.k), last(tail.value, x.v), there).only(cut.tail_ok)

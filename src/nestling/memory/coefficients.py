@@ -1,0 +1,123 @@
+"""The coefficient matrices of a tile: everything about an update that depends on the gates alone (Titans, §3.2; derived).
+
+With W_0, S_0 at the tile's start, tokens t = 1 … L and gradients G_i = x_iᵀδ_i at the anchor,
+
+    S_t = m_t S_0 − Σ_i (EΓ)[t,i] G_i
+    W_t = γ_t W_0 + f_t S_0 − Σ_i A[t,i] G_i − Σ_i D[t,i] ε_i x_iᵀ p_i        p_i = x_i W_{i−1}
+
+    D[t,s] = Π_{s<j≤t} α_j        E[s,i] = Π_{i<j≤s} μ_j      (lower triangular, ones on the diagonal)
+    Γ[n,i] = η_n γ^{(n)}_{n−i} for a window, else diag(η)
+    A = D E Γ,   f = D m          without momentum: A = D Γ, f = 0
+
+All matrices have a row 0 for "before the first token", so that reading before or after a token's write is a choice of rows.
+One set serves all layers of a memory. Tokens that are masked neither decay nor write, nor add S to W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.memory.gates import Factor
+
+
+class Coefficients(NamedTuple):
+    """Rows t = 0 … L; columns i over the halo and the tile's tokens. Leading dimensions as the gates'.
+
+    keep        γ `[…, L+1]`, None: all ones
+    carry       f `[…, L+1]`, None without momentum
+    write       A `[…, L+1, halo + L]`
+    running     D `[…, L+1, L]`, None without an erasing rule
+    keep_s      m_L `[…]`, and write_s (EΓ)[L] `[…, halo + L]`; None without momentum
+    """
+
+    keep: Tensor | None
+    carry: Tensor | None
+    write: Tensor
+    running: Tensor | None
+    keep_s: Tensor | None
+    write_s: Tensor | None
+
+    def cut(self, tiles: int | slice) -> Coefficients:
+        """Those of one tile, or of several; dimension 2 counts tiles."""
+
+        def part(c: Tensor) -> Tensor:
+            return c[:, :, tiles]
+
+        return self.map(part)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Coefficients:
+        """Apply a function to every matrix that is there."""
+        keep, carry, write, running, keep_s, write_s = (None if c is None else function(c) for c in self)
+        assert write is not None
+        return Coefficients(keep, carry, write, running, keep_s, write_s)
+
+
+def products(gate: Factor) -> Tensor:
+    """M[t,s] = Π_{s<j≤t} g_j for 0 ≤ s ≤ t ≤ L, else 0: `[…, L]` → `[…, L+1, L+1]`. Exact for gates of 0."""
+    cumulative = torch.nn.functional.pad(gate.log.cumsum(-1), (1, 0))
+    size = cumulative.shape[-1]
+    upper = torch.ones(size, size, dtype=torch.bool, device=cumulative.device).triu(1)
+    m = (cumulative.unsqueeze(-1) - cumulative.unsqueeze(-2)).masked_fill(upper, -torch.inf).exp()
+    if gate.zero is None or gate.value is None:
+        return m
+    zeros = torch.nn.functional.pad(gate.zero.cumsum(-1), (1, 0))
+    # The sum of the zeros' values inside (s, t] is 0, but it carries the derivative where exactly one zero lies inside.
+    values = torch.nn.functional.pad(torch.where(gate.zero, gate.value, 0.0).cumsum(-1), (1, 0))
+    count = zeros.unsqueeze(-1) - zeros.unsqueeze(-2)
+    single = torch.where(count == 1, values.unsqueeze(-1) - values.unsqueeze(-2), 0.0)
+    return m * torch.where(count == 0, 1.0, single)
+
+
+def coefficients(
+    lr: Tensor,
+    retention: Factor | None,
+    momentum: Factor | None,
+    window: Tensor | None,
+    *,
+    alive: Tensor | None,
+    present: Tensor | None,
+    erases: bool,
+) -> Coefficients:
+    """Build them for any number of tiles at once.
+
+    lr, gates   `[lane, head, tile, L]`, 1 (lr: 0) where a token is masked;  window `[…, L, c]`
+    alive       bool `[lane, 1, tile, L]`: tokens that act;  None: all
+    present     bool `[lane, 1, tile, halo + L]`: tokens that a window may use;  None: all
+    """
+    length = lr.shape[-1]
+    if retention is None:
+        d = torch.ones(length + 1, length + 1, dtype=lr.dtype, device=lr.device).tril().expand(*lr.shape[:-1], -1, -1)
+        keep = None
+    else:
+        d = products(retention)
+        keep = d[..., 0]
+    running = d[..., 1:]
+    if window is None:
+        gamma = None
+    else:
+        halo = window.shape[-1] - 1
+        lag = torch.arange(length, device=lr.device)[:, None] + halo - torch.arange(halo + length, device=lr.device)
+        band = (lag >= 0) & (lag <= halo)
+        gathered = window.gather(-1, lag.clamp(0, halo).expand(*window.shape[:-1], halo + length))
+        gamma = lr.unsqueeze(-1) * torch.where(band, gathered, 0.0)
+        if present is not None:
+            gamma = gamma * present.unsqueeze(-2)
+    if momentum is None:
+        write = running * lr.unsqueeze(-2) if gamma is None else running @ gamma
+        return Coefficients(keep, None, write, running if erases else None, None, None)
+    e = products(momentum)
+    impulse = e[..., 1:, 1:] * lr.unsqueeze(-2) if gamma is None else e[..., 1:, 1:] @ gamma
+    adding = running if alive is None else running * alive.unsqueeze(-2)
+    m = e[..., 1:, 0]
+    return Coefficients(
+        keep,
+        (adding @ m.unsqueeze(-1)).squeeze(-1),
+        adding @ impulse,
+        running if erases else None,
+        m[..., -1],
+        impulse[..., -1, :],
+    )

@@ -1,0 +1,192 @@
+"""Checking, casting and guarding the inputs of a scan; the same for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.memory.gates import Factor, Gates, check_gates, factor
+from nestling.memory.state import MemoryState, Tail, Weights
+
+if TYPE_CHECKING:
+    from nestling.memory.spec import MemorySpec
+
+
+class Inputs(NamedTuple):
+    """Inputs of a scan in the compute dtype, non-finite tokens made harmless.
+
+    fine     bool `[lane, time]`: key, value and gates of the token are finite and legal (the token guard)
+    lr       the step size, rule's constant included;  erase: ε_t or None
+    """
+
+    start: MemoryState
+    state: MemoryState
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    retention: Factor | None
+    momentum: Factor | None
+    erase: Tensor | None
+    window: Tensor | None
+    fine: Tensor
+    reset: Tensor | None
+    valid: Tensor | None
+
+
+def surely(mask: Tensor) -> bool:
+    """True if the mask is all true and looking is free: never waits for a GPU, never splits a compiled graph."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def lanes_where(mask: Tensor, a: Weights, b: Weights) -> Weights:
+    """Per lane, a where the mask `[lane]` is true, else b."""
+    if surely(mask):
+        return a
+    if surely(~mask):
+        return b
+    return tuple(torch.where(mask.to(x.device).view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(a, b, strict=True))
+
+
+def prepare(
+    spec: MemorySpec,
+    w0: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates | None,
+    state: MemoryState | None,
+    reset: Tensor | None,
+    valid: Tensor | None,
+) -> Inputs:
+    """Check shapes, cast up to at least float32 (C7), find the tokens the guard must skip (C8)."""
+    gates = Gates() if gates is None else gates
+    spec.check_weights(w0)
+    lanes, heads, time = _check_shapes(spec, w0, q, k, v, state, reset, valid)
+    check_gates(gates, used=spec.gates_used, name=spec.name, shape=(lanes, heads, time), window=spec.bias.window)
+    start = spec.start(w0, lanes)
+    state = start if state is None else state
+    dtype = state.weights[0].dtype
+    for x in (q, k, v):
+        dtype = torch.promote_types(dtype, x.dtype)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    gates = gates.map(lambda gate: gate.to(dtype))
+
+    total = k.sum((1, 3)) + v.sum((1, 3))
+    for name, gate in gates.items():
+        total = total + gate.flatten(3).sum((1, 3)) if name == "window" else total + gate.sum(1)
+    fine = torch.isfinite(total)
+    for ranged in (gates.retention, gates.momentum):
+        if ranged is not None:
+            fine = fine & (ranged >= 0).all(1)
+    if not surely(fine):
+        per_token = fine[:, None, :, None]
+        k, v = torch.where(per_token, k, 0.0), torch.where(per_token, v, 0.0)
+        gates = Gates(
+            **{n: torch.where(per_token if n == "window" else fine[:, None], g, _neutral(n)) for n, g in gates.items()}
+        )
+
+    lr = q.new_ones(lanes, heads, time) if gates.lr is None else gates.lr
+    retention = factor(gates.retention, gates.log_retention, dtype)
+    momentum = factor(gates.momentum, gates.log_momentum, dtype)
+    if spec.rule.momentum and momentum is None:
+        momentum = factor(torch.zeros_like(lr), None, dtype)
+    erase = None
+    if spec.rule.erase != "none":
+        erase = lr if gates.delta is None else gates.delta
+        if spec.rule.erase == "after_decay" and retention is not None:
+            erase = erase * retention.plain()
+    lr = lr * spec.rule.step(spec.key_dim)
+    return Inputs(start, state, q, k, v, lr, retention, momentum, erase, gates.window, fine, reset, valid)
+
+
+def _neutral(gate: str) -> float:
+    return 1.0 if gate in ("retention", "momentum") else 0.0
+
+
+def _check_shapes(
+    spec: MemorySpec,
+    w0: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: MemoryState | None,
+    reset: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[int, int, int]:
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected [lane, head, time, key_dim]")
+    lanes, heads, time, _ = q.shape
+    for name, x, dim in (("q", q, spec.key_dim), ("k", k, spec.key_dim), ("v", v, spec.value_dim)):
+        if tuple(x.shape) != (lanes, heads, time, dim):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; expected {(lanes, heads, time, dim)} ([lane, head, time, dim]) "
+                f"as in q and in {spec.name}'s key_dim={spec.key_dim}, value_dim={spec.value_dim}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}; expected a floating point tensor")
+    if w0[0].shape[0] != heads:
+        raise ValueError(f"w0 is for {w0[0].shape[0]} heads, q has {heads}: make it with spec.init(heads={heads})")
+    for name, mask in (("reset", reset), ("valid", valid)):
+        if mask is not None and (tuple(mask.shape) != (lanes, time) or mask.dtype != torch.bool):
+            raise ValueError(
+                f"{name} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {(lanes, time)} ([lane, time])"
+            )
+    if state is not None:
+        if state.position.shape[0] != lanes:
+            raise ValueError(
+                f"state holds {state.position.shape[0]} lanes, q has {lanes}: take or repeat lanes with nl.state first"
+            )
+        for layer, (w, shape) in enumerate(zip(state.weights, spec.shapes, strict=False)):
+            if len(state.weights) != len(spec.shapes) or tuple(w.shape[1:]) != (heads, *shape):
+                raise ValueError(
+                    f"state.weights[{layer}] has shape {tuple(w.shape)}; expected {(lanes, heads, *shape)}: "
+                    "the state was made by another memory"
+                )
+        if bool(state.momentum) != spec.rule.momentum or (state.tail is None) != (spec.bias.window == 1):
+            raise ValueError(f"the state does not belong to {spec.name}: its momentum or window tail does not fit")
+    return lanes, heads, time
+
+
+def shift_tail(tail: Tail, key: Tensor, value: Tensor, ok: Tensor, keep: Tensor) -> Tail:
+    """The tail after one more token (key, value `[lane, head, 1, dim]`, ok `[lane, 1]`); lanes not in `keep` stay."""
+    moved = Tail(
+        torch.cat([tail.key, key], 2)[:, :, 1:],
+        torch.cat([tail.value, value], 2)[:, :, 1:],
+        torch.cat([tail.ok, ok], 1)[:, 1:],
+    )
+    if surely(keep):
+        return moved
+    keep = keep.to(tail.ok.device)
+    return Tail(
+        torch.where(keep.view(-1, 1, 1, 1), moved.key, tail.key),
+        torch.where(keep.view(-1, 1, 1, 1), moved.value, tail.value),
+        torch.where(keep.view(-1, 1), moved.ok, tail.ok),
+    )
+
+
+def border_guard(
+    at: Tensor, anchor: Weights, weights: Weights, momentum: Weights
+) -> tuple[Weights, Weights, Weights, Tensor]:
+    """Close the chunk of the lanes in `at` (bool `[lane]`, CPU): move the anchor to the weights, unless a guard steps in.
+
+    Returns anchor, weights, momentum and the lanes (bool) whose weights or momentum were not finite: these go back to the
+    old anchor, with momentum 0.
+    """
+    total = sum(x.sum((1, 2, 3)) for x in (*weights, *momentum))
+    assert isinstance(total, Tensor)
+    finite = torch.isfinite(total)
+    if surely(finite):
+        return lanes_where(at, weights, anchor), weights, momentum, torch.zeros_like(finite)
+    broken = at.to(finite.device) & ~finite
+    weights = lanes_where(broken, anchor, weights)
+    momentum = lanes_where(broken, tuple(torch.zeros_like(s) for s in momentum), momentum)
+    return lanes_where(at, weights, anchor), weights, momentum, broken
+
+
+def erase_strength(erase: Tensor, layer: int, x: Tensor) -> Tensor:
+    """ε of one layer: as given for the unit-norm key layer, ε/(1 + ε‖x‖²) for hidden inputs x."""
+    return erase if layer == 0 else erase / (1 + erase * x.square().sum(-1))

@@ -1,0 +1,137 @@
+"""Which token goes into which tile.
+
+Every lane's tokens are cut into tiles of at most `tile` tokens. A tile ends early at the lane's own chunk border and before a
+reset, so that lanes at different positions, with invalid tokens and resets anywhere, run through the same products: short
+tiles are padded and masked, never looped over.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """The cut of one call. Tokens are numbered in the stream `[tail (halo tokens) | call]`.
+
+    tokens    `[lane, tiles, halo + size]` int64: the tile's tokens with the `halo` tokens before them
+    ok        the same shape, bool: the place is filled;  None: all are, and the tiles are the call cut evenly (no halo)
+    border    bool `[tiles, lane]`: the lane's chunk closes with this tile
+    reset     bool `[tiles, lane]`: the lane is put at position 0 before this tile;  None: no reset in the call
+    position  `[lane]` after the call
+    tail      `[lane, halo]` the tokens that the next call's window needs, and whether each is there
+    """
+
+    tokens: Tensor
+    ok: Tensor | None
+    border: Tensor
+    reset: Tensor | None
+    position: Tensor
+    tail: Tensor
+    tail_ok: Tensor
+    size: int
+
+
+def layout(
+    position: Tensor,
+    time: int,
+    reset: Tensor | None,
+    valid: Tensor | None,
+    *,
+    period: int,
+    tile: int,
+    halo: int,
+) -> Layout:
+    """Cut `time` tokens of lanes that stand at `position` (CPU). `reset` and `valid` are copied to the CPU if need be."""
+    lanes = position.shape[0]
+    places = tuple(int(p) for p in position.tolist())
+    if reset is None and valid is None and len(set(p % period for p in places)) == 1:
+        shared = _uniform(places[0] % period, time, period, min(tile, period), halo)
+        return shared._replace(
+            tokens=shared.tokens.expand(lanes, -1, -1),
+            ok=None if shared.ok is None else shared.ok.expand(lanes, -1, -1),
+            border=shared.border.expand(-1, lanes),
+            position=position + time,
+            tail=shared.tail.expand(lanes, -1),
+            tail_ok=shared.tail_ok.expand(lanes, -1),
+        )
+    resets = None if reset is None else reset.cpu().numpy()
+    valids = None if valid is None else valid.cpu().numpy()
+    return _cut(places, time, resets, valids, period, min(tile, period), halo)
+
+
+@lru_cache(maxsize=256)
+def _uniform(phase: int, time: int, period: int, tile: int, halo: int) -> Layout:
+    """All lanes in step: cut one and share it."""
+    cut = _cut((phase,), time, None, None, period, tile, halo)
+    even = cut.ok is not None and bool(cut.ok.all()) and halo == 0
+    return cut._replace(ok=None) if even else cut
+
+
+def _cut(
+    places: tuple[int, ...],
+    time: int,
+    reset: np.ndarray | None,
+    valid: np.ndarray | None,
+    period: int,
+    tile: int,
+    halo: int,
+) -> Layout:
+    lanes = len(places)
+    cuts: list[list[tuple[np.ndarray, np.ndarray, bool, bool]]] = []  # per lane: halo tokens, own tokens, border, reset
+    after, tails = [], []
+    for lane, place in enumerate(places):
+        tokens = np.arange(time) if valid is None else np.flatnonzero(valid[lane])
+        starts = [] if reset is None else np.flatnonzero(reset[lane][tokens]).tolist()
+        bounds = [0, *starts, len(tokens)]
+        position, mine = place, []
+        past = np.arange(halo)
+        for number, (first, last) in enumerate(pairwise(bounds)):
+            fresh = number > 0
+            if fresh:
+                position, past = 0, np.arange(0)
+            run = tokens[first:last] + halo
+            known = np.concatenate([past, run])
+            done = 0
+            while done < len(run):
+                room = period - position % period
+                size = min(tile, room, len(run) - done)
+                here = len(past) + done
+                mine.append((known[max(0, here - halo) : here], run[done : done + size], size == room, fresh))
+                fresh = False
+                done, position = done + size, position + size
+            past = known[max(0, len(known) - halo) :]
+        cuts.append(mine)
+        after.append(position)
+        tails.append(past)
+    tiles = max((len(mine) for mine in cuts), default=0)
+    size = max((len(own) for mine in cuts for _, own, _, _ in mine), default=1)
+    index = np.zeros((lanes, tiles, halo + size), dtype=np.int64)
+    ok = np.zeros((lanes, tiles, halo + size), dtype=bool)
+    border = np.zeros((tiles, lanes), dtype=bool)
+    fresh_tiles = np.zeros((tiles, lanes), dtype=bool)
+    tail = np.zeros((lanes, halo), dtype=np.int64)
+    tail_ok = np.zeros((lanes, halo), dtype=bool)
+    for lane, mine in enumerate(cuts):
+        for number, (before, own, closes, fresh) in enumerate(mine):
+            filled = slice(halo - len(before), halo + len(own))
+            index[lane, number, filled] = np.concatenate([before, own])
+            ok[lane, number, filled] = True
+            border[number, lane], fresh_tiles[number, lane] = closes, fresh
+        tail[lane, halo - len(tails[lane]) :] = tails[lane]
+        tail_ok[lane, halo - len(tails[lane]) :] = True
+    return Layout(
+        torch.from_numpy(index),
+        torch.from_numpy(ok),
+        torch.from_numpy(border),
+        torch.from_numpy(fresh_tiles) if fresh_tiles.any() else None,
+        torch.tensor(after, dtype=torch.int64),
+        torch.from_numpy(tail),
+        torch.from_numpy(tail_ok),
+        size,
+    )

@@ -1,0 +1,159 @@
+"""The named systems: each reads as its choices. A new system is one entry here (and one file for a new choice)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nestling.memory.biases import L2, DotProduct, Omega
+from nestling.memory.networks import MLP, Matrix
+from nestling.memory.retentions import Decay, Full, Softmax
+from nestling.memory.rules import DeltaGradient, Gradient, Momentum
+from nestling.memory.spec import MemorySpec
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named system: its choices, its equation in one line, its source, what is ours."""
+
+    choices: dict[str, Any]
+    equation: str
+    source: str
+    notes: str
+
+
+_SYSTEMS: dict[str, Entry] = {}
+
+
+def register(name: str, *, equation: str, source: str, notes: str, **choices: Any) -> None:
+    """Add a named system. `choices` are fields of `MemorySpec`."""
+    if name in _SYSTEMS:
+        raise ValueError(f"a memory named {name!r} is registered already")
+    _SYSTEMS[name] = Entry(choices, equation, source, notes)
+
+
+def names() -> list[str]:
+    """All named systems."""
+    return sorted(_SYSTEMS)
+
+
+def named(name: str, *, key_dim: int = 64, value_dim: int | None = None, **overrides: Any) -> MemorySpec:
+    """A named system at a size, any choice overridable: `named("titans", key_dim=32, network=Matrix(), chunk=64)`.
+
+    value_dim defaults to key_dim. Raises ValueError for an unknown name or choice.
+    """
+    if name not in _SYSTEMS:
+        raise ValueError(f"memory {name!r} is not known; expected one of: {', '.join(names())}")
+    choices = {**_SYSTEMS[name].choices, **overrides}
+    known = set(MemorySpec.__dataclass_fields__) - {"name", "key_dim", "value_dim"}
+    if unknown := sorted(set(choices) - known):
+        raise ValueError(f"{name} has no choice {', '.join(unknown)}; expected some of: {', '.join(sorted(known))}")
+    spec = MemorySpec(key_dim=key_dim, value_dim=key_dim if value_dim is None else value_dim)
+    return replace(spec, name=name, **choices)
+
+
+def describe(name: str) -> dict[str, str]:
+    """A named system in words: choices, equation, source, and what is from the paper, derived or our default."""
+    entry = _SYSTEMS.get(name)
+    size = named(name)  # raises for an unknown name
+    assert entry is not None
+    return {**size.describe(), "equation": entry.equation, "source": entry.source, "notes": entry.notes}
+
+
+register(
+    "linear_attention",
+    equation="W ← W + η kᵀv",
+    source="Nested Learning, eq. 14–18 and 64; Miras, Table 1",
+    notes="From the paper. The classic has no step size: give no lr.",
+    network=Matrix(),
+    bias=DotProduct(),
+    retention=Full(),
+    rule=Gradient(),
+)
+register(
+    "retnet",
+    equation="W ← αW + η kᵀv",
+    source="Miras, Table 1",
+    notes="From the paper. RetNet fixes α per head; here it is a gate per token, of which a constant is one case.",
+    network=Matrix(),
+    bias=DotProduct(),
+    retention=Decay(),
+    rule=Gradient(),
+)
+register(
+    "deltanet",
+    equation="W ← W − β kᵀ(kW − v), β = lr",
+    source="Miras, Table 1; Nested Learning, eq. 65",
+    notes="From the paper, in the erase-and-write form, so that chunk has no effect. Equal to titans with Matrix(), no "
+    "momentum, no decay and chunk 1.",
+    network=Matrix(),
+    bias=DotProduct(),
+    retention=Full(),
+    rule=DeltaGradient("after_decay"),
+)
+register(
+    "gated_deltanet",
+    equation="W ← αW − β kᵀ(kαW − v), β = lr",
+    source="Miras, Table 1; Titans, appendix C",
+    notes="From the paper: decay first, then erase and write. Titans without momentum measures before it decays, and differs.",
+    network=Matrix(),
+    bias=DotProduct(),
+    retention=Decay(),
+    rule=DeltaGradient("after_decay"),
+)
+register(
+    "ttt_linear",
+    equation="W ← W − (η/d) ∇½‖k + LN(kW) − v‖²",
+    source="Miras, Table 1; the settings of the TTT paper: residual, layer norm, step 1/d, mini-batch 16",
+    notes="From the paper; the layer norm has no gain and shift, and there is no bias vector.",
+    network=MLP(depth=1, init_scale=0.16),
+    bias=L2(),
+    retention=Full(),
+    rule=Gradient(per_key_dim=True),
+    chunk=16,
+)
+register(
+    "ttt_mlp",
+    equation="W ← W − (η/d) ∇½‖k + LN(GELU(kW₁)W₂) − v‖²",
+    source="Miras, Table 1; the settings of the TTT paper: expansion 4, tanh-GELU, residual, layer norm, step 1/d, mini-batch 16",
+    notes="From the paper; the layer norm has no gain and shift, and there are no bias vectors.",
+    network=MLP(depth=2, expansion=4.0, activation="gelu_tanh", init_scale=0.16),
+    bias=L2(),
+    retention=Full(),
+    rule=Gradient(per_key_dim=True),
+    chunk=16,
+)
+register(
+    "titans",
+    equation="S ← μS − η∇½‖M(k) − v‖², W ← αW + S, M(x) = x + LN(GELU(xW₁)W₂)",
+    source="Titans, eq. 12–15; network as in Miras, §5.3",
+    notes="The rule is the paper's, with ½ in the loss; network and chunk are our defaults, as the paper names neither.",
+    network=MLP(),
+    bias=L2(),
+    retention=Decay(),
+    rule=Momentum(),
+    chunk=16,
+)
+register(
+    "omeganet",
+    equation="W ← αW − η Σ_{i>t−c} γ_i ∇½‖M(k_i) − v_i‖²",
+    source="Atlas, eq. 8–10",
+    notes="The rule is the paper's; c = 8 and identity features are our defaults (the paper's polynomial features are apart).",
+    network=MLP(),
+    bias=Omega(L2(), length=8),
+    retention=Decay(),
+    rule=Gradient(),
+    chunk=16,
+)
+register(
+    "memora",
+    equation="Z ← αZ − η∇½‖M(k; softmax(Z)) − v‖², W = softmax(Z)",
+    source="Miras, eq. 21 and 27",
+    notes="The rule is the paper's in its exact logit form (derived). Softmax over each output unit's inputs, slice sum 1, and "
+    "reads at softmax(Z_t) of every token are our defaults.",
+    network=MLP(),
+    bias=L2(),
+    retention=Softmax(),
+    rule=Gradient(),
+    chunk=16,
+)

@@ -1,0 +1,7 @@
+"""The map M(k; W): which function the memory is."""
+
+from nestling.memory.networks.base import Linear, Network, Trace
+from nestling.memory.networks.matrix import Matrix
+from nestling.memory.networks.mlp import MLP
+
+__all__ = ["MLP", "Linear", "Matrix", "Network", "Trace"]

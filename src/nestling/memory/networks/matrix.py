@@ -1,0 +1,46 @@
+"""M(x) = x W, the linear memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestling.memory.networks.base import Linear, Trace
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """M(x) = x W, W `[head, key_dim, value_dim]`.
+
+    init_scale: standard deviation of the initial entries times √key_dim; 0, the default, is the empty memory of the classics.
+    """
+
+    init_scale: float = 0.0
+
+    @property
+    def depth(self) -> int:
+        return 1
+
+    def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        return ((key_dim, value_dim),)
+
+    def init(
+        self, shapes: Sequence[tuple[int, int]], heads: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, ...]:
+        ((key_dim, value_dim),) = shapes
+        if self.init_scale == 0:
+            return (torch.zeros(heads, key_dim, value_dim),)
+        scale = self.init_scale * key_dim**-0.5
+        return (torch.randn(heads, key_dim, value_dim, generator=generator) * scale,)
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        return linear(0, x)
+
+    def trace(self, weights: Sequence[Tensor], k: Tensor) -> Trace:
+        return Trace((k,), k @ weights[0], ())
+
+    def errors(self, weights: Sequence[Tensor], trace: Trace, error: Tensor) -> tuple[Tensor, ...]:
+        return (error,)

@@ -1,0 +1,118 @@
+"""M(x) = x + LN(σ(… σ(x W_1) …) W_n), the deep memory (Miras, §5.3: two layers, expansion 4, GELU, residual, layer norm).
+
+Every part is a setting: depth, expansion, activation, residual, norm. Depth 1 with residual and norm is TTT-Linear's map.
+The layer norm has no gain and shift of its own here: values are a learned projection, which can take both up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.memory.networks.base import Linear, Trace
+
+EPS = 1e-6  # inside the layer norm's root
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A multi-layer perceptron without biases.
+
+    depth        number of weight matrices, at least 1
+    expansion    hidden width as a multiple of key_dim
+    activation   "gelu" (exact), "gelu_tanh" (the approximation of the TTT code) or "silu"
+    residual     add the input to the output; needs key_dim = value_dim
+    norm         layer norm (no affine part) of the last layer's output, before the residual
+    init_scale   standard deviation of initial entries times √in
+    """
+
+    depth: int = 2
+    expansion: float = 4.0
+    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    residual: bool = True
+    norm: bool = True
+    init_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"MLP.depth is {self.depth}; expected at least 1 weight matrix")
+        if self.activation not in ("gelu", "gelu_tanh", "silu"):
+            raise ValueError(f"MLP.activation is {self.activation!r}; expected 'gelu', 'gelu_tanh' or 'silu'")
+
+    def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        if self.residual and key_dim != value_dim:
+            raise ValueError(
+                f"MLP(residual=True) adds its input to its output, but key_dim is {key_dim} and value_dim {value_dim}: "
+                "make them equal, or set residual=False"
+            )
+        hidden = round(key_dim * self.expansion)
+        if hidden < 1:
+            raise ValueError(f"MLP.expansion {self.expansion} of key_dim {key_dim} gives no hidden unit: raise it")
+        widths = [key_dim, *[hidden] * (self.depth - 1), value_dim]
+        return tuple(pairwise(widths))
+
+    def init(
+        self, shapes: Sequence[tuple[int, int]], heads: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(heads, i, o, generator=generator) * (self.init_scale * i**-0.5) for i, o in shapes)
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        h = x
+        for layer in range(self.depth - 1):
+            h = self._activate(linear(layer, h))
+        z = linear(self.depth - 1, h)
+        if self.norm:
+            z = F.layer_norm(z, z.shape[-1:], eps=EPS)
+        return x + z if self.residual else z
+
+    def trace(self, weights: Sequence[Tensor], k: Tensor) -> Trace:
+        inputs, slopes = [k], []
+        for layer in range(self.depth - 1):
+            h, slope = self._activate_with_slope(inputs[-1] @ weights[layer])
+            inputs.append(h)
+            slopes.append(slope)
+        z = inputs[-1] @ weights[-1]
+        saved = tuple(slopes)
+        if self.norm:
+            centered = z - z.mean(-1, keepdim=True)
+            scale = (centered.square().mean(-1, keepdim=True) + EPS).rsqrt()
+            z = centered * scale
+            saved = (*saved, z, scale)
+        return Trace(tuple(inputs), k + z if self.residual else z, saved)
+
+    def errors(self, weights: Sequence[Tensor], trace: Trace, error: Tensor) -> tuple[Tensor, ...]:
+        slopes = trace.saved[: self.depth - 1]
+        if self.norm:  # backward of the layer norm: remove the parts along 1 and along the normalized output
+            normed, scale = trace.saved[self.depth - 1 :]
+            along = (error * normed).mean(-1, keepdim=True)
+            error = scale * (error - error.mean(-1, keepdim=True) - normed * along)
+        errors = [error]
+        for layer in range(self.depth - 1, 0, -1):
+            errors.append((errors[-1] @ weights[layer].mT) * slopes[layer - 1])
+        return tuple(reversed(errors))
+
+    def _activate(self, z: Tensor) -> Tensor:
+        if self.activation == "silu":
+            return F.silu(z)
+        return F.gelu(z, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+    def _activate_with_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """σ(z) and σ'(z)."""
+        if self.activation == "silu":
+            gate = z.sigmoid()
+            h = z * gate
+            return h, gate + h * (1 - gate)
+        if self.activation == "gelu_tanh":
+            root = math.sqrt(2 / math.pi)
+            t = torch.tanh(root * (z + 0.044715 * z.pow(3)))
+            slope = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * root * (1 + 3 * 0.044715 * z.square())
+            return 0.5 * z * (1 + t), slope
+        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+        return z * cdf, cdf + z * torch.exp(-0.5 * z.square()) * (1 / math.sqrt(2 * math.pi))

@@ -1,0 +1,140 @@
+"""The definition: one token after the other, the inner gradient by autograd on the written loss. Slow on purpose.
+
+G_t = Σ_i γ_i ∇_W ℓ(M(k_i; link(A)), v_i)        A: the anchor, weights at the start of token t's chunk
+S_t = μ_t S_{t−1} − η_t G_t
+Z_t = α_t Z_{t−1} − ε_t x_tᵀ(x_t Z_{t−1}) + S_t  x_t: each layer's own input at the anchor
+y_t = M(q_t; link(Z_t))                          or link(Z_{t−1}), or link(A): spec.read
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail
+from nestling.memory.networks.base import at
+from nestling.memory.state import MemoryState, Weights
+
+if TYPE_CHECKING:
+    from nestling.memory.spec import MemorySpec
+
+
+def scan(spec: MemorySpec, inputs: Inputs) -> tuple[Tensor, MemoryState]:
+    """Token by token. Works under `no_grad`; refuses `inference_mode`, where autograd cannot run."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("engine='reference' differentiates by autograd: call it outside torch.inference_mode()")
+    outer = torch.is_grad_enabled()
+    with torch.enable_grad():
+        state, outputs = inputs.state, []
+        for t in range(inputs.q.shape[2]):
+            y, state = _token(spec, inputs, state, t)
+            outputs.append(y)
+        if not outputs:
+            return inputs.q.new_zeros(*inputs.q.shape[:3], spec.value_dim), state
+        y = torch.stack(outputs, 2)
+    if outer:
+        return y, state
+    return y.detach(), _detach(state)
+
+
+def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Tensor, MemoryState]:
+    lanes = x.q.shape[0]
+    alive = torch.ones(lanes, dtype=torch.bool) if x.valid is None else x.valid[:, t].cpu()
+    if x.reset is not None:
+        fresh = x.reset[:, t].cpu() & alive
+        tail = state.tail
+        if tail is not None:
+            tail = tail.only(~fresh[:, None])
+        state = state._replace(
+            anchor=lanes_where(fresh, x.start.weights, state.anchor),
+            weights=lanes_where(fresh, x.start.weights, state.weights),
+            momentum=lanes_where(fresh, x.start.momentum, state.momentum),
+            tail=tail,
+            position=torch.where(fresh, 0, state.position),
+        )
+    fine = x.fine[:, t]
+    keys, values, used = x.k[:, :, t, None], x.v[:, :, t, None], fine[:, None]
+    if state.tail is not None:
+        keys = torch.cat([state.tail.key, keys], 2)
+        values = torch.cat([state.tail.value, values], 2)
+        used = torch.cat([state.tail.ok, used], 1)
+
+    anchor = tuple(spec.retention.link(w) for w in state.anchor)
+    gradients, finite = _gradients(spec, x, anchor, keys, values, used, t)
+    layer_inputs = _layer_inputs(spec, anchor, x.k[:, :, t])
+
+    live = (fine & alive.to(fine.device)).view(-1, 1, 1, 1)
+    before, after, momentum = state.weights, [], []
+    for layer, (w, g) in enumerate(zip(before, gradients, strict=True)):
+        step = -x.lr[:, :, t, None, None] * g
+        if spec.rule.momentum:
+            assert x.momentum is not None
+            step = x.momentum.plain()[:, :, t, None, None] * state.momentum[layer] + step
+            momentum.append(torch.where(live, step, state.momentum[layer]))
+        new = w if x.retention is None else x.retention.plain()[:, :, t, None, None] * w
+        if x.erase is not None:
+            h = layer_inputs[layer]
+            strength = erase_strength(x.erase[:, :, t], layer, h) * finite[:, None]
+            new = new - strength[..., None, None] * h[..., :, None] * (h[..., None, :] @ w)
+        after.append(torch.where(live, new + step, w))
+
+    read = {"after": tuple(after), "before": before, "boundary": state.anchor}[spec.read]
+    q = x.q[:, :, t, None]
+    y = spec.network.apply(at([spec.retention.link(w) for w in read]), q)[:, :, 0]
+    y = torch.where(alive.to(y.device).view(-1, 1, 1), y, 0.0)
+
+    position = torch.where(alive, state.position + 1, state.position)
+    closing = alive & (position % spec.period == 0)
+    anchors, weights, moved, broken = border_guard(closing, state.anchor, tuple(after), tuple(momentum))
+    tail = state.tail
+    if tail is not None:
+        tail = shift_tail(tail, x.k[:, :, t, None], x.v[:, :, t, None], fine[:, None], alive)
+    skipped = ~(fine & finite) & alive.to(fine.device)
+    return y, MemoryState(anchors, weights, moved, tail, position, state.faults + broken.long() + skipped.long())
+
+
+def _gradients(
+    spec: MemorySpec, x: Inputs, anchor: Weights, keys: Tensor, values: Tensor, used: Tensor, t: int
+) -> tuple[Weights, Tensor]:
+    """Σ_i γ_i ∇ℓ_i at the anchor, and per lane whether the token's own gradient is finite; others are dropped singly."""
+    leaves = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in anchor)
+    total = tuple(torch.zeros_like(w) for w in anchor)
+    own = used[:, -1]
+    for i in range(keys.shape[2]):
+        loss = spec.bias.loss(spec.network.apply(at(leaves), keys[:, :, i, None]), values[:, :, i, None]).sum()
+        found = torch.autograd.grad(loss, leaves, create_graph=True)
+        flat = sum(g.sum((1, 2, 3)) for g in found)
+        assert isinstance(flat, Tensor)
+        finite = torch.isfinite(flat)
+        weight = (used[:, i] & finite).view(-1, 1, 1, 1).to(keys.dtype)
+        if x.window is not None:
+            weight = weight * x.window[:, :, t, keys.shape[2] - 1 - i, None, None]
+        keep = finite.view(-1, 1, 1, 1)
+        total = tuple(s + weight * torch.where(keep, g, 0.0) for s, g in zip(total, found, strict=True))
+        own = finite
+    return total, own
+
+
+def _layer_inputs(spec: MemorySpec, anchor: Weights, k: Tensor) -> list[Tensor]:
+    seen: list[Tensor] = []
+
+    def linear(layer: int, h: Tensor) -> Tensor:
+        seen.append(h[:, :, 0])
+        return h @ anchor[layer]
+
+    spec.network.apply(linear, k.unsqueeze(2))
+    return seen
+
+
+def _detach(state: MemoryState) -> MemoryState:
+    def all_of(weights: Weights) -> Weights:
+        return tuple(w.detach() for w in weights)
+
+    tail = state.tail
+    if tail is not None:
+        tail = tail._replace(key=tail.key.detach(), value=tail.value.detach())
+    return state._replace(
+        anchor=all_of(state.anchor), weights=all_of(state.weights), momentum=all_of(state.momentum), tail=tail
+    )

@@ -1,0 +1,26 @@
+"""W ← αW + …: L2 retention as a scalar gate per head and token (Titans, eq. 13, where 1 − α is called α; Miras, §4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Keeps the share `gates.retention` (None: all) of the weights at every token."""
+
+    @property
+    def decays(self) -> bool:
+        return True
+
+    @property
+    def linear(self) -> bool:
+        return True
+
+    def link(self, dual: Tensor) -> Tensor:
+        return dual
+
+    def dual(self, initial: Tensor) -> Tensor:
+        return initial

@@ -1,0 +1,35 @@
+"""KL retention (Miras, eq. 21 and 27): W_t = Softmax(α log W_{t−1} − η∇), kept as logits.
+
+    Z_t = α_t Z_{t−1} − η_t ∇_W ℓ(softmax(Z)),      W_t = softmax(Z_t)
+
+The two are equal for every t (the logits differ from log W by a constant per slice, which a gate per head does not touch).
+The softmax runs over the input index of each output unit, so every unit reads a weighted mean of its inputs; slice sum 1.
+Inside a chunk the gradients stand at the anchor, and every read uses softmax(Z_t) of its own token exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Fast weights on the simplex; the state holds their logits, which keep the share `gates.retention`."""
+
+    @property
+    def decays(self) -> bool:
+        return True
+
+    @property
+    def linear(self) -> bool:
+        return False
+
+    def link(self, dual: Tensor) -> Tensor:
+        return dual.softmax(-2)
+
+    def dual(self, initial: Tensor) -> Tensor:
+        # Logits of unit spread: with logits near 0 all hidden units would be the same mean and stay so.
+        return initial * math.sqrt(initial.shape[-2])

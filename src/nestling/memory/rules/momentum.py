@@ -1,0 +1,23 @@
+"""S ← μS − η∇ℓ, W ← αW + S: past surprise carries over (Titans, eq. 13–14)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nestling.memory.rules.base import Erase
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Gradient descent with momentum; the decay of S (`gates.momentum`) is its own, apart from that of W."""
+
+    @property
+    def momentum(self) -> bool:
+        return True
+
+    @property
+    def erase(self) -> Erase:
+        return "none"
+
+    def step(self, key_dim: int) -> float:
+        return 1.0

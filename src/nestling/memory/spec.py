@@ -1,0 +1,283 @@
+"""A memory as its choices, and the protocol every memory answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from nestling.memory.biases import L2, Bias
+from nestling.memory.gates import Gates
+from nestling.memory.networks import Matrix, Network
+from nestling.memory.report import Report
+from nestling.memory.retentions import Full, Retention
+from nestling.memory.rules import Gradient, Rule
+from nestling.memory.state import MemoryState, Tail, Weights
+
+Read = Literal["after", "before", "boundary"]
+Engine = Literal["chunked", "reference"]
+Example = tuple[Tensor, Tensor, Tensor, Gates]
+
+GUARD_PERIOD = 64  # border guard's period where `chunk` plays no part
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """An associative memory with fast weights. `MemorySpec` is the main one; composites answer the same five calls."""
+
+    def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
+        """Initial (slow) weights, each `[head, in, out]`."""
+        ...
+
+    def start(self, w0: Sequence[Tensor], lanes: int) -> Any:
+        """State of lanes that have read nothing. Gradients reach w0 through it."""
+        ...
+
+    def scan(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None = None,
+        state: Any = None,
+        *,
+        engine: Engine = "chunked",
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+        report: Report | None = None,
+        tile: int | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Read and write a stretch of tokens: `[lane, head, time, dim]` → outputs of the same shape, new state."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """The choices in words."""
+        ...
+
+    def example(self, generator: torch.Generator, *, lanes: int = 2, heads: int = 2, time: int = 40) -> Example:
+        """Valid random inputs inside the stability region."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """The five choices of an associative memory.
+
+    key_dim, value_dim   sizes per head
+    network              the map M(k; W)
+    bias                 the loss on (k, v)
+    retention            what is kept
+    rule                 how it descends
+    chunk                period of the anchor in tokens: gradients of a chunk are taken at the weights of its start.
+                         Without effect where the gradient does not read the weights
+    read                 token t is answered "after" its own write, "before" it, or from the chunk's start ("boundary")
+    name                 name of the system, for messages
+
+    Raises ValueError for dimensions or combinations that cannot work.
+    """
+
+    key_dim: int
+    value_dim: int
+    network: Network = Matrix()
+    bias: Bias = L2()
+    retention: Retention = Full()
+    rule: Rule = Gradient()
+    chunk: int = 16
+    read: Read = "after"
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        for field in ("key_dim", "value_dim", "chunk"):
+            number = getattr(self, field)
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{self.name}: {field} is {number!r}; expected a whole number of at least 1")
+        if self.read not in ("after", "before", "boundary"):
+            raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
+        if self.rule.erase != "none" and not self.retention.linear:
+            raise ValueError(
+                f"{self.name}: {self.rule} erases along the running weights, but {self.retention} keeps a dual variable "
+                "whose weights are not linear in it: choose Gradient() or Momentum(), or a linear retention"
+            )
+        self.network.shapes(self.key_dim, self.value_dim)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of each weight matrix."""
+        return self.network.shapes(self.key_dim, self.value_dim)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the inner gradient depends on the weights, so that the anchor matters."""
+        return self.bias.reads_prediction or self.network.depth > 1
+
+    @property
+    def period(self) -> int:
+        """Tokens between two anchors."""
+        return self.chunk if self.reads_weights else GUARD_PERIOD
+
+    @property
+    def gates_used(self) -> frozenset[str]:
+        """Names of the gates that have an effect."""
+        used = {"lr"}
+        if self.rule.momentum:
+            used.add("momentum")
+        if self.rule.erase != "none":
+            used.add("delta")
+        if self.retention.decays:
+            used.add("retention")
+        if self.bias.window > 1:
+            used.add("window")
+        return frozenset(used)
+
+    def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
+        """Initial (dual) weights, float32, each `[head, in, out]`, first applied first."""
+        return tuple(self.retention.dual(w) for w in self.network.init(self.shapes, heads, generator))
+
+    def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
+        """State of lanes that have read nothing; weights in at least float32."""
+        self.check_weights(w0)
+        weights = tuple(w.to(torch.promote_types(w.dtype, torch.float32)).expand(lanes, *w.shape) for w in w0)
+        heads, like = w0[0].shape[0], weights[0]
+        tail = None
+        if (c := self.bias.window) > 1:
+            tail = Tail(
+                like.new_zeros(lanes, heads, c - 1, self.key_dim),
+                like.new_zeros(lanes, heads, c - 1, self.value_dim),
+                torch.zeros(lanes, c - 1, dtype=torch.bool, device=like.device),
+            )
+        return MemoryState(
+            weights,
+            weights,
+            tuple(torch.zeros_like(w) for w in weights) if self.rule.momentum else (),
+            tail,
+            torch.zeros(lanes, dtype=torch.int64),
+            torch.zeros(lanes, dtype=torch.int64, device=like.device),
+        )
+
+    def check_weights(self, w0: Sequence[Tensor]) -> None:
+        """Refuse initial weights of the wrong number or shape."""
+        if len(w0) != len(self.shapes):
+            raise ValueError(f"{self.name}: w0 has {len(w0)} weights; expected {len(self.shapes)}, from spec.init")
+        for number, (w, shape) in enumerate(zip(w0, self.shapes, strict=True)):
+            if w.dim() != 3 or tuple(w.shape[1:]) != shape:
+                raise ValueError(
+                    f"{self.name}: w0[{number}] has shape {tuple(w.shape)}; expected (heads, {shape[0]}, {shape[1]})"
+                )
+
+    def scan(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None = None,
+        state: MemoryState | None = None,
+        *,
+        engine: Engine = "chunked",
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+        report: Report | None = None,
+        tile: int | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """Read a stretch of tokens with memory running.
+
+        w0           initial weights from `init`; where a lane is reset, it starts from these
+        q, k         `[lane, head, time, key_dim]`;  v `[lane, head, time, value_dim]`
+        gates        see `Gates`
+        state        what an earlier call returned; None: fresh lanes
+        engine       "chunked" (parallel inside chunks) or "reference" (token by token, gradients by autograd; the oracle)
+        reset        bool `[lane, time]`: before such a token the lane is put at position 0. Ignored at invalid tokens
+        valid        bool `[lane, time]`: a token that is not valid changes nothing and is answered with zeros
+        report       collects surprise, update size, gates and faults
+        tile         tokens per matrix product; never changes a value
+
+        Returns outputs `[lane, head, time, value_dim]` in q's dtype and the new state.
+        """
+        from nestling.memory import chunked, reference
+        from nestling.memory.inputs import prepare
+
+        if engine not in ("chunked", "reference"):
+            raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
+        with torch.autocast(q.device.type, enabled=False):
+            inputs = prepare(self, w0, q, k, v, gates, state, reset, valid)
+            if engine == "reference":
+                y, new = reference.scan(self, inputs)
+            else:
+                y, new = chunked.scan(self, inputs, tile=tile, report=report)
+        return y.to(q.dtype), new
+
+    def step(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None = None,
+        state: MemoryState | None = None,
+        *,
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """One token: `scan` without the time dimension (q, k, v `[lane, head, dim]`, gates `[lane, head]`, masks `[lane]`)."""
+        gates = None if gates is None else Gates(**{n: g.unsqueeze(2) for n, g in gates.items()})
+        y, new = self.scan(
+            w0,
+            q.unsqueeze(2),
+            k.unsqueeze(2),
+            v.unsqueeze(2),
+            gates,
+            state,
+            reset=None if reset is None else reset.unsqueeze(1),
+            valid=None if valid is None else valid.unsqueeze(1),
+        )
+        return y.squeeze(2), new
+
+    def describe(self) -> dict[str, str]:
+        """The choices in words, with gates used and state size per lane and head."""
+        per_head = sum(i * o for i, o in self.shapes)
+        copies = 3 if self.rule.momentum else 2
+        tail = (self.bias.window - 1) * (self.key_dim + self.value_dim)
+        return {
+            "name": self.name,
+            "network": str(self.network),
+            "bias": str(self.bias),
+            "retention": str(self.retention),
+            "rule": str(self.rule),
+            "period": f"{self.chunk} tokens" if self.reads_weights else "every token (chunk has no effect)",
+            "read": self.read,
+            "gates": ", ".join(sorted(self.gates_used)),
+            "state": f"{copies * per_head + tail} numbers per lane and head",
+        }
+
+    def example(
+        self,
+        generator: torch.Generator,
+        *,
+        lanes: int = 2,
+        heads: int = 2,
+        time: int = 40,
+        dtype: torch.dtype = torch.float32,
+    ) -> Example:
+        """Random q, k of unit norm, normal v and gates of every kind the system reads, inside its stability region."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        q, k = (torch.nn.functional.normalize(normal(lanes, heads, time, self.key_dim), dim=-1) for _ in range(2))
+        v = normal(lanes, heads, time, self.value_dim)
+        shape = (lanes, heads, time)
+        used = self.gates_used
+        made = {"lr": torch.sigmoid(normal(*shape)) / (self.bias.window * self.chunk**0.5)}
+        if "momentum" in used:
+            made["momentum"] = torch.sigmoid(normal(*shape))
+        if "retention" in used:
+            made["retention"] = torch.sigmoid(normal(*shape) + 4)
+        if "delta" in used and self.reads_weights:
+            made["delta"] = 0.5 * torch.sigmoid(normal(*shape))
+        if "window" in used:
+            made["window"] = torch.sigmoid(normal(*shape, self.bias.window))
+        return q.to(dtype), k.to(dtype), v.to(dtype), Gates(**{n: g.to(dtype) for n, g in made.items()})

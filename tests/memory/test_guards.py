@@ -1,0 +1,200 @@
+"""Nothing is lost, nothing is silent: token guard, border guard, refusals in words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import nestling as nl
+from nestling.memory import Decay, Gates, Matrix, MemorySpec
+
+NAMES = nl.memory.names()
+TOKEN = 6
+
+
+def example(name: str, time: int = 14) -> tuple[MemorySpec, list[Tensor], list]:
+    spec = nl.memory.named(name, key_dim=4, chunk=4)
+    w0 = [w.double() for w in spec.init(2, torch.Generator().manual_seed(1))]
+    return spec, w0, list(spec.example(torch.Generator().manual_seed(0), time=time, dtype=torch.float64))
+
+
+def all_finite(state: nl.memory.MemoryState) -> bool:
+    return all(bool(torch.isfinite(w).all()) for w in (*state.anchor, *state.weights, *state.momentum))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_with_a_non_finite_input_or_gate_writes_nothing(name: str, bad: float) -> None:
+    spec, w0, (q, k, v, gates) = example(name)
+    for place in ("k", "v", *(n for n, _ in gates.items())):
+        kk, vv, broken = k.clone(), v.clone(), gates.map(torch.clone)
+        target = {"k": kk, "v": vv}.get(place, getattr(broken, place, None))
+        target[0, 1, TOKEN] = bad
+        runs = [
+            nl.memory.scan(spec, w0, q, kk, vv, broken, engine="reference"),
+            nl.memory.scan(spec, w0, q, kk, vv, broken),
+        ]
+        state, outputs = None, []
+        for t in range(q.shape[2]):
+            one = slice(t, t + 1)
+            y, state = nl.memory.scan(spec, w0, q[:, :, one], kk[:, :, one], vv[:, :, one], broken[one], state)
+            outputs.append(y)
+        runs.append((torch.cat(outputs, 2), state))
+        untouched, _ = nl.memory.scan(spec, w0, q, k, v, gates)
+        for y, end in runs:
+            assert torch.isfinite(y).all(), place
+            assert all_finite(end), place
+            assert end.faults.tolist() == [1, 0], place
+            torch.testing.assert_close(y, runs[0][0], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(y[1], untouched[1])  # the other lane never noticed
+        _, before = nl.memory.scan(
+            spec, w0, q[:, :, :TOKEN], kk[:, :, :TOKEN], vv[:, :, :TOKEN], broken[slice(0, TOKEN)]
+        )
+        upto = slice(0, TOKEN + 1)
+        _, after = nl.memory.scan(spec, w0, q[:, :, upto], kk[:, :, upto], vv[:, :, upto], broken[upto])
+        for a, b in zip((*before.weights, *before.momentum), (*after.weights, *after.momentum), strict=True):
+            assert torch.equal(a[0], b[0]), place
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_faulty_tokens_leave_finite_outer_gradients(name: str) -> None:
+    spec, w0, (q, k, v, gates) = example(name)
+    k = k.clone()
+    k[0, 0, TOKEN] = float("nan")
+    inputs = [x.requires_grad_() for x in (*w0, q, k, v)]
+    y, _ = nl.memory.scan(spec, w0, q, k, v, gates)
+    for gradient in torch.autograd.grad(y.square().sum(), inputs):
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("engine", ["chunked", "reference", "step"])
+def test_weights_that_overflow_go_back_to_the_anchor_at_the_border(engine: str) -> None:
+    """α of 1e30 a token overflows float32 in two tokens: finite factors, a non-finite anchor."""
+    spec = MemorySpec(4, 4, Matrix(init_scale=1.0), retention=Decay(), chunk=4)
+    w0 = spec.init(1, torch.Generator().manual_seed(0))
+    q, k, v, _ = spec.example(torch.Generator().manual_seed(1), lanes=2, heads=1, time=4)
+    wild = torch.ones(2, 1, 4)
+    wild[0] = 1e30
+    gates = Gates(retention=wild, lr=torch.full((2, 1, 4), 0.1))
+    if engine == "step":
+        state = None
+        for t in range(4):
+            one = slice(t, t + 1)
+            _, state = nl.memory.scan(spec, w0, q[:, :, one], k[:, :, one], v[:, :, one], gates[one], state)
+    else:
+        _, state = nl.memory.scan(spec, w0, q, k, v, gates, engine=engine)
+    assert state.faults.tolist() == [1, 0]
+    assert torch.equal(state.weights[0][0], w0[0])
+    assert torch.equal(state.anchor[0][0], w0[0])
+    assert not torch.equal(state.weights[0][1], w0[0])
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if nl.memory.named(n).reads_weights])
+def test_an_overflowing_factor_is_dropped_and_counted(name: str) -> None:
+    """Where the gradient does not read the weights it is the input itself, and the token guard has seen to that."""
+    spec, w0, (q, k, v, gates) = example(name)
+    k, v = k.float().clone(), v.float().clone()
+    k[0, :, TOKEN] = 3e38  # finite, but its square sum is not
+    w0 = [w.float() for w in w0]
+    q, gates = q.float(), gates.map(lambda g: g.float())
+    y, state = nl.memory.scan(spec, w0, q, k, v, gates)
+    assert all_finite(state)
+    assert torch.isfinite(y).all()
+    assert state.faults[0] >= 1
+    assert state.faults[1] == 0
+
+
+def test_report_collects_surprise_update_and_faults() -> None:
+    spec, w0, (q, k, v, gates) = example("titans")
+    k = k.clone()
+    k[0, 0, TOKEN] = float("nan")
+    report = nl.Report()
+    y, _ = nl.memory.scan(spec, w0, q, k, v, gates, report=report.scope("blocks.0"))
+    silent, _ = nl.memory.scan(spec, w0, q, k, v, gates)
+    entry = report["blocks.0"]
+    assert torch.equal(y, silent)
+    assert list(report) == ["blocks.0"]
+    assert entry["surprise"].shape == entry["update"].shape == entry["retention"].shape == (2, 2, 14)
+    assert entry["faults"].tolist() == [1, 0]
+    kept = 1 - torch.eye(14)[TOKEN]
+    assert (entry["update"][0] > 0).all(0).tolist() == kept.bool().tolist()
+    # surprise of the first token, by hand: the error at the initial weights, through the layer norm's backward
+    prediction = spec.network.trace([w[None] for w in w0], k[:, :, :1])
+    errors = spec.network.errors([w[None] for w in w0], prediction, prediction.prediction - v[:, :, :1])
+    torch.testing.assert_close(entry["surprise"][..., 0], errors[-1][..., 0, :].norm(dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: nl.memory.named("titan"), "titans"),
+        (lambda: nl.memory.named("titans", chunks=3), "chunk"),
+        (lambda: nl.memory.named("titans", chunk=0), "chunk is 0"),
+        (lambda: nl.memory.named("titans", key_dim=4, value_dim=6), "residual"),
+        (lambda: nl.memory.named("memora", rule=nl.memory.DeltaGradient()), "dual"),
+        (lambda: nl.memory.Omega(nl.memory.L2(), length=0), "length is 0"),
+        (lambda: nl.memory.MLP(depth=0), "depth is 0"),
+    ],
+)
+def test_impossible_settings_are_refused_in_words(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gates": Gates(momentum=torch.ones(2, 2, 14))}, "no such gate"),
+        ({"gates": Gates(lr=torch.ones(2, 14))}, "gates.lr has shape"),
+        ({"q": torch.ones(2, 2, 13, 4)}, "shape"),
+        ({"reset": torch.ones(2, 14)}, "reset is torch.float32"),
+        ({"engine": "quick"}, "engine is 'quick'"),
+        ({"tile": 0}, "tile is 0"),
+        ({"w0": []}, "w0"),
+        ({"heads": 3}, "heads"),
+        ({"state": "other"}, "state"),
+    ],
+)
+def test_wrong_inputs_are_refused_in_words(change: dict, words: str) -> None:
+    spec, w0, (q, k, v, gates) = example("deltanet")
+    q = change.get("q", q)
+    gates = change.get("gates", gates)
+    w0 = change.get("w0", w0)
+    options = {n: change[n] for n in ("reset", "engine", "tile") if n in change}
+    if "heads" in change:
+        w0 = spec.init(3)
+    state = None
+    if "state" in change:
+        state = nl.memory.named("titans", key_dim=4).start(nl.memory.named("titans", key_dim=4).init(2), 2)
+    with pytest.raises(ValueError, match=words):
+        nl.memory.scan(spec, w0, q, k, v, gates, state, **options)
+
+
+def test_a_gate_may_be_given_once_only() -> None:
+    spec, w0, (q, k, v, gates) = example("retnet")
+    twice = Gates(retention=gates.retention, log_retention=gates.retention.log())
+    with pytest.raises(ValueError, match="both given"):
+        nl.memory.scan(spec, w0, q, k, v, twice)
+    once, _ = nl.memory.scan(spec, w0, q, k, v, Gates(log_retention=gates.retention.log(), lr=gates.lr))
+    plain, _ = nl.memory.scan(spec, w0, q, k, v, gates)
+    torch.testing.assert_close(once, plain)
+
+
+def test_the_reference_refuses_inference_mode() -> None:
+    spec, w0, inputs = example("titans")
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        nl.memory.scan(spec, w0, *inputs, engine="reference")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_system_describes_itself(name: str) -> None:
+    words = nl.memory.describe(name)
+    assert words["name"] == name
+    assert all(
+        words[part] for part in ("network", "bias", "retention", "rule", "period", "equation", "source", "notes")
+    )
+    spec = nl.memory.named(name, key_dim=8)
+    state = spec.start(spec.init(1), 1)
+    kept = (*state.anchor, *state.weights, *state.momentum, *(state.tail or ())[:2])
+    assert spec.describe()["state"] == f"{sum(x.numel() for x in kept)} numbers per lane and head"
