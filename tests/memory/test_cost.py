@@ -40,3 +40,35 @@ def test_scan_work_grows_linearly_with_length(time: int) -> None:
         return counter.get_total_flops()
 
     assert flops(2 * time) == 2 * flops(time)
+
+
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "omeganet"])
+def test_a_compiled_decode_step_is_one_graph_for_a_thousand_positions(name: str) -> None:
+    spec = nl.memory.named(name, key_dim=4, chunk=16)
+    w0 = spec.init(2, torch.Generator().manual_seed(0))
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(1), time=8)
+    graphs = 0
+
+    def counting(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    @torch.compile(fullgraph=True, backend=counting)
+    def step(
+        at: tuple[torch.Tensor, ...], gates: dict[str, torch.Tensor], state: nl.memory.MemoryState
+    ) -> tuple[torch.Tensor, nl.memory.MemoryState]:
+        return nl.memory.scan(spec, w0, *at, nl.memory.Gates(**gates), state)
+
+    compiled = eager = nl.state.clone(spec.start(w0, 2))
+    with torch.no_grad():
+        for position in range(1000):
+            t = slice(position % 8, position % 8 + 1)
+            inputs = tuple(x[:, :, t].clone() for x in (q, k, v))
+            now = {n: g.clone() for n, g in gates[t].items()}
+            y, compiled = step(inputs, now, compiled)
+            if position < 40:
+                z, eager = nl.memory.scan(spec, w0, *inputs, nl.memory.Gates(**now), eager)
+                torch.testing.assert_close(y, z)
+    assert graphs == 1
+    assert compiled.position.tolist() == [1000, 1000]

@@ -22,6 +22,7 @@ from nestling.memory import (
     Momentum,
     Omega,
 )
+from nestling.memory.networks.activation import activate, activate_with_slope
 
 D, T = 5, 19
 
@@ -326,3 +327,15 @@ def test_full_retention_and_momentum_share_the_engine() -> None:
     fast, _ = nl.memory.scan(spec, w0, *example)
     close(fast, slow)
     assert isinstance(nl.memory.named("titans").rule, Momentum)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_activation_slopes_and_their_own_gradients(name: str) -> None:
+    """σ' is the derivative of σ, and both may be differentiated by the outer loop (twice, for full outer gradients)."""
+    z = torch.linspace(-4, 4, 23, dtype=torch.float64).requires_grad_()
+    h, slope = activate_with_slope(name, z)
+    (expected,) = torch.autograd.grad(activate(name, z).sum(), z)
+    close(h, activate(name, z))
+    close(slope, expected)
+    assert torch.autograd.gradcheck(lambda x: activate_with_slope(name, x), z)
+    assert torch.autograd.gradgradcheck(lambda x: activate_with_slope(name, x), z)

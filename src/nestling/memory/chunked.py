@@ -82,12 +82,11 @@ def solve(
         x = x_all[..., halo:, :]
         strength = erase_strength(erase, layer, x)
         gram = x @ x_all.mT
-        right = x @ weights[layer]
-        if c.keep is not None:
-            right = c.keep[..., :-1, None] * right
-        if momentum and c.carry is not None:
-            right = right + c.carry[..., :-1, None] * (x @ momentum[layer])
-        right = right - (c.write[..., :-1, :] * gram) @ delta
+        before = slice(None, -1)
+        right = _scaled(c.keep, before, x, weights[layer])
+        if momentum:
+            right = _plus(right, _scaled_rows(c.carry, before, x), momentum[layer])
+        right = _plus(right, c.write[..., :-1, :] * gram, delta, -1)
         t = c.running[..., :-1, :] * gram[..., halo:] * strength.unsqueeze(-2)
         unit = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
         p = torch.linalg.solve_triangular(unit + t, right, upper=False, unitriangular=True)
@@ -112,16 +111,14 @@ def read(
     write = c.write[..., rows, :]
 
     def linear(layer: int, h: Tensor) -> Tensor:
-        z = h @ weights[layer]
-        if c.keep is not None:
-            z = c.keep[..., rows, None] * z
-        if momentum and c.carry is not None:
-            z = z + c.carry[..., rows, None] * (h @ momentum[layer])
+        z = _scaled(c.keep, rows, h, weights[layer])
+        if momentum:
+            z = _plus(z, _scaled_rows(c.carry, rows, h), momentum[layer])
         gram = h @ inputs[layer].mT
-        z = z - (write * gram) @ errors[layer]
+        z = _plus(z, write * gram, errors[layer], -1)
         if writes.erased is not None:
             assert c.running is not None
-            z = z - (c.running[..., rows, :] * gram[..., writes.halo :]) @ writes.erased[layer]
+            z = _plus(z, c.running[..., rows, :] * gram[..., writes.halo :], writes.erased[layer], -1)
         return z
 
     def through_link(layer: int, h: Tensor) -> Tensor:
@@ -148,17 +145,34 @@ def advance(c: Coefficients, weights: Weights, momentum: Weights, writes: Writes
             assert c.carry is not None
             assert c.keep_s is not None
             assert c.write_s is not None
-            both = x @ torch.cat([step, c.write_s.unsqueeze(-1) * delta], -1)
-            out = delta.shape[-1]
-            new = new + c.carry[..., -1, None, None] * momentum[layer] - both[..., :out]
-            new_momentum.append(c.keep_s[..., None, None] * momentum[layer] - both[..., out:])
+            s = momentum[layer]
+            new = _plus(torch.addcmul(new, c.carry[..., -1, None, None], s), x, step, -1)
+            new_momentum.append(_plus(c.keep_s[..., None, None] * s, x, c.write_s.unsqueeze(-1) * delta, -1))
         else:
-            new = new - x @ step
+            new = _plus(new, x, step, -1)
         if writes.erased is not None:
             assert c.running is not None
-            new = new - x[..., writes.halo :] @ (c.running[..., -1, :, None] * writes.erased[layer])
+            new = _plus(new, x[..., writes.halo :], c.running[..., -1, :, None] * writes.erased[layer], -1)
         new_weights.append(new)
     return tuple(new_weights), tuple(new_momentum)
+
+
+def _scaled_rows(scale: Tensor | None, rows: slice, h: Tensor) -> Tensor:
+    return h if scale is None else scale[..., rows, None] * h
+
+
+def _scaled(scale: Tensor | None, rows: slice, h: Tensor, w: Tensor) -> Tensor:
+    """diag(scale) h w, scaling the narrower side."""
+    if w.shape[-2] <= w.shape[-1]:
+        return _scaled_rows(scale, rows, h) @ w
+    z = h @ w
+    return z if scale is None else scale[..., rows, None] * z
+
+
+def _plus(z: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
+    """z ± a b in one pass."""
+    flat = torch.baddbmm(z.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1), alpha=sign)
+    return flat.view(z.shape)
 
 
 class Tiles(NamedTuple):

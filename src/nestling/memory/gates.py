@@ -12,6 +12,7 @@ precision near 1 only as a log-sigmoid. An exact 0 is given in the plain form; a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -34,14 +35,21 @@ class Gates:
         """The gates of some of the tokens: `gates[3:7]`."""
         return self.map(lambda gate: gate[:, :, time])
 
-    def map(self, function: object) -> Gates:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Gates:
         """Apply a function of one tensor to every gate that is there."""
-        assert callable(function)
-        return Gates(**{f.name: None if (g := getattr(self, f.name)) is None else function(g) for f in fields(self)})
+        return Gates(**{name: function(gate) for name, gate in self.items()})
 
     def items(self) -> list[tuple[str, Tensor]]:
         """Names and tensors of the gates that are there."""
-        return [(f.name, g) for f in fields(self) if (g := getattr(self, f.name)) is not None]
+        found = []
+        for name in NAMES:
+            gate = getattr(self, name)
+            if gate is not None:
+                found.append((name, gate))
+        return found
+
+
+NAMES = tuple(field.name for field in fields(Gates))
 
 
 def check_gates(gates: Gates, *, used: frozenset[str], name: str, shape: tuple[int, int, int], window: int) -> None:
@@ -89,9 +97,8 @@ class Factor:
             return plain
         return torch.where(self.zero, self.value, plain)
 
-    def map(self, function: object) -> Factor:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Factor:
         """Apply a function of one tensor (a gather, a slice) to all parts."""
-        assert callable(function)
         zero = None if self.zero is None else function(self.zero)
         value = None if self.value is None else function(self.value)
         return Factor(function(self.log), zero, value)

@@ -6,7 +6,6 @@ The layer norm has no gain and shift of its own here: values are a learned proje
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling.memory.networks.activation import NAMES, activate, activate_with_slope
 from nestling.memory.networks.base import Linear, Trace
 
 EPS = 1e-6  # inside the layer norm's root
@@ -43,8 +43,8 @@ class MLP:
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise ValueError(f"MLP.depth is {self.depth}; expected at least 1 weight matrix")
-        if self.activation not in ("gelu", "gelu_tanh", "silu"):
-            raise ValueError(f"MLP.activation is {self.activation!r}; expected 'gelu', 'gelu_tanh' or 'silu'")
+        if self.activation not in NAMES:
+            raise ValueError(f"MLP.activation is {self.activation!r}; expected one of: {', '.join(NAMES)}")
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         if self.residual and key_dim != value_dim:
@@ -66,7 +66,7 @@ class MLP:
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         h = x
         for layer in range(self.depth - 1):
-            h = self._activate(linear(layer, h))
+            h = activate(self.activation, linear(layer, h))
         z = linear(self.depth - 1, h)
         if self.norm:
             z = F.layer_norm(z, z.shape[-1:], eps=EPS)
@@ -75,7 +75,7 @@ class MLP:
     def trace(self, weights: Sequence[Tensor], k: Tensor) -> Trace:
         inputs, slopes = [k], []
         for layer in range(self.depth - 1):
-            h, slope = self._activate_with_slope(inputs[-1] @ weights[layer])
+            h, slope = activate_with_slope(self.activation, inputs[-1] @ weights[layer])
             inputs.append(h)
             slopes.append(slope)
         z = inputs[-1] @ weights[-1]
@@ -97,22 +97,3 @@ class MLP:
         for layer in range(self.depth - 1, 0, -1):
             errors.append((errors[-1] @ weights[layer].mT) * slopes[layer - 1])
         return tuple(reversed(errors))
-
-    def _activate(self, z: Tensor) -> Tensor:
-        if self.activation == "silu":
-            return F.silu(z)
-        return F.gelu(z, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-
-    def _activate_with_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """σ(z) and σ'(z)."""
-        if self.activation == "silu":
-            gate = z.sigmoid()
-            h = z * gate
-            return h, gate + h * (1 - gate)
-        if self.activation == "gelu_tanh":
-            root = math.sqrt(2 / math.pi)
-            t = torch.tanh(root * (z + 0.044715 * z.pow(3)))
-            slope = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * root * (1 + 3 * 0.044715 * z.square())
-            return 0.5 * z * (1 + t), slope
-        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-        return z * cdf, cdf + z * torch.exp(-0.5 * z.square()) * (1 / math.sqrt(2 * math.pi))
