@@ -69,6 +69,6 @@ def test_a_compiled_decode_step_is_one_graph_for_a_thousand_positions(name: str)
             y, compiled = step(inputs, now, compiled)
             if position < 40:
                 z, eager = nl.memory.scan(spec, w0, *inputs, nl.memory.Gates(**now), eager)
-                torch.testing.assert_close(y, z)
+                torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)  # C4 in float32
     assert graphs == 1
     assert compiled.position.tolist() == [1000, 1000]
