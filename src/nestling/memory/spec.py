@@ -140,7 +140,11 @@ class MemorySpec:
     def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
         """State of lanes that have read nothing; weights in at least float32."""
         self.check_weights(w0)
-        weights = tuple(w.to(torch.promote_types(w.dtype, torch.float32)).expand(lanes, *w.shape) for w in w0)
+        live = torch.is_grad_enabled()
+        weights = tuple(
+            (w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32)).expand(lanes, *w.shape)
+            for w in w0
+        )
         heads, like = w0[0].shape[0], weights[0]
         tail = None
         if (c := self.bias.window) > 1:

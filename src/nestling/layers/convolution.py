@@ -1,0 +1,63 @@
+"""Short causal depthwise convolution: y_t = Σ_j w_j ∘ x_{t−j}, j = 0 … width − 1 (Titans, §4.4; width 4 in Miras, §5.4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestling.layers.stream import places
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise convolution over the last `width` valid tokens since the lane's reset; SiLU on top.
+
+    The state is the tail of inputs, `[lane, width − 1, channels]`. It starts as the identity plus small noise, so that keys and
+    values are at first the token's own.
+    """
+
+    def __init__(self, channels: int, width: int = 4) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"ShortConvolution: width is {width}; expected at least 1")
+        self.width = width
+        weight = torch.randn(width, channels) * (0.1 / width)
+        weight[0] += 1
+        self.weight = nn.Parameter(weight)
+
+    def start(self, lanes: int) -> Tensor:
+        """An empty tail."""
+        return self.weight.new_zeros(lanes, self.width - 1, self.weight.shape[1])
+
+    def forward(
+        self, x: Tensor, tail: Tensor | None = None, *, reset: Tensor | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x `[lane, time, channels]` → y of the same shape, new tail. Invalid tokens are skipped as if not there."""
+        tail = self.start(x.shape[0]).to(x.dtype) if tail is None else tail.to(x.dtype)
+        lanes, time, _ = x.shape
+        if time == 0 or self.width == 1:
+            return F.silu(x * self.weight[0].to(x.dtype)), tail
+        stream = torch.cat([tail, x], 1)
+        weight = self.weight.to(x.dtype)
+        halo = self.width - 1
+        if reset is None and valid is None:
+            y = stream[:, halo:] * weight[0]
+            for j in range(1, self.width):
+                y = torch.addcmul(y, stream[:, halo - j : halo - j + time], weight[j])
+            return F.silu(y), stream[:, time:]
+        at = places(reset, valid, lanes, time, x.device)
+        if valid is not None:  # valid tokens side by side, in order, behind the tail
+            order = torch.where(valid.to(x.device), at.rank, time) + halo
+            packed = x.new_zeros(lanes, halo + time + 1, x.shape[2])
+            packed = packed.scatter(1, order.unsqueeze(-1).expand(-1, -1, x.shape[2]), x)
+            stream = torch.cat([tail, packed[:, halo : halo + time]], 1)
+        rows = torch.arange(lanes, device=x.device)[:, None]
+        y = torch.zeros_like(x)
+        for j in range(self.width):
+            place = at.rank - j
+            tap = stream[rows, (place + halo).clamp_min(0)]
+            y = y + torch.where((place >= at.start).unsqueeze(-1) | (at.start < 0).unsqueeze(-1), tap, 0.0) * weight[j]
+        keep = at.total[:, None] - halo + torch.arange(halo, device=x.device)
+        fresh = (keep >= at.last[:, None]) | (at.last[:, None] < 0)
+        new = torch.where(fresh.unsqueeze(-1), stream[rows, keep + halo], 0.0)
+        return F.silu(y), new

@@ -1,0 +1,66 @@
+"""A level of the nested system: one thing that learns, how often, from what (Nested Learning, §3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["token", "step"]
+
+
+@dataclass(frozen=True)
+class Period:
+    """Time between two updates: `n` tokens of a lane's stream or `n` outer steps. Tokens are faster than steps.
+
+    n = 0 stands for frequency ∞: solved anew from all its data at every token (softmax attention).
+    """
+
+    n: int
+    unit: Unit
+
+    def key(self) -> tuple[int, int]:
+        """Sorts fast before slow."""
+        return (0 if self.unit == "token" else 1, self.n)
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "every token, from all data"
+        return f"{self.n} {self.unit}{'s' if self.n > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level.
+
+    network, bias, retention, rule  the memory's choices in words
+    flow          context flow: what it compresses (tokens, activations, gradients)
+    transfer      how knowledge reaches the next slower level (none, direct, backpropagation, initialization, generation)
+    params        names of the slow parameters this level moves
+    state_paths   paths of the state tensors that are this level's fast weights
+    """
+
+    name: str
+    period: Period
+    network: str
+    bias: str
+    retention: str
+    rule: str
+    flow: str
+    transfer: str
+    params: tuple[str, ...] = ()
+    state_paths: tuple[str, ...] = ()
+
+    def under(self, prefix: str) -> Level:
+        """The same level inside a larger module."""
+        return Level(
+            f"{prefix}.{self.name}" if self.name else prefix,
+            self.period,
+            self.network,
+            self.bias,
+            self.retention,
+            self.rule,
+            self.flow,
+            self.transfer,
+            tuple(f"{prefix}.{p}" for p in self.params),
+            tuple(f"{prefix}.{p}" for p in self.state_paths),
+        )

@@ -1,0 +1,132 @@
+"""An associative memory as a sequence layer: projections, short convolution, gates, norm, output gate (Titans, §4.4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestling.layers.base import Layer
+from nestling.layers.convolution import ShortConvolution
+from nestling.layers.level import Level, Period
+from nestling.layers.norm import EPS, l2_norm
+from nestling.memory import Gates, MemorySpec, MemoryState, Report
+from nestling.state import register
+
+
+@register
+class MemoryLayerState(NamedTuple):
+    """Tail of the convolution `[lane, width − 1, 3 · dim]`, and the memory's own state."""
+
+    tail: Tensor
+    memory: MemoryState
+
+
+class Memory(Layer):
+    """`y, state = layer(x, state)` with x `[lane, time, dim]`.
+
+        q, k, v = SiLU(conv(x W))      q, k of unit norm per head
+        gates   = per head and token, from x: η = η_max σ(·), μ = σ(·), α = σ(·), γ = σ(·)
+        y       = (RMSNorm(memory(q, k, v)) ∘ SiLU(x W_g)) W_o
+
+    Args:
+        dim: width.  heads: number of memories, each of width dim / heads, which must be the spec's key_dim and value_dim.
+        spec: any named or made memory.
+        width: of the convolution.
+        lr_max: largest inner step. Default: 1, or 1/√chunk where gradients stand at an anchor, as those of a chunk add up.
+
+    Initially α ≈ 0.98 and μ ≈ 0.5 (Titans gives the ranges, not the values). The initial weights are slow parameters.
+    """
+
+    def __init__(self, dim: int, heads: int, spec: MemorySpec, *, width: int = 4, lr_max: float | None = None) -> None:
+        super().__init__()
+        if dim % heads or spec.key_dim != dim // heads or spec.value_dim != dim // heads:
+            raise ValueError(
+                f"Memory: dim {dim} in {heads} heads gives width {dim / heads:g} a head, but {spec.name} has "
+                f"key_dim={spec.key_dim}, value_dim={spec.value_dim}: make them equal"
+            )
+        self.spec, self.heads = spec, heads
+        anchored = spec.reads_weights and spec.rule.step(spec.key_dim) == 1
+        self.lr_max = (spec.chunk**-0.5 if anchored else 1.0) if lr_max is None else lr_max
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.convolution = ShortConvolution(3 * dim, width)
+        self.kinds = [kind for kind in ("lr", "momentum", "retention") if kind in spec.gates_used]
+        self.lags = spec.bias.window if spec.bias.window > 1 else 0
+        self.gates = nn.Linear(dim, heads * (len(self.kinds) + self.lags))
+        self.gate = nn.Linear(dim, dim, bias=False)
+        self.norm = nn.RMSNorm(spec.value_dim, eps=EPS)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.initial = nn.ParameterList(nn.Parameter(w) for w in spec.init(heads))
+        bias = {"lr": -1.0 if anchored else 0.0, "momentum": 0.0, "retention": 4.0}
+        with torch.no_grad():
+            self.gates.weight.mul_(0.1)
+            view = self.gates.bias.view(heads, -1)
+            for column, kind in enumerate(self.kinds):
+                view[:, column] = bias[kind]
+            if self.lags:  # near the online rule at first
+                view[:, len(self.kinds)] = 3.0
+                view[:, len(self.kinds) + 1 :] = -3.0
+
+    def start(self, lanes: int) -> MemoryLayerState:
+        return MemoryLayerState(self.convolution.start(lanes), self.spec.start(tuple(self.initial), lanes))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MemoryLayerState | None = None,
+        *,
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+        report: Report | None = None,
+    ) -> tuple[Tensor, MemoryLayerState]:
+        state = self.start(x.shape[0]) if state is None else state
+        mixed, tail = self.convolution(self.qkv(x), state.tail, reset=reset, valid=valid)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
+        y, memory = self.spec.scan(
+            tuple(self.initial),
+            l2_norm(q),
+            l2_norm(k),
+            v,
+            self._gates(x),
+            state.memory,
+            reset=reset,
+            valid=valid,
+            report=report,
+        )
+        y = self.norm(y).transpose(1, 2).flatten(2).to(x.dtype)
+        return self.out(y * F.silu(self.gate(x))), MemoryLayerState(tail, memory)
+
+    def levels(self) -> list[Level]:
+        words = self.spec.describe()
+        period = self.spec.chunk if self.spec.reads_weights else 1
+        memory = ["anchor", "weights", *(["momentum"] if self.spec.rule.momentum else []), "position", "faults"]
+        if self.spec.bias.window > 1:
+            memory.append("tail")
+        return [
+            Level(
+                "memory",
+                Period(period, "token"),
+                words["network"],
+                words["bias"],
+                words["retention"],
+                words["rule"],
+                "tokens",
+                "initialization",
+                state_paths=("tail", *(f"memory.{part}" for part in memory)),
+            )
+        ]
+
+    def _gates(self, x: Tensor) -> Gates:
+        raw = self.gates(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [lane, head, time, gate]
+        raw = raw.float() if raw.dtype.itemsize < 4 else raw
+        made: dict[str, Tensor] = {}
+        for column, kind in enumerate(self.kinds):
+            if kind == "lr":
+                made["lr"] = self.lr_max * raw[..., column].sigmoid()
+            else:
+                made[f"log_{kind}"] = F.logsigmoid(raw[..., column])
+        if self.lags:
+            made["window"] = raw[..., len(self.kinds) :].sigmoid()
+        return Gates(**made)

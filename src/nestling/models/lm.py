@@ -1,0 +1,178 @@
+"""The language model: embedding, blocks, norm, head. One forward for training, evaluation, generation and serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nestling.layers import Layer, Level, Period, SwiGLU
+from nestling.memory import Report
+from nestling.state import register
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model was built as.
+
+    ffn: hidden width of the feed-forward networks, solved for so that all models of a size have equally many parameters.
+    """
+
+    name: str
+    size: str
+    dim: int
+    layers: int
+    heads: int
+    vocab_size: int
+    ffn: int
+    chunk: int | None = None
+
+
+@register
+class ModelState(NamedTuple):
+    """One state per block; position `[lane]` on the CPU."""
+
+    blocks: tuple[Any, ...]
+    position: Tensor
+
+
+class Block(nn.Module):
+    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
+
+    def __init__(self, mixer: Layer, dim: int, ffn: int) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.mixer = mixer
+        self.ffn_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.ffn = SwiGLU(dim, ffn)
+
+    def forward(self, x: Tensor, state: Any, **masks: Any) -> tuple[Tensor, Any]:
+        """As a layer's."""
+        y, state = self.mixer(self.mixer_norm(x), state, **masks)
+        x = x + y
+        return x + self.ffn(self.ffn_norm(x)), state
+
+
+class LanguageModel(nn.Module):
+    """`logits, state = model(tokens, state)`; contract C1.
+
+    Args:
+        config: sizes.
+        mixers: one sequence layer per block.
+
+    Weights start at a standard deviation of 0.02, those that write to the residual stream at 0.02/√(2 · layers).
+    """
+
+    def __init__(self, config: ModelConfig, mixers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(mixer, config.dim, config.ffn) for mixer in mixers)
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        for name, weight in self.named_parameters():
+            if name.endswith((".out.weight", ".down.weight")):
+                nn.init.normal_(weight, std=0.02 * (2 * config.layers) ** -0.5)
+            elif name.endswith(("qkv.weight", "gate.weight", "up.weight", "embedding.weight", "head.weight")):
+                nn.init.normal_(weight, std=0.02)
+
+    @property
+    def growth(self) -> Literal["constant", "linear"]:
+        """Whether the state grows with the tokens read (C5)."""
+        return "linear" if any(layer.growth == "linear" for layer in self.mixers()) else "constant"
+
+    def mixers(self) -> list[Layer]:
+        """The blocks' sequence layers."""
+        return [block.mixer for block in self.blocks]  # type: ignore[misc]
+
+    def start(self, lanes: int) -> ModelState:
+        """State of lanes that have read nothing; gradients reach initial memory states through it."""
+        return ModelState(tuple(layer.start(lanes) for layer in self.mixers()), torch.zeros(lanes, dtype=torch.int64))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+        report: Report | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Read tokens with every memory running.
+
+        tokens   int64 `[lane, time]`
+        state    what an earlier call returned; None: fresh lanes
+        reset    bool `[lane, time]`: the lane starts afresh before this token (ignored at an invalid one)
+        valid    bool `[lane, time]`: a token that is not valid changes nothing; its logits mean nothing
+        report   collects what the memories notice, under "blocks.N.mixer"
+
+        Returns logits `[lane, time, vocab]` and the new state.
+        """
+        self._check(tokens, state, reset, valid)
+        state = self.start(tokens.shape[0]) if state is None else state
+        x = self.embedding(tokens)
+        if tokens.shape[1] == 0:
+            return self.head(self.norm(x)), state
+        blocks = []
+        for number, (block, inner) in enumerate(zip(self.blocks, state.blocks, strict=True)):
+            scope = None if report is None else report.scope(f"blocks.{number}.mixer")
+            x, inner = block(x, inner, reset=reset, valid=valid, report=scope)
+            blocks.append(inner)
+        return self.head(self.norm(x)), ModelState(
+            tuple(blocks), _advance(state.position, reset, valid, tokens.shape[1])
+        )
+
+    def levels(self) -> list[Level]:
+        """Every level, fast to slow; the slow weights of all layers are one."""
+        found = [
+            level.under(f"blocks.{number}.mixer")
+            for number, layer in enumerate(self.mixers())
+            for level in layer.levels()
+        ]
+        slow = Level(
+            "slow weights",
+            Period(1, "step"),
+            "all projections, norms and initial states",
+            "next-token cross entropy",
+            "weight decay",
+            "the outer optimizer",
+            "training text",
+            "none",
+            params=tuple(name for name, _ in self.named_parameters()),
+            state_paths=("position",),
+        )
+        return sorted([*found, slow], key=lambda level: level.period.key())
+
+    def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None, valid: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected int64 [lane, time]")
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"tokens lie between {low} and {high}; expected 0 to {self.config.vocab_size - 1}: "
+                    "the text was encoded with another tokenizer"
+                )
+        for name, mask in (("reset", reset), ("valid", valid)):
+            if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(tokens.shape)}"
+                )
+        if state is not None and (len(state.blocks) != len(self.blocks) or len(state.position) != tokens.shape[0]):
+            raise ValueError(
+                f"the state has {len(state.blocks)} blocks and {len(state.position)} lanes; expected {len(self.blocks)} "
+                f"blocks and {tokens.shape[0]} lanes: it was made by another model or for another batch"
+            )
+
+
+def _advance(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: int) -> Tensor:
+    if reset is None and valid is None:
+        return position + time
+    from nestling.layers.stream import advance_position, places
+
+    mask = reset if reset is not None else valid
+    assert mask is not None
+    return advance_position(position, places(reset, valid, mask.shape[0], time, mask.device))

@@ -1,0 +1,105 @@
+"""The parts beside the memories, against loops written here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nestling as nl
+from nestling.layers import Attention, Memory, ShortConvolution, l2_norm
+
+
+def test_short_convolution_is_its_sum_with_resets_and_invalid_tokens() -> None:
+    """y_t = SiLU(Σ_j w_j x of the j-th last valid token since the reset), token by token."""
+    generator = torch.Generator().manual_seed(0)
+    layer = ShortConvolution(5, 4).double()
+    x = torch.randn(3, 17, 5, generator=generator, dtype=torch.float64)
+    reset = torch.rand(3, 17, generator=generator) < 0.15
+    valid = torch.rand(3, 17, generator=generator) < 0.7
+    y, tail = layer(x, reset=reset, valid=valid)
+    for lane in range(3):
+        past: list[torch.Tensor] = []
+        for t in range(17):
+            if not valid[lane, t]:
+                continue
+            if reset[lane, t]:
+                past = []
+            past.append(x[lane, t])
+            expected = sum(layer.weight[j] * past[-1 - j] for j in range(min(4, len(past))))
+            torch.testing.assert_close(y[lane, t], F.silu(expected))
+        kept = [torch.zeros(5, dtype=torch.float64)] * 3 + past
+        torch.testing.assert_close(tail[lane], torch.stack(kept[-3:]))
+
+
+def test_attention_is_nadaraya_watson_over_rotated_keys() -> None:
+    """Each answer is the exp(q·k)-weighted mean of the values so far, the minimizer of the weighted squared error."""
+    torch.manual_seed(0)
+    layer = Attention(8, 2).double()
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    y, _ = layer(x)
+    q, k, v = layer.qkv(x).view(1, 6, 3, 2, 4).unbind(2)
+
+    def rotate(u: torch.Tensor, t: int) -> torch.Tensor:
+        turn = torch.polar(torch.ones(2).double(), t * 10_000.0 ** (-torch.arange(2).double() / 2))
+        z = torch.complex(u[:, :2], u[:, 2:]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    for t in range(6):
+        weights = torch.stack([(rotate(q[0, t], t) * rotate(k[0, s], s)).sum(-1) for s in range(t + 1)]) / 2
+        mixed = (weights.softmax(0)[..., None] * v[0, : t + 1]).sum(0)
+        torch.testing.assert_close(y[0, t], layer.out(mixed.flatten()))
+
+
+def test_l2_norm_is_safe_at_zero() -> None:
+    x = torch.zeros(2, 3, requires_grad=True)
+    y = l2_norm(x)
+    y.sum().backward()
+    assert not y.any()
+    assert torch.isfinite(x.grad).all()
+    torch.testing.assert_close(l2_norm(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))
+
+
+def test_memory_layer_feeds_its_spec_what_it_says() -> None:
+    """The layer around the reference engine, assembled here from its parts."""
+    torch.manual_seed(1)
+    spec = nl.memory.named("titans", key_dim=4, chunk=3)
+    layer = Memory(8, 2, spec).double()
+    x = torch.randn(2, 11, 8, dtype=torch.float64)
+    y, _ = layer(x)
+    mixed, _ = layer.convolution(layer.qkv(x))
+    q, k, v = (p.reshape(2, 11, 2, 4).transpose(1, 2) for p in mixed.chunk(3, -1))
+    raw = layer.gates(x).reshape(2, 11, 2, 3).permute(3, 0, 2, 1)
+    gates = nl.memory.Gates(lr=3**-0.5 * raw[0].sigmoid(), momentum=raw[1].sigmoid(), retention=raw[2].sigmoid())
+    out, _ = nl.memory.scan(spec, tuple(layer.initial), l2_norm(q), l2_norm(k), v, gates, engine="reference")
+    expected = layer.out(layer.norm(out).transpose(1, 2).reshape(2, 11, 8) * F.silu(layer.gate(x)))
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_under_autocast_the_fast_weights_stay_in_float32() -> None:
+    layer = Memory(8, 2, nl.memory.named("titans", key_dim=4)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = layer(torch.randn(1, 20, 8))
+    assert y.dtype == torch.bfloat16
+    assert all(w.dtype == torch.float32 for w in (*state.memory.weights, *state.memory.momentum))
+
+
+def test_reports_reach_through_a_model() -> None:
+    report = nl.Report()
+    model = nl.models.build("titans_lmm")
+    model(torch.randint(257, (2, 9)), report=report)
+    assert list(report) == ["blocks.0.mixer", "blocks.1.mixer"]
+    assert report["blocks.1.mixer"]["surprise"].shape == (2, 2, 9)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Attention(10, 3), "heads"),
+        (lambda: ShortConvolution(3, 0), "width is 0"),
+        (lambda: Memory(8, 2, nl.memory.named("titans", key_dim=8)), "key_dim=8"),
+    ],
+)
+def test_impossible_layers_are_refused_in_words(make, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
