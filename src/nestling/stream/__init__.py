@@ -1,6 +1,6 @@
 """Text → tokens → ordered lanes."""
 
-from nestling.stream.corpus import Corpus, CorpusError, Document, from_paths, standard_library
+from nestling.stream.corpus import Corpus, CorpusError, Document, from_paths, read_documents, standard_library
 from nestling.stream.lanes import Batch, Lanes, StreamError
 from nestling.stream.tokenizer import ByteTokenizer, Tokenizer, TokenizerFile
 
@@ -15,5 +15,6 @@ __all__ = [
     "Tokenizer",
     "TokenizerFile",
     "from_paths",
+    "read_documents",
     "standard_library",
 ]

@@ -84,9 +84,10 @@ class Lanes:
             raise StreamError(
                 f"reset is {reset!r} and segment is {segment}: give a segment length with reset='segment' only"
             )
-        pieces: list[NDArray[np.int64]] = []
+        kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+        pieces: list[NDArray[Any]] = []
         for document in documents:
-            tokens = tokenizer.encode(document.text)
+            tokens = tokenizer.encode(document.text).astype(kind)
             step = len(tokens) if max_document is None else max_document - 1
             pieces.extend(tokens[at : at + step] for at in range(0, len(tokens), max(step, 1)))
         if not pieces:
@@ -96,7 +97,7 @@ class Lanes:
         sizes = np.array([len(piece) + 1 for piece in pieces])
         self._ends = np.cumsum(sizes)
         self._starts = self._ends - sizes
-        self._tokens = np.empty(int(self._ends[-1]), dtype=np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
+        self._tokens = np.empty(int(self._ends[-1]), dtype=kind)
         for start, piece in zip(self._starts, pieces, strict=True):
             self._tokens[start] = self.bos
             self._tokens[start + 1 : start + 1 + len(piece)] = piece

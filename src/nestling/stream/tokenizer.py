@@ -67,7 +67,7 @@ class TokenizerFile:
             self._inner = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file of the tokenizers library: {error}") from error
-        size = self._inner.get_vocab_size()
+        size = 1 + max(self._inner.get_vocab().values(), default=-1)  # numbers may have gaps
         number = size if bos is None else self._inner.token_to_id(bos)
         if number is None:
             raise ValueError(f"{path} has no token {bos!r}: name one of its tokens, or None to add one")
