@@ -1,0 +1,126 @@
+"""Settings: frozen dataclasses that a file or a command line may override, and the errors that refuse what cannot be.
+
+A setting lives in one place, the dataclass beside what it configures, with its default and its help. This module turns
+a mapping (from YAML, TOML or JSON) into such a dataclass and says in words what does not fit. It needs no PyTorch, so
+that `nestling --help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+
+class SettingError(ValueError):
+    """A setting that is unknown, impossible, or at odds with another; the message says what to change."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'lanes'?"` if a known name is close to `name`, otherwise the list of what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f" Did you mean {' or '.join(repr(match) for match in close)}?"
+    return f" There is: {', '.join(known)}."
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML, TOML or JSON file, told apart by suffix; raises `SettingError` for what cannot be
+    read.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".yaml", ".yml", ".toml", ".json"):
+        raise SettingError(f"--config {path}: expected a file ending in .yaml, .yml, .toml or .json.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"--config {path}: cannot be read ({error}).") from error
+    try:
+        if suffix == ".toml":
+            settings: Any = tomllib.loads(text)
+        elif suffix == ".json":
+            settings = json.loads(text)
+        else:
+            import yaml
+
+            try:
+                settings = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(error) from error
+    except ValueError as error:
+        raise SettingError(f"--config {path}: is not valid {suffix[1:].upper()} ({error}).") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise SettingError(f"--config {path}: expected `name: value` pairs, got {type(settings).__name__}.")
+    return settings
+
+
+def override(config: Config, settings: Mapping[str, Any], source: str) -> Config:
+    """`config` (a dataclass instance) with `settings` put in; `-` and `_` are the same in names.
+
+    Values are checked against the field's type: int, float (an int will do), bool, str, Path, Literal, optional, tuples
+    of these (a lone value is a tuple of one) and mappings. Raises `SettingError` naming `source`, the setting, what
+    came and what was expected.
+    """
+    hints = get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            raise SettingError(f"{source}: there is no setting {key!r}.{did_you_mean(name, hints)}")
+        try:
+            values[name] = _fit(value, hints[name])
+        except TypeError as error:
+            raise SettingError(f"{source}: {key} = {value!r}, but expected {error}.") from None
+    try:
+        return dataclasses.replace(config, **values)  # type: ignore[type-var]
+    except SettingError as error:
+        raise SettingError(f"{source}: {error}") from error
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass of settings as what JSON can hold; `override` reads it back."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return settings
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; raises TypeError(what was expected)."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _fit(value, next(argument for argument in arguments if argument is not type(None)))
+    if origin is Literal:
+        if value not in arguments:
+            raise TypeError("one of " + ", ".join(repr(argument) for argument in arguments))
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_fit(item, arguments[0]) for item in items)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise TypeError("a mapping of names to values")
+        return {str(key): item for key, item in value.items()}
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            raise TypeError("a number") from None
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+        raise TypeError(words.get(hint, str(hint)))
+    return value

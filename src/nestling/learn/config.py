@@ -1,0 +1,155 @@
+"""The settings of a training run; `nestling train` and configuration files are made from this class."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
+
+from nestling.config import SettingError
+from nestling.learn.schedule import Shape
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`["dim=128", "norm=layer"]` as a mapping; a value is JSON where it can be read as JSON, text otherwise."""
+    overrides = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"got {pair!r}, but expected NAME=VALUE, for example --set dim=128")
+        try:
+            overrides[name.replace("-", "_")] = json.loads(text)
+        except ValueError:
+            overrides[name.replace("-", "_")] = text
+    return overrides
+
+
+Overrides = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE",
+        instance_from_str=parse_overrides,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={json.dumps(item)}" for name, item in value.items()],
+    ),
+    tyro.conf.arg(name="set", help_behavior_hint=""),
+]
+Minutes = Annotated[float | None, tyro.conf.arg(metavar="MINUTES", help_behavior_hint="")]
+Tokens = Annotated[int | None, tyro.conf.arg(metavar="TOKENS", help_behavior_hint="")]
+Steps = Annotated[int | None, tyro.conf.arg(metavar="STEPS")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
+
+DEFAULT_MINUTES = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a model on text: read it in order, learn from it, write checkpoints and a loss curve.
+
+    Without --data it reads the embedded corpus, the source text of Python's own standard library.
+    Ctrl-C stops after the current step, writes a checkpoint and prints the command that goes on.
+    """
+
+    model: str = "gated_deltanet"
+    """Which model; `nestling levels` lists the names."""
+    size: str = "tiny"
+    """How large: tiny for trying things, up to the sizes of the papers."""
+    overrides: Overrides = field(default_factory=dict)
+    """Settings of the model that differ from its size's, for example --set dim=128 depth=4."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = ()
+    """Files and folders to read: UTF-8 text, .gz of it, .jsonl with a text field. Default: the embedded corpus."""
+    minutes: Minutes = None
+    """How long to train (default 3, if --tokens is not given). The number of tokens is then fixed from the
+    speed of the first steps.
+    """
+    tokens: Tokens = None
+    """How many tokens to train on, instead of --minutes; such a run is deterministic."""
+
+    seed: int = 0
+    """Sets the initial weights and the order of the documents."""
+    out: Folder = None
+    """The run's folder (default runs/MODEL-SIZE-SEED): checkpoints, metrics.jsonl, loss.png, summary.json."""
+    resume: bool = False
+    """Go on with the run in --out, with its own settings; `--resume FOLDER` is short for `--out FOLDER --resume`."""
+
+    lanes: int = 8
+    """Texts read side by side, each with a memory of its own."""
+    length: int = 256
+    """Tokens per lane and step."""
+    carry: Steps = 64
+    """A lane's memory starts afresh at a new document, and at the latest after so many steps (None: never before)."""
+
+    lr: float = 2e-3
+    """Full learning rate of the slow weights."""
+    schedule: Shape = "cosine"
+    """How the learning rate goes down after the warm-up."""
+    warmup: int = 50
+    """Steps until the full learning rate (at most a tenth of the run)."""
+    weight_decay: float = 0.1
+    """Decay of weight matrices; gains, biases, embeddings and initial memories have none."""
+    clip: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
+
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last two are kept."""
+    eval_documents: int = 16
+    """Held-out documents measured at the end, the first 8192 tokens of each (0: none)."""
+
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, mps."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the products of slow weights; fast weights are always at least float32."""
+    threads: Count = None
+    """CPU threads for PyTorch (default: PyTorch's own choice)."""
+
+    def __post_init__(self) -> None:
+        # Absolute, so that a run can be resumed from another working directory.
+        object.__setattr__(self, "data", tuple(str(Path(path).expanduser().absolute()) for path in self.data))
+        if self.minutes is not None and self.tokens is not None:
+            raise SettingError(
+                f"minutes ({self.minutes}) and tokens ({self.tokens}) exclude each other: give one of them."
+            )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise SettingError(f"{name}: got {value}, but expected at least {least}.")
+        if self.minutes is not None and self.minutes == 0:
+            raise SettingError("minutes: got 0, but a run needs more than that.")
+        if self.lr == 0 or self.clip == 0:
+            raise SettingError(f"lr and clip: got {self.lr} and {self.clip}, but both must be more than 0.")
+        for name in ("schedule", "dtype"):
+            choices = get_args(get_type_hints(type(self))[name])
+            if getattr(self, name) not in choices:
+                raise SettingError(f"{name}: got {getattr(self, name)!r}, but expected one of {', '.join(choices)}.")
+
+    def resolved(self) -> TrainConfig:
+        """The same settings with the default budget written out."""
+        return replace(self, minutes=DEFAULT_MINUTES) if self.minutes is None and self.tokens is None else self
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return self.out or Path("runs") / f"{self.model}-{self.size}-{self.seed}"
+
+
+_LEAST = {
+    "minutes": 0,
+    "tokens": 1,
+    "seed": 0,
+    "lanes": 1,
+    "length": 1,
+    "carry": 1,
+    "lr": 0,
+    "warmup": 0,
+    "weight_decay": 0,
+    "clip": 0,
+    "checkpoint_every": 1,
+    "eval_documents": 0,
+    "threads": 1,
+}

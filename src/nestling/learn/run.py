@@ -1,0 +1,278 @@
+"""A training run from its settings to its summary: `train(TrainConfig(model="gated_deltanet", minutes=3))`."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from nestling import models, stream
+from nestling.config import SettingError, did_you_mean, override, to_json
+from nestling.learn import checkpoint, folder
+from nestling.learn.budget import Budget
+from nestling.learn.config import TrainConfig
+from nestling.learn.display import Display, clock
+from nestling.learn.evaluation import Score, bits_per_byte, evaluate, passages
+from nestling.learn.interrupt import Interrupt
+from nestling.learn.learner import Learner
+from nestling.learn.metrics import MetricsLog, draw_curve, read_metrics
+from nestling.learn.optimizer import adamw
+from nestling.learn.schedule import Schedule
+
+EVAL_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. interrupted: the signal that stopped it, or None; bits_per_byte: on held-out text, nan
+    if not measured.
+    """
+
+    out: Path
+    step: int
+    tokens: int
+    seconds: float
+    interrupted: int | None
+    bits_per_byte: float
+
+
+def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
+    """Train, or go on training (`config.resume`), until the budget is spent or Ctrl-C; everything is in the
+    run's folder then.
+
+    Resuming continues bit for bit: weights, optimizer, fast state, place in the text, random generators, budget
+    and counters all come from the checkpoint, and metrics after it are written again. Raises `SettingError` for
+    impossible settings, and `CheckpointError`, `stream.CorpusError` or `LearningError` for what goes wrong on the way.
+    """
+    config = config.resolved()
+    device = open_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    saved = None
+    if config.resume:
+        config = folder.resume(config)
+        if (latest := checkpoint.latest(config.folder / "checkpoints")) is not None:
+            saved = checkpoint.load(latest)
+    else:
+        folder.check_free(config.folder)
+
+    corpus = open_corpus(config.data)
+    tokenizer = stream.ByteTokenizer()
+    lanes = stream.Lanes(corpus.train, tokenizer, config.lanes, config.length, seed=config.seed)
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(device)
+    optimizer = adamw(model, lr=config.lr, weight_decay=config.weight_decay)
+    budget = Budget(**saved.numbers["budget"]) if saved else Budget(tokens=config.tokens, minutes=config.minutes)
+    schedule = Schedule(shape=config.schedule, warmup=config.warmup * config.lanes * config.length)
+    learner = Learner(
+        model,
+        optimizer,
+        lanes,
+        schedule=lambda tokens: schedule(tokens, budget.progress(tokens), budget.total),
+        clip=config.clip,
+        carry=config.carry,
+        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+    )
+    if saved:
+        learner.restore(saved)
+
+    # Only now is anything written: settings that cannot be leave no trace.
+    out = config.folder if config.resume else folder.create(config)
+    with folder.owned(out):
+        checkpoint.clean(out / "checkpoints")
+        spent = saved.numbers["seconds"] if saved else 0.0
+        console = console or Console(stderr=True)
+        describe(config, model, corpus, console)
+        seconds, interrupted = _learn(learner, budget, config, out, spent, console)
+        held_out = math.nan
+        if interrupted is None:
+            held_out, interrupted = _measure(model, corpus, config, console)
+        result = TrainResult(out, learner.progress.step, learner.progress.tokens, seconds, interrupted, held_out)
+        _report(result, config, model, console)
+    return result
+
+
+def _learn(
+    learner: Learner, budget: Budget, config: TrainConfig, out: Path, spent: float, console: Console
+) -> tuple[float, int | None]:
+    """The loop: step, watch the clock, write, show, keep. Returns the seconds of learning so far and the signal
+    that stopped it, or None.
+    """
+    now = learner.progress
+    log = MetricsLog(out / "metrics.jsonl", now.step)
+    start = time.monotonic() - spent
+    seconds = spent
+
+    def complete() -> bool:
+        return budget.total is not None and now.tokens >= budget.total
+
+    def keep() -> None:
+        log.sync()  # first, so that no checkpoint is ahead of its metrics
+        numbers = {"budget": budget.state_dict(), "seconds": seconds, "config": to_json(config)}
+        checkpoint.save(out / "checkpoints", learner.checkpoint(numbers))
+
+    with closing(log), Interrupt() as stop, Display(budget.progress(now.tokens), console) as display:
+        if now.step == 0:
+            keep()  # from the first moment there is something to go on from
+        while not complete() and stop.requested is None:
+            result = learner.step()
+            seconds = time.monotonic() - start
+            recalibrated = budget.observe(now.tokens, seconds)
+
+            log.write(
+                step=now.step,
+                tokens=now.tokens,
+                loss=result.loss,
+                bits_per_byte=result.bits_per_byte,
+                lr=result.lr,
+                grad_norm=result.grad_norm,
+                faults=result.faults,
+                skipped=result.skipped,
+                seconds=round(seconds, 3),
+            )
+            left = None if config.minutes is None else 60 * config.minutes - seconds
+            display.show(result, budget.progress(now.tokens), left)
+            if result.skipped:
+                display.note(
+                    f"step {now.step}: loss or gradient not finite, nothing learned from it ({now.skipped} so far)"
+                )
+            elif result.faults:
+                display.note(f"step {now.step}: the memories refused {result.faults} writes that were not finite")
+
+            if recalibrated or complete() or stop.requested or now.step % config.checkpoint_every == 0:
+                keep()
+    return seconds, stop.requested
+
+
+def _measure(
+    model: nn.Module, corpus: stream.Corpus, config: TrainConfig, console: Console
+) -> tuple[float, int | None]:
+    """Bits per byte on held-out documents, memory running; and the signal that cut it short, or None."""
+    documents = corpus.heldout[: config.eval_documents]
+    scores: list[Score] = []
+    with Interrupt() as stop, console.status(f"measuring on {len(documents)} held-out documents"):
+        for score in evaluate(
+            model, passages(documents, stream.ByteTokenizer(), EVAL_BYTES), lanes=min(8, len(documents) or 1)
+        ):
+            if stop.requested is not None:
+                return math.nan, stop.requested
+            scores.append(score)
+    return bits_per_byte(scores), None
+
+
+def _report(result: TrainResult, config: TrainConfig, model: nn.Module, console: Console) -> None:
+    """Draw the curve, and (for a run that is complete) write the summary; say where things are and what to do next."""
+    out = result.out
+    held_out = None if math.isnan(result.bits_per_byte) else result.bits_per_byte
+    title = f"{config.model} {config.size}, {parameters(model) / 1e6:.2f} M parameters, seed {config.seed}"
+    draw_curve(read_metrics(out / "metrics.jsonl"), out / "loss.png", title, held_out)
+    if result.interrupted is not None:
+        console.print(
+            f"Stopped after step {result.step}; everything is in {out}. Go on with:\n"
+            f"  nestling train --resume {shlex.quote(str(out))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    summary = {
+        "model": config.model,
+        "size": config.size,
+        "seed": config.seed,
+        "parameters": parameters(model),
+        "steps": result.step,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 1),
+        "held_out_bits_per_byte": held_out,
+        "held_out_documents": config.eval_documents,
+        "held_out_bytes_of_each": EVAL_BYTES,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": config.device,
+    }
+    checkpoint.replace_file(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    measured = "" if held_out is None else f", {held_out:.3f} bits per byte on held-out documents"
+    console.print(
+        f"{result.tokens:,} tokens in {clock(result.seconds)}{measured}. Everything is in {out}; try next:\n"
+        f"  nestling generate {shlex.quote(str(out))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model, ready to use. checkpoint: the folder it came from."""
+
+    model: models.LanguageModel
+    tokenizer: stream.Tokenizer
+    config: TrainConfig
+    checkpoint: Path
+
+
+def load_run(path: Path | None = None, device: str = "cpu") -> Run:
+    """The model in a run's folder or in one of its checkpoints; None: the newest run in `runs/`. Raises
+    `CheckpointError`.
+    """
+    target = open_device(device)
+    found = folder.find_checkpoint(path)
+    saved = checkpoint.load(found)
+    config = override(TrainConfig(), saved.numbers["config"], str(found))
+    model = build_model(config).to(target)
+    checkpoint.load_model(model, saved.model, found)
+    return Run(model, stream.ByteTokenizer(), config, found)
+
+
+def build_model(config: TrainConfig) -> models.LanguageModel:
+    """The model that the settings name, with fresh weights; raises `SettingError`."""
+    if config.model not in models.names():
+        raise SettingError(f"model: there is none named {config.model!r}.{did_you_mean(config.model, models.names())}")
+    if config.size not in models.SIZES:
+        raise SettingError(f"size: there is none named {config.size!r}.{did_you_mean(config.size, models.SIZES)}")
+    try:
+        return models.build(config.model, config.size, vocab_size=stream.ByteTokenizer.vocab_size, **config.overrides)
+    except (ValueError, TypeError) as error:
+        raise SettingError(str(error)) from error
+
+
+def open_corpus(data: Sequence[str]) -> stream.Corpus:
+    """The texts at these paths, or the embedded corpus; raises `stream.CorpusError`."""
+    return stream.from_paths(data) if data else stream.standard_library()
+
+
+def open_device(name: str) -> torch.device:
+    """The device, after trying it; raises `SettingError` if there is none of that name here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(
+            f"device: {name!r} cannot be used here ({reason}). Try cpu, or see nestling doctor."
+        ) from error
+    return device
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of slow weights."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def describe(config: TrainConfig, model: nn.Module, corpus: stream.Corpus, console: Console) -> None:
+    """One line: what is going to learn from what."""
+    size = sum(len(document.text) for document in corpus.train)
+    source = "the embedded corpus" if not config.data else ", ".join(config.data)
+    console.print(
+        f"{config.model} {config.size} ({parameters(model) / 1e6:.2f} M parameters) reads {source}: "
+        f"{len(corpus.train)} documents, {size / 1e6:.1f} M characters; {len(corpus.heldout)} held out",
+        highlight=False,
+        soft_wrap=True,
+    )
