@@ -1,0 +1,1 @@
+"""Tasks and measurements that show what a memory is worth."""

@@ -1,0 +1,201 @@
+"""The command `nestling`: one thin module per verb in `nestling.commands`, each a dataclass of settings and a `run`.
+
+Exit codes: 0 done; 1 something went wrong on the way (a missing file, a damaged checkpoint, a full disk); 2 the
+settings cannot be; 130 or 143 stopped by Ctrl-C or by a request to terminate. Bad input is answered by one
+message and never by a traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from nestling.config import SettingError, did_you_mean, override, read_file
+
+
+class Verb(NamedTuple):
+    """One verb: what it does, its settings (a dataclass with defaults for all) and its function (settings →
+    exit code), by name.
+
+    Both are imported only when the verb is used; the module of the settings should not import PyTorch, so that
+    help is quick.
+    """
+
+    about: str
+    settings: str
+    function: str
+
+
+VERBS = {
+    "train": Verb("train a model on text", "nestling.learn.config:TrainConfig", "nestling.commands.train:run"),
+    "eval": Verb(
+        "measure a trained model: bits per byte, overall and by position in the document",
+        "nestling.commands.eval:EvalConfig",
+        "nestling.commands.eval:run",
+    ),
+    "generate": Verb(
+        "let a trained model read, and then write",
+        "nestling.commands.generate:GenerateConfig",
+        "nestling.commands.generate:run",
+    ),
+    "levels": Verb(
+        "show what learns in a model, and how often",
+        "nestling.commands.levels:LevelsConfig",
+        "nestling.commands.levels:run",
+    ),
+    "doctor": Verb(
+        "check that everything Nestling needs is here and works",
+        "nestling.commands.doctor:DoctorConfig",
+        "nestling.commands.doctor:run",
+    ),
+    "demo": Verb(
+        "train for three minutes, then show what makes a model that learns while it reads different",
+        "nestling.commands.demo:DemoConfig",
+        "nestling.commands.demo:run",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command: run it with `argv` (default: the command line's) and exit."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Parse, call, and turn what goes wrong into a message and an exit code. (Help and errors of parsing exit
+    by themselves.)
+    """
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(overview())
+            return 0
+        if argv[0] == "--version":
+            print(f"nestling {version('nestling')}")
+            return 0
+        verb = argv[0]
+        if verb not in VERBS:
+            raise SettingError(f"there is no verb {verb!r}.{did_you_mean(verb, VERBS)}")
+        config = parse(verb, argv[1:])
+        return int(_named(VERBS[verb].function)(config))
+    except SettingError as error:
+        print(f"nestling: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nestling: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away (| head): not our failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise  # a defect of ours: the traceback is what helps
+        print(f"nestling: {message}", file=sys.stderr)
+        return 1
+
+
+def overview() -> str:
+    """The text of `nestling --help`."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {verb.about}" for name, verb in VERBS.items())
+    return (
+        "Nestling: language models that keep learning while you use them.\n\n"
+        f"usage: nestling VERB [OPTIONS]\n\n{verbs}\n\n"
+        "nestling VERB --help shows a verb's options. --config FILE (YAML, TOML or JSON) gives any verb defaults\n"
+        "that options override. Start with: nestling train --minutes 3"
+    )
+
+
+def parse(verb: str, argv: list[str]) -> Any:
+    """The settings of `verb`: defaults, then what `--config FILE` says, then the options; raises `SettingError`."""
+    kind = _named(VERBS[verb].settings)
+    argv, file = _take_config(argv)
+    default = kind()
+    if verb == "train":
+        argv = _spell_out_resume(argv)
+        if "--resume" in argv and "--help" not in argv and "-h" not in argv:
+            from nestling.learn.folder import read_config
+
+            # The run's own settings are the defaults, so that only what is said otherwise differs (and is refused).
+            asked = _cli(verb, kind, override(default, read_file(file), f"--config {file}") if file else default, argv)
+            default = dataclasses.replace(read_config(asked.folder), out=asked.folder)
+    if file is not None:
+        settings = read_file(file)
+        if _given("--tokens", argv):  # an option overrides the file, also where both could not stand together
+            settings.pop("minutes", None)
+        if _given("--minutes", argv):
+            settings.pop("tokens", None)
+        default = override(default, settings, f"--config {file}")
+    return _cli(verb, kind, default, argv)
+
+
+def explain(error: Exception) -> str | None:
+    """One message for an ordinary failure; None for what only a defect can raise."""
+    import torch
+
+    from nestling.learn.checkpoint import CheckpointError
+    from nestling.learn.learner import LearningError
+    from nestling.state import StateError
+    from nestling.stream import CorpusError, StreamError
+
+    if isinstance(error, CheckpointError | LearningError | StateError | CorpusError | StreamError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
+        return "out of memory: try fewer --lanes, a shorter --length or a smaller --size."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError):
+        return str(error)
+    return None
+
+
+def _named(place: str) -> Any:
+    """What `module:name` names."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _cli(verb: str, kind: type, default: Any, argv: list[str]) -> Any:
+    return tyro.cli(kind, default=default, args=argv, prog=f"nestling {verb}")
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
+    """`argv` without `--config FILE` (or `--config=FILE`), and the file."""
+    rest, file = [], None
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            given = next(words, None)
+            if given is None:
+                raise SettingError("--config: expected a file after it.")
+            file = Path(given)
+        elif word.startswith("--config="):
+            file = Path(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    return rest, file
+
+
+def _spell_out_resume(argv: list[str]) -> list[str]:
+    """`--resume FOLDER` as `--resume --out FOLDER`."""
+    spelled = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        if word.startswith("--resume="):
+            spelled += ["--resume", "--out", word.removeprefix("--resume=")]
+        elif before == "--resume" and not word.startswith("-"):
+            spelled += ["--out", word]
+        else:
+            spelled.append(word)
+    return spelled
+
+
+def _given(option: str, argv: list[str]) -> bool:
+    return any(word == option or word.startswith(f"{option}=") for word in argv)

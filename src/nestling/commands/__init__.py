@@ -1,0 +1,1 @@
+"""The verbs of the command line: each module is a dataclass of settings and `run(settings) -> exit code`."""

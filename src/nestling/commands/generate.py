@@ -1,0 +1,103 @@
+"""`nestling generate`: a trained model reads, learns from it, and writes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from nestling.config import SettingError
+
+if TYPE_CHECKING:
+    from nestling.stream import Tokenizer
+
+Run = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Let a trained model write, printing as it goes; its memory learns from what it reads and from what it writes."""
+
+    run: Run = None
+    """The run's folder, or one checkpoint of it. Default: the newest run in runs/."""
+    prompt: str = ""
+    """The text to go on from; - takes it from standard input."""
+    prompt_file: File = None
+    """A file with the text to go on from."""
+    read: File = None
+    """A document (or a folder of them) to read and learn from first."""
+    count: int = 400
+    """Tokens to write."""
+    temperature: float = 0.8
+    """Below 1: safer; above 1: wilder; 0: always the likeliest token."""
+    top_p: float = 0.95
+    """Choose among the fewest tokens whose probabilities reach this sum."""
+    seed: int = 0
+    """The same seed writes the same text."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, mps."""
+
+    def __post_init__(self) -> None:
+        if self.prompt and self.prompt_file:
+            raise SettingError("prompt and prompt-file exclude each other: give one of them.")
+        if self.count < 1:
+            raise SettingError(f"count: got {self.count}, but expected at least 1.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise SettingError(f"temperature {self.temperature} must be at least 0, and top-p {self.top_p} in (0, 1].")
+
+
+def run(config: GenerateConfig) -> int:
+    """Read, write, 0."""
+    import torch
+
+    from nestling.learn import generate, load_run, read
+    from nestling.stream import from_paths
+
+    prompt = _prompt(config)
+    documents = [] if config.read is None else from_paths([config.read]).train
+    loaded = load_run(config.run, config.device)
+    bos = loaded.tokenizer.bos
+    state = None
+    for document in documents:
+        state = read(loaded.model, [bos, *loaded.tokenizer.encode(document.text).tolist()], state)
+    tokens = generate(
+        loaded.model,
+        [bos, *loaded.tokenizer.encode(prompt).tolist()],
+        state,
+        count=config.count,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        banned=[bos],  # opens documents, and is never predicted
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    print(prompt, end="", flush=True)
+    for piece in _pieces((token for token, _ in tokens), loaded.tokenizer):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _prompt(config: GenerateConfig) -> str:
+    if config.prompt_file is not None:
+        try:
+            return config.prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SettingError(f"prompt-file: {config.prompt_file} is not UTF-8 text ({error}).") from error
+    return sys.stdin.read() if config.prompt == "-" else config.prompt
+
+
+def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Text as soon as whole characters are there; what is no UTF-8 becomes U+FFFD."""
+    waiting: list[int] = []
+    for token in tokens:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd") or len(waiting) >= 4:  # no character has more than four bytes
+            yield text
+            waiting.clear()
+    yield tokenizer.decode(waiting)

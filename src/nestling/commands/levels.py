@@ -1,0 +1,101 @@
+"""`nestling levels`: the nested system of a model, from the fastest to the slowest thing that learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from nestling.learn.config import Overrides, TrainConfig
+
+if TYPE_CHECKING:
+    from nestling.layers import Level
+
+Run = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class LevelsConfig:
+    """Show every level of a model: what learns, how often, from what, and what its memory is made of."""
+
+    run: Run = None
+    """A run's folder or one of its checkpoints, instead of --model and --size."""
+    model: str = "gated_deltanet"
+    """Which model."""
+    size: str = "tiny"
+    """How large."""
+    overrides: Overrides = field(default_factory=dict)
+    """Settings of the model that differ from its size's, for example --set dim=128 layers=4."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def run(config: LevelsConfig) -> int:
+    """Print the table, 0."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from nestling import models
+    from nestling.learn import adamw
+    from nestling.learn.folder import find_checkpoint, read_config
+    from nestling.learn.run import build_model, parameters
+
+    if config.run is not None:
+        folder = config.run if (config.run / "config.json").exists() else find_checkpoint(config.run).parent.parent
+        settings = read_config(folder)
+    else:
+        settings = TrainConfig(model=config.model, size=config.size, overrides=config.overrides)
+    with torch.device("meta"):  # names and sizes are all that is asked for
+        model = build_model(settings)
+    levels = models.levels(model, adamw(model))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if config.json:
+        rows = [dataclasses.asdict(level) | {"period": str(level.period)} for level in levels]
+        print(json.dumps({"model": settings.model, "size": settings.size, "levels": rows}, indent=1))
+        return 0
+    table = Table(
+        title=f"{settings.model} {settings.size}: {parameters(model) / 1e6:.2f} M slow weights, "
+        f"state {'grows with the text' if model.growth == 'linear' else 'of constant size'}",
+        title_justify="left",
+        show_lines=True,
+    )
+    for column in ("level", "what it is", "slow weights"):
+        table.add_column(column, overflow="fold")
+    for name, level in merge(levels):
+        count = sum(sizes[parameter] for parameter in level.params)
+        what = {
+            "network": level.network,
+            "objective": level.bias,
+            "retention": level.retention,
+            "rule": level.rule,
+            "learns from": level.flow,
+            "hands on by": level.transfer,
+        }
+        lines = Text("\n").join(Text.assemble((f"{word:12}", "dim"), text) for word, text in what.items())
+        table.add_row(f"{name}\nevery {level.period}", lines, f"{count:,}" if count else "–")
+    console = Console()
+    console.print(table)
+    console.print(f"Models: {', '.join(models.names())}. Sizes: {', '.join(models.SIZES)}.", highlight=False)
+    return 0
+
+
+def merge(levels: Sequence[Level]) -> list[tuple[str, Level]]:
+    """Levels that differ in nothing but their block as one line, `blocks.*.mixer.memory (4 times)`, in the order of the first."""
+    groups: dict[Level, list[Level]] = {}
+    for level in levels:
+        kind = dataclasses.replace(level, name=re.sub(r"\d+", "*", level.name, count=1), params=(), state_paths=())
+        groups.setdefault(kind, []).append(level)
+    lines = []
+    for kind, members in groups.items():
+        name = members[0].name if len(members) == 1 else f"{kind.name} ({len(members)} times)"
+        params = tuple(name for member in members for name in member.params)
+        lines.append((name, dataclasses.replace(members[0], params=params)))
+    return lines

@@ -1,0 +1,57 @@
+"""The demo's measuring core against plain loops, on tiny untrained models."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nestling as nl
+from nestling.bench.adaptation import draw, measure
+from nestling.stream import ByteTokenizer, Document
+
+
+def documents() -> list[Document]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Document(str(i), bytes(torch.randint(97, 123, (size,), generator=generator).tolist()).decode())
+        for i, size in enumerate((70, 64, 20))
+    ]
+
+
+@torch.no_grad()
+def test_rows_equal_loops_over_the_documents(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, baseline = nl.models.build("titans_lmm"), nl.models.build("transformer")
+    result = measure(model, baseline, documents(), ByteTokenizer(), segment=16, length=64, lanes=2)
+    assert result.edges == (0, 4, 8, 16, 32, 64)
+    assert result.names == ("0", "1"), "the third document is too short"
+    for row, document in enumerate(documents()[:2]):
+        tokens = torch.cat([torch.tensor([256]), torch.from_numpy(ByteTokenizer().encode(document.text))])[None]
+
+        def bits(logits: torch.Tensor, first: int, last: int, tokens: torch.Tensor = tokens) -> float:
+            nats = F.cross_entropy(logits[0, first:last], tokens[0, first + 1 : last + 1])
+            return float(nats) / math.log(2)
+
+        whole, state = model(tokens[:, :69])
+        again, _ = model(tokens[:, :69], state)
+        assert abs(bits(whole, 32, 64) - float(result.rows["running"][row, -1])) < 1e-4
+        pieces = torch.cat([model(tokens[:, at : at + 16])[0] for at in range(0, 64, 16)], 1)
+        assert abs(bits(pieces, 32, 64) - float(result.rows["erased"][row, -1])) < 1e-4
+        pieces = torch.cat([baseline(tokens[:, at : at + 16])[0] for at in range(0, 64, 16)], 1)
+        assert abs(bits(pieces, 32, 64) - float(result.rows["transformer"][row, -1])) < 1e-4
+        if len(document.text) < 69:  # read whole, so the second reading starts where the first ended
+            assert abs(bits(again, 32, 64) - float(result.rows["second"][row, -1])) < 1e-4
+    gain, error = result.gain("running", "erased")
+    assert gain.shape == error.shape == (5,)
+    assert gain[0] == 0, "inside the first segment nothing has been erased"
+    draw(result, tmp_path / "plot.png", title="test", segment=16)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_documents_that_are_all_too_short_are_refused() -> None:
+    with pytest.raises(ValueError, match="shorter length"):
+        measure(nl.models.build("deltanet"), None, documents(), ByteTokenizer(), segment=16, length=500)
