@@ -2,6 +2,7 @@
 
 from nestling.layers.attention import Attention, AttentionState
 from nestling.layers.base import Layer
+from nestling.layers.continuum import Continuum, ContinuumState
 from nestling.layers.convolution import ShortConvolution
 from nestling.layers.level import Level, Period
 from nestling.layers.memory import Memory, MemoryLayerState
@@ -11,6 +12,8 @@ from nestling.layers.norm import l2_norm
 __all__ = [
     "Attention",
     "AttentionState",
+    "Continuum",
+    "ContinuumState",
     "Layer",
     "Level",
     "Memory",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Unit = Literal["token", "step"]
@@ -50,17 +50,12 @@ class Level:
     params: tuple[str, ...] = ()
     state_paths: tuple[str, ...] = ()
 
-    def under(self, prefix: str) -> Level:
-        """The same level inside a larger module."""
-        return Level(
-            f"{prefix}.{self.name}" if self.name else prefix,
-            self.period,
-            self.network,
-            self.bias,
-            self.retention,
-            self.rule,
-            self.flow,
-            self.transfer,
-            tuple(f"{prefix}.{p}" for p in self.params),
-            tuple(f"{prefix}.{p}" for p in self.state_paths),
+    def under(self, prefix: str, state: str | None = None) -> Level:
+        """The same level inside a larger module, whose state stands under `state` (default: the same prefix)."""
+        state = prefix if state is None else state
+        return replace(
+            self,
+            name=f"{prefix}.{self.name}" if self.name else prefix,
+            params=tuple(f"{prefix}.{p}" for p in self.params),
+            state_paths=tuple(f"{state}.{p}" for p in self.state_paths),
         )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nestling.layers import Layer, Level, Period, SwiGLU
+from nestling import state as fast
+from nestling.layers import Continuum, ContinuumState, Layer, Level, Period
+from nestling.layers.continuum import Moved
 from nestling.memory import Report
+from nestling.models import windows
+from nestling.models.windows import Open
 from nestling.state import register
 
 
@@ -18,7 +22,9 @@ from nestling.state import register
 class ModelConfig:
     """What a model was built as.
 
-    ffn: hidden width of the feed-forward networks, solved for so that all models of a size have equally many parameters.
+    ffn      hidden width of a feed-forward network, solved for so that all models of a size have equally many parameters
+    chunk    anchoring period of chunk-wise memories in tokens
+    periods  tokens between two updates of each level of the continuum; empty: feed-forward blocks that only the outer loop moves
     """
 
     name: str
@@ -29,31 +35,38 @@ class ModelConfig:
     vocab_size: int
     ffn: int
     chunk: int | None = None
+    periods: tuple[int, ...] = ()
 
 
 @register
 class ModelState(NamedTuple):
-    """One state per block; position `[lane]` on the CPU."""
+    """What a model carries from call to call, per lane.
+
+    blocks     the state of each block's sequence layer
+    position   tokens since the lane's start or last reset, int64 `[lane]`, on the CPU
+    continuum  fast weights of the feed-forward levels that learn from tokens, one entry per block that has such
+    open       the window whose losses are not yet differentiated; None where nothing learns from the model's loss
+    """
 
     blocks: tuple[Any, ...]
     position: Tensor
+    continuum: tuple[ContinuumState, ...] = ()
+    open: Open | None = None
 
 
 class Block(nn.Module):
-    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
+    """x + mixer(RMSNorm(x)), then a chain of feed-forward levels; with one that no token moves, a transformer's block."""
 
-    def __init__(self, mixer: Layer, dim: int, ffn: int) -> None:
+    def __init__(self, mixer: Layer, dim: int, ffn: int, periods: Sequence[int | None] = (None,)) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(dim, eps=1e-6)
         self.mixer = mixer
-        self.ffn_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.ffn = SwiGLU(dim, ffn)
+        self.ffn = Continuum(dim, ffn, periods)
 
-    def forward(self, x: Tensor, state: Any, **masks: Any) -> tuple[Tensor, Any]:
-        """As a layer's."""
+    def forward(self, x: Tensor, state: Any, delta: Moved | None = None, **masks: Any) -> tuple[Tensor, Any]:
+        """As a layer's; delta: what the lanes' own learning adds to the feed-forward weights."""
         y, state = self.mixer(self.mixer_norm(x), state, **masks)
-        x = x + y
-        return x + self.ffn(self.ffn_norm(x)), state
+        return self.ffn(x + y, delta), state
 
 
 class LanguageModel(nn.Module):
@@ -70,7 +83,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(mixer, config.dim, config.ffn) for mixer in mixers)
+        self.blocks = nn.ModuleList(Block(mixer, config.dim, config.ffn, config.periods or (None,)) for mixer in mixers)
+        self.learning = [n for n in range(len(mixers)) if self.continuum(n).window is not None]
+        """Blocks with levels that learn from tokens."""
+        self.window = min((w for n in self.learning if (w := self.continuum(n).window)), default=None)
+        """Tokens between two gradients of the model's loss; None where no level learns from it."""
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
@@ -88,9 +105,21 @@ class LanguageModel(nn.Module):
         """The blocks' sequence layers."""
         return [block.mixer for block in self.blocks]  # type: ignore[misc]
 
+    def continuum(self, number: int) -> Continuum:
+        """The feed-forward levels of a block."""
+        return self.blocks[number].ffn  # type: ignore[return-value]
+
     def start(self, lanes: int) -> ModelState:
         """State of lanes that have read nothing; gradients reach initial memory states through it."""
-        return ModelState(tuple(layer.start(lanes) for layer in self.mixers()), torch.zeros(lanes, dtype=torch.int64))
+        blocks = tuple(layer.start(lanes) for layer in self.mixers())
+        state = ModelState(blocks, torch.zeros(lanes, dtype=torch.int64))
+        if self.window is None:
+            return state
+        tokens = torch.zeros(lanes, self.window, dtype=torch.int64, device=self.embedding.weight.device)
+        return state._replace(
+            continuum=tuple(c for n in self.learning if (c := self.continuum(n).start(lanes)) is not None),
+            open=Open(tokens, fast.detach(blocks)),
+        )
 
     def forward(
         self,
@@ -113,25 +142,44 @@ class LanguageModel(nn.Module):
         """
         self._check(tokens, state, reset, valid)
         state = self.start(tokens.shape[0]) if state is None else state
-        x = self.embedding(tokens)
         if tokens.shape[1] == 0:
-            return self.head(self.norm(x)), state
-        blocks = []
-        for number, (block, inner) in enumerate(zip(self.blocks, state.blocks, strict=True)):
+            return self.head(self.norm(self.embedding(tokens))), state
+        if self.window is not None:
+            return windows.read(self, tokens, state, reset, valid, report)
+        logits, blocks = self.read(tokens, state.blocks, reset=reset, valid=valid, report=report)
+        return logits, ModelState(blocks, _advance(state.position, reset, valid, tokens.shape[1]))
+
+    def read(
+        self, tokens: Tensor, blocks: Sequence[Any], deltas: Sequence[Moved] | None = None, **masks: Any
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Logits and the sequence layers' new states, the feed-forward weights standing still.
+
+        deltas: what the lanes' own learning adds to the weights, one entry per block in `learning`; None: nothing.
+        """
+        report: Report | None = masks.pop("report", None)
+        moved = {} if deltas is None else dict(zip(self.learning, deltas, strict=True))
+        x, after = self.embedding(tokens), []
+        for number, (block, inner) in enumerate(zip(self.blocks, blocks, strict=True)):
             scope = None if report is None else report.scope(f"blocks.{number}.mixer")
-            x, inner = block(x, inner, reset=reset, valid=valid, report=scope)
-            blocks.append(inner)
-        return self.head(self.norm(x)), ModelState(
-            tuple(blocks), _advance(state.position, reset, valid, tokens.shape[1])
-        )
+            x, inner = block(x, inner, moved.get(number), report=scope, **masks)
+            after.append(inner)
+        return self.head(self.norm(x)), tuple(after)
 
     def levels(self) -> list[Level]:
         """Every level, fast to slow; the slow weights of all layers are one."""
         found = [
-            level.under(f"blocks.{number}.mixer")
+            level.under(f"blocks.{number}.mixer", f"blocks.{number}")
             for number, layer in enumerate(self.mixers())
             for level in layer.levels()
         ]
+        learned = [
+            level.under(f"blocks.{number}.ffn", f"continuum.{place}")
+            for place, number in enumerate(self.learning)
+            for level in self.continuum(number).levels()
+        ]
+        if learned:  # what the losses of a window need belongs to the level that learns with every window
+            first = min(range(len(learned)), key=lambda n: learned[n].period.n)
+            learned[first] = replace(learned[first], state_paths=(*learned[first].state_paths, "open"))
         slow = Level(
             "slow weights",
             Period(1, "step"),
@@ -144,7 +192,7 @@ class LanguageModel(nn.Module):
             params=tuple(name for name, _ in self.named_parameters()),
             state_paths=("position",),
         )
-        return sorted([*found, slow], key=lambda level: level.period.key())
+        return sorted([*found, *learned, slow], key=lambda level: level.period.key())
 
     def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None, valid: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):

@@ -15,35 +15,50 @@ from nestling.models.lm import LanguageModel, ModelConfig
 
 @dataclass(frozen=True)
 class Size:
-    """Width, blocks, heads, and the anchoring period of chunk-wise memories in tokens."""
+    """Width, blocks, heads, the anchoring period of chunk-wise memories and the periods of a continuum, in tokens."""
 
     dim: int
     layers: int
     heads: int
     chunk: int
+    periods: tuple[int, ...]
 
 
 SIZES = {
-    "tiny": Size(32, 2, 2, 4),
-    "small": Size(192, 4, 4, 16),
-    "base": Size(384, 8, 6, 16),
-    "340M": Size(1024, 24, 16, 64),
-    "760M": Size(1536, 24, 16, 64),
-    "1.3B": Size(2048, 24, 16, 64),
+    "tiny": Size(32, 2, 2, 4, (4, 8)),
+    "small": Size(192, 4, 4, 16, (64, 256)),
+    "base": Size(384, 8, 6, 16, (64, 256, 1024)),
+    "340M": Size(1024, 24, 16, 64, (512, 2048, 8192)),
+    "760M": Size(1536, 24, 16, 64, (512, 2048, 8192)),
+    "1.3B": Size(2048, 24, 16, 64, (512, 2048, 8192)),
 }
 """tiny is for tests, small (about 2 M parameters) for a laptop; the large ones are the papers' (Miras, Table 5)."""
 
 Mixer = Callable[[ModelConfig], Layer]
-_MODELS: dict[str, tuple[str, Mixer]] = {}
 
 
-def register(name: str, description: str) -> Callable[[Mixer], Mixer]:
-    """Decorator: a function from config to a block's sequence layer becomes a named model."""
+@dataclass(frozen=True)
+class Entry:
+    """A named model: what it is in a sentence, its blocks' sequence layer, whether its feed-forward levels learn from tokens."""
+
+    description: str
+    mixer: Mixer
+    continuum: bool
+
+
+_MODELS: dict[str, Entry] = {}
+
+
+def register(name: str, description: str, *, continuum: bool = False) -> Callable[[Mixer], Mixer]:
+    """Decorator: a function from config to a block's sequence layer becomes a named model.
+
+    continuum: its feed-forward networks are a Continuum Memory System with the size's periods.
+    """
 
     def add(mixer: Mixer) -> Mixer:
         if name in _MODELS:
             raise ValueError(f"a model named {name!r} is registered already")
-        _MODELS[name] = (description, mixer)
+        _MODELS[name] = Entry(description, mixer, continuum)
         return mixer
 
     return add
@@ -56,23 +71,25 @@ def names() -> list[str]:
 
 def describe(name: str) -> str:
     """One sentence on a named model."""
-    return _entry(name)[0]
+    return _entry(name).description
 
 
 def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: Any) -> LanguageModel:
     """A fresh model.
 
-    overrides: dim, layers, heads, ffn, chunk. Unless ffn is given it is solved for, so that all models of a size have as many
-    parameters as the transformer (to within one hidden unit a block). Raises ValueError for what cannot be built.
+    overrides: dim, layers, heads, ffn, chunk, periods (of models that have a continuum). Unless ffn is given it is solved
+    for, so that all models of a size have as many parameters as the transformer (to within one hidden unit a block).
+
+    Raises ValueError for what cannot be built.
     """
-    _entry(name)
+    entry = _entry(name)
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not known; expected one of: {', '.join(SIZES)}")
-    if unknown := sorted(set(overrides) - {"dim", "layers", "heads", "ffn", "chunk"}):
-        raise ValueError(
-            f"{name} has no setting {', '.join(unknown)}; expected some of: dim, layers, heads, ffn, chunk"
-        )
+    known = ["dim", "layers", "heads", "ffn", "chunk", *(["periods"] if entry.continuum else [])]
+    if unknown := sorted(set(overrides) - set(known)):
+        raise ValueError(f"{name} has no setting {', '.join(unknown)}; expected some of: {', '.join(known)}")
     given = SIZES[size]
+    periods = tuple(overrides.pop("periods", given.periods)) if entry.continuum else ()
     numbers = {"dim": given.dim, "layers": given.layers, "heads": given.heads, "chunk": given.chunk, **overrides}
     for setting, number in (*numbers.items(), ("vocab_size", vocab_size)):
         if not isinstance(number, int) or number < 1:
@@ -80,7 +97,8 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
     ffn = numbers.pop("ffn", None)
 
     def config(kind: str, hidden: int) -> ModelConfig:
-        return ModelConfig(kind, size, vocab_size=vocab_size, ffn=hidden, **numbers)
+        here = periods if kind == name else ()
+        return ModelConfig(kind, size, vocab_size=vocab_size, ffn=hidden, periods=here, **numbers)
 
     if ffn is None:
         dim = numbers["dim"]
@@ -88,7 +106,7 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
         target = _count(config("transformer", standard))
         without, one = (_count(config(name, hidden)) for hidden in (1, 2))
         ffn = 1 + round((target - without) / (one - without))
-        if ffn < dim // 2:
+        if ffn * max(len(periods), 1) < dim // 2:
             raise ValueError(
                 f"{name} at size {size} would need a feed-forward width of {ffn} to be as large as the transformer: "
                 "raise dim or give ffn"
@@ -106,15 +124,14 @@ def levels(model: LanguageModel, optimizer: torch.optim.Optimizer | None = None)
     return [replace(x, rule=type(optimizer).__name__) if x.period.unit == "step" else x for x in found]
 
 
-def _entry(name: str) -> tuple[str, Mixer]:
+def _entry(name: str) -> Entry:
     if name not in _MODELS:
         raise ValueError(f"model {name!r} is not known; expected one of: {', '.join(names())}")
     return _MODELS[name]
 
 
 def _make(config: ModelConfig) -> LanguageModel:
-    mixer = _MODELS[config.name][1]
-    return LanguageModel(config, [mixer(config) for _ in range(config.layers)])
+    return LanguageModel(config, [_MODELS[config.name].mixer(config) for _ in range(config.layers)])
 
 
 def _count(config: ModelConfig) -> int:

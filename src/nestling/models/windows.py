@@ -1,0 +1,281 @@
+"""Reading with levels that learn from the language-model loss (Nested Learning, eq. 71; the task loss as error).
+
+A lane's stream is cut into windows, the fastest such period, counted from its position 0. When a window's last token has been
+read, the losses of the targets inside the window are differentiated once, with respect to the weights of every level in every
+block, the state at the window's start being a constant, and the levels do what they do with it (`Continuum.learn`).
+
+So that a split inside a window changes nothing, the state holds `Open`: the window's tokens so far and the state of all
+sequence layers at its start. A window read in one piece is differentiated on the forward's own graph; one that was split is read
+again from `Open`, which is the definition of the other. This is the one place where autograd works inside a forward, so it does
+so whatever mode the caller is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling import state as fast
+from nestling.layers.continuum import ContinuumState, Moved
+from nestling.memory import Report
+from nestling.memory.layout import layout
+from nestling.state import register
+
+if TYPE_CHECKING:
+    from nestling.models.lm import LanguageModel, ModelState
+
+
+@register
+class Open(NamedTuple):
+    """The window that a lane is in.
+
+    tokens  `[lane, window]` int64, zeros behind those read so far (how many, the position says)
+    blocks  the sequence layers' states at the window's start, without history
+    """
+
+    tokens: Tensor
+    blocks: tuple[Any, ...]
+
+
+class Piece(NamedTuple):
+    """Part of a call in which no lane passes the end of its window, nor a reset.
+
+    at       `[lane, n]`: which tokens of the call;  mask: bool, the place is filled;  None: all are
+    fresh    bool `[lane]` (CPU): the lane is put at position 0 before;  None: no lane is
+    closing  bool `[lane]` (CPU): the lane's window ends with the piece
+    length   tokens per lane `[lane]` (CPU)
+    """
+
+    at: Tensor
+    mask: Tensor | None
+    fresh: Tensor | None
+    closing: Tensor
+    length: Tensor
+
+
+def read(
+    model: LanguageModel,
+    tokens: Tensor,
+    state: ModelState,
+    reset: Tensor | None,
+    valid: Tensor | None,
+    report: Report | None,
+) -> tuple[Tensor, ModelState]:
+    """`LanguageModel.forward` piece by piece."""
+    time = tokens.shape[1]
+    cut = list(pieces(state.position, time, reset, valid, model.window or time))
+    outputs, notes = [], []
+    for piece in cut:
+        note = None if report is None else Report()
+        logits, state = _piece(model, tokens.gather(1, piece.at.to(tokens.device)), state, piece, note)
+        outputs.append(logits)
+        notes.append(note)
+    if not cut:  # no valid token at all
+        return model.embedding.weight.new_zeros(*tokens.shape, model.config.vocab_size), state
+    whole = all(piece.mask is None for piece in cut) and reset is None and valid is None
+    if report is not None:
+        _merge(report, [note for note in notes if note is not None], cut, time)
+    if whole:
+        return torch.cat(outputs, 1), state
+    return _place(outputs, cut, (tokens.shape[0], time), 1), state
+
+
+def pieces(position: Tensor, time: int, reset: Tensor | None, valid: Tensor | None, window: int) -> Iterator[Piece]:
+    """Cut a call at every lane's own window ends and resets."""
+    cut = layout(position, time, reset, valid, period=window, tile=window, halo=0)
+    for number in range(cut.tokens.shape[1]):
+        index = cut.tokens[:, number]
+        mask = torch.ones_like(index, dtype=torch.bool) if cut.ok is None else cut.ok[:, number]
+        count = mask.sum(1)
+        longest = int(count.max())
+        index, mask = index[:, :longest], mask[:, :longest]
+        fresh = None if cut.reset is None or not bool(cut.reset[number].any()) else cut.reset[number]
+        yield Piece(index, None if bool(mask.all()) else mask, fresh, cut.border[number], count)
+
+
+def _piece(
+    model: LanguageModel, tokens: Tensor, state: ModelState, piece: Piece, report: Report | None
+) -> tuple[Tensor, ModelState]:
+    """Read one piece, and learn where a window ends with it. tokens `[lane, n]`."""
+    assert model.window is not None
+    if piece.fresh is not None:
+        state = fast.where(piece.fresh, model.start(len(tokens)), state)
+    assert state.open is not None
+    begins = state.position % model.window == 0
+    whole, again = piece.closing & begins, piece.closing & ~begins
+    valid = None if piece.mask is None else piece.mask.to(tokens.device)
+    gradients: list[Moved] | None = None
+    if bool(whole.any()):
+        outer = torch.is_grad_enabled()
+        with _differentiating() as copied:
+            blocks, delta, own = copied(state.blocks), copied(_deltas(state)), copied(tokens)
+            leaves = [_leaves(d) for d in delta]
+            logits, blocks = model.read(own, blocks, leaves, valid=valid, report=report)
+            gradients = _gradients(logits, own, leaves, whole, keep=outer)
+        if not outer:
+            logits, blocks = logits.detach(), fast.detach(blocks)
+    else:
+        logits, blocks = model.read(tokens, state.blocks, _deltas(state), valid=valid, report=report)
+
+    heard = _hear(state.open.tokens, tokens, state.position % model.window, piece)
+    if bool(again.any()):
+        gradients = _read_again(model, heard, state, again, gradients)
+    position = state.position + piece.length
+    continuum = state.continuum
+    if gradients is not None:
+        continuum = tuple(
+            model.continuum(number).learn(c, g, model.window - 1, piece.closing, position)
+            for number, c, g in zip(model.learning, continuum, gradients, strict=True)
+        )
+    if report is not None:
+        _note(report, model, state.continuum, continuum, piece)
+    opened = state.open.blocks
+    if not bool(piece.closing.all()):
+        started = begins & (piece.length > 0)
+        opened = _choose(started, fast.detach(state.blocks), opened)
+        heard = torch.where(piece.closing.to(heard.device)[:, None], 0, heard)
+    else:
+        heard = torch.zeros_like(heard)
+    opened = _choose(piece.closing, fast.detach(blocks), opened)
+    return logits, state._replace(blocks=blocks, position=position, continuum=continuum, open=Open(heard, opened))
+
+
+def _read_again(
+    model: LanguageModel, tokens: Tensor, state: ModelState, again: Tensor, gradients: list[Moved] | None
+) -> list[Moved]:
+    """Gradients of the windows that were split: read them whole from where they started, in one batch."""
+    assert state.open is not None
+    lanes = again.nonzero()[:, 0]
+    with _differentiating() as copied:
+        text = copied(tokens)[lanes.to(tokens.device)]
+        blocks = fast.take(copied(fast.detach(state.open.blocks)), lanes)
+        leaves = [_leaves(fast.take(copied(fast.detach(d)), lanes)) for d in _deltas(state)]
+        logits, _ = model.read(text, blocks, leaves)
+        found = _gradients(logits, text, leaves, torch.ones(len(lanes), dtype=torch.bool), keep=False)
+    if bool(again.all()):
+        return found
+    if gradients is None:
+        gradients = [fast.tree_map(torch.zeros_like, d) for d in _deltas(state)]
+    at = lanes.to(tokens.device)
+    return [
+        fast.tree_map(lambda a, b: a.index_copy(0, at, b), mine, more)
+        for mine, more in zip(gradients, found, strict=True)
+    ]
+
+
+def _gradients(logits: Tensor, tokens: Tensor, leaves: Sequence[Moved], lanes: Tensor, *, keep: bool) -> list[Moved]:
+    """∂(Σ_t L_t)/∂Δ per lane, over the targets inside the window; zeros in lanes that are not asked for."""
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    targets = tokens[:, 1:].long()
+    if not bool(lanes.all()):
+        targets = targets.masked_fill(~lanes.to(targets.device)[:, None], -100)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    flat = fast.leaves(tuple(leaves))
+    found = iter(torch.autograd.grad(loss, flat, retain_graph=keep))
+    return [fast.tree_map(lambda _: next(found).detach(), moved) for moved in leaves]
+
+
+class _Leaf(torch.autograd.Function):
+    """The identity; what comes out can be differentiated by, also where nothing behind it asks for a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, asking: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        return gradient if ctx.needs_input_grad[0] else None, None
+
+
+def _leaves(delta: Moved) -> Moved:
+    """Fresh aliases, so that the gradient stops at the window's start: earlier windows used others."""
+    asking = torch.zeros((), requires_grad=True)
+    return tuple(tuple(_Leaf.apply(d, asking) for d in level) for level in delta)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _differentiating() -> Iterator[Any]:
+    """Autograd, whatever the caller's mode. Yields a function that makes tensors usable: those of inference mode are copied."""
+    inference = torch.is_inference_mode_enabled()
+
+    def usable(tree: Any) -> Any:
+        return fast.tree_map(lambda x: x.clone() if x.is_inference() else x, tree)
+
+    if not inference:
+        with torch.enable_grad():
+            yield usable
+    else:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield usable
+
+
+def _deltas(state: ModelState) -> list[Moved]:
+    return [c.delta for c in state.continuum]
+
+
+def _choose(lanes: Tensor, a: Any, b: Any) -> Any:
+    """Per lane a or b; no copy where all lanes agree."""
+    if bool(lanes.all()):
+        return a
+    return fast.where(lanes, a, b) if bool(lanes.any()) else b
+
+
+def _hear(heard: Tensor, tokens: Tensor, offset: Tensor, piece: Piece) -> Tensor:
+    """Write the piece's tokens into the window's."""
+    place = (offset[:, None] + torch.arange(tokens.shape[1])).to(heard.device)
+    if piece.mask is None:
+        return heard.scatter(1, place, tokens.to(heard.dtype))
+    spare = heard.shape[1]
+    padded = F.pad(heard, (0, 1))
+    place = torch.where(piece.mask.to(heard.device), place, spare)
+    return padded.scatter(1, place, tokens.to(heard.dtype))[:, :spare]
+
+
+def _place(parts: Sequence[Tensor], cut: Sequence[Piece], shape: tuple[int, int], dim: int) -> Tensor:
+    """Put the pieces' `[lane, …, n, …]` (time at `dim`) back in the call's order; zeros where no token was."""
+    lanes, time = shape
+    first = parts[0].movedim(dim, 1)
+    out = first.new_zeros(lanes, time + 1, *first.shape[2:])
+    for part, piece in zip(parts, cut, strict=True):
+        index = piece.at if piece.mask is None else torch.where(piece.mask, piece.at, time)
+        rows = torch.arange(lanes)[:, None].expand_as(index)
+        out = out.index_put((rows.to(out.device), index.to(out.device)), part.movedim(dim, 1))
+    return out[:, :time].movedim(1, dim)
+
+
+def _note(
+    report: Report,
+    model: LanguageModel,
+    before: Sequence[ContinuumState],
+    after: Sequence[ContinuumState],
+    piece: Piece,
+) -> None:
+    """Size of every level's update, at the token that closed its chunk: `update` `[lane, level, n]`; and the faults."""
+    last = F.one_hot((piece.length - 1).clamp_min(0), piece.at.shape[1])
+    for number, old, new in zip(model.learning, before, after, strict=True):
+        sizes = [
+            torch.stack([(b - a).square().sum((1, 2)) for a, b in zip(x, y, strict=True)]).sum(0).sqrt()
+            for x, y in zip(old.delta, new.delta, strict=True)
+            if x
+        ]
+        size = torch.stack(sizes, 1).detach()
+        scope = report.scope(f"blocks.{number}.continuum")
+        scope.add(update=size[:, :, None] * last.to(size.device)[:, None])
+        scope.count(faults=new.faults - old.faults)
+
+
+def _merge(report: Report, notes: Sequence[Report], cut: Sequence[Piece], time: int) -> None:
+    """Hand the pieces' notes on, in the call's order."""
+    for level in dict.fromkeys(name for note in notes for name in note):
+        scope = report.scope(level)
+        for name in notes[0][level]:
+            parts = [note[level][name] for note in notes]
+            if parts[0].dim() == 1:
+                scope.count(**{name: torch.stack(parts).sum(0)})
+            else:
+                scope.add(**{name: _place(parts, cut, (parts[0].shape[0], time), -1)})

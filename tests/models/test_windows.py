@@ -1,0 +1,315 @@
+"""Levels that learn from the model's loss: the window machinery against a plain loop over tokens and lanes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import nestling as nl
+from nestling.layers import Continuum
+from nestling.models import LanguageModel, ModelConfig
+
+VOCAB = 19
+
+
+def build(periods: tuple[int, ...], **settings: Any) -> LanguageModel:
+    """A tiny float64 model: one block of a fast memory, one of attention-free momentum, learning levels in both."""
+    torch.manual_seed(1)
+    config = ModelConfig("made", "tiny", 8, 2, 2, VOCAB, 6, 3, periods)
+    mixers = [
+        nl.layers.Memory(8, 2, nl.memory.named("gated_deltanet", key_dim=4)),
+        nl.layers.Memory(8, 2, nl.memory.named("titans", key_dim=4, chunk=3)),
+    ]
+    model = LanguageModel(config, mixers).double()
+    for block in model.blocks:
+        for name, value in settings.items():
+            setattr(block.ffn, name, value)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("rate"):
+                weight.fill_(0.5)
+            elif weight.dim() == 2:
+                weight.mul_(8)
+    return model
+
+
+def text(seed: int, lanes: int, time: int) -> Tensor:
+    return torch.randint(VOCAB, (lanes, time), generator=torch.Generator().manual_seed(seed))
+
+
+class Reader(nn.Module):
+    """A model whose levels do not learn."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, blocks: Any) -> tuple[Tensor, Any]:
+        return self.model.read(tokens, blocks)
+
+
+def by_definition(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """One lane from its start, from eq. 71 as written: weights of every level by name, moved when they are due.
+
+    Each window is read whole, from the state that stood at its start, with the levels' weights standing still.
+    """
+    frozen = Reader(model)
+    names = {
+        f"model.blocks.{b}.ffn.levels_.{level}.mlp.{m}.weight": (b, level)
+        for b in range(2)
+        for level in range(len(model.config.periods))
+        for m in ("up", "down")
+    }
+    theta = {name: weight.clone() for name, weight in frozen.named_parameters() if name in names}
+    theta_0 = {name: weight.clone() for name, weight in theta.items()}
+    pending = {name: torch.zeros_like(weight) for name, weight in theta.items()}
+    state, outputs, history = model.start(1).blocks, [], []
+    size = model.window
+    assert size is not None
+    for first in range(0, tokens.shape[1], size):
+        window = tokens[:, first : first + size]
+        used = {name: weight.view_as(weight) for name, weight in theta.items()}
+        logits, state = functional_call(frozen, used, (window, state))
+        outputs.append(logits)
+        if window.shape[1] < size:
+            break
+        loss = F.cross_entropy(logits[0, :-1], window[0, 1:], reduction="sum")
+        found = {
+            n: g.detach()
+            for n, g in zip(used, torch.autograd.grad(loss, list(used.values()), retain_graph=True), strict=True)
+        }
+        for name, (b, level) in names.items():
+            ffn, period = model.blocks[b].ffn, model.config.periods[level]
+            mine = [found[n] for n, place in names.items() if place == (b, level)]
+            norm = math.sqrt(sum(float(g.square().sum()) for g in mine))
+            share = 1.0
+            if ffn.mean:
+                norm, share = norm / (size - 1), (size - 1) * period / size
+            rate = F.softplus(ffn.levels_[level].rate)
+            pending[name] = pending[name] + rate * found[name] * min(1.0, ffn.clip / norm) / share
+        for name, (_, level) in names.items():
+            if (first + size) % model.config.periods[level] == 0:
+                theta[name] = theta[name] - pending[name]
+                pending[name] = torch.zeros_like(pending[name])
+        history.append({name: theta[name] - theta_0[name] for name in theta})
+    return torch.cat(outputs, 1), history
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip": math.inf}, {"mean": False, "clip": 0.7}])
+@pytest.mark.parametrize("periods", [(4, 8), (2, 6, 4), (5,)])
+@pytest.mark.parametrize("time", [3, 17, 24])
+def test_equal_to_the_definition_with_every_gradient(
+    periods: tuple[int, ...], time: int, settings: dict[str, Any]
+) -> None:
+    model = build(periods, **settings)
+    tokens = text(time, 2, time)
+    logits, state = model(tokens)
+    weight = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (logits * weight).sum().backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for lane in range(2):
+        expected, history = by_definition(model, tokens[lane : lane + 1])
+        torch.testing.assert_close(logits[lane], expected[0], rtol=1e-9, atol=1e-9)
+        total = total + (expected[0] * weight[lane]).sum()
+        if history:
+            for b in range(2):
+                for level in range(len(periods)):
+                    for place, m in enumerate(("up", "down")):
+                        torch.testing.assert_close(
+                            state.continuum[b].delta[level][place][lane],
+                            history[-1][f"model.blocks.{b}.ffn.levels_.{level}.mlp.{m}.weight"],
+                            rtol=1e-9,
+                            atol=1e-10,
+                        )
+    assert any(float(d.detach().abs().max()) > 1e-4 for d in nl.state.leaves(state.continuum[0].delta)) == (
+        time > min(periods)
+    )
+    total.backward()
+    for name, p in model.named_parameters():
+        if p.grad is None or got[name] is None:
+            assert p.grad is None or not p.grad.any()
+            assert got[name] is None or not got[name].any()
+        else:
+            torch.testing.assert_close(got[name], p.grad, rtol=1e-7, atol=1e-9, msg=name)
+
+
+MODEL = build((4, 8))
+
+
+@given(time=st.integers(1, 21), seed=st.integers(0, 999), data=st.data())
+def test_any_split_ragged_lanes_resets_and_masks(time: int, seed: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = text(seed, 3, time)
+    masks = {
+        "reset": torch.rand(3, time, generator=generator) < 0.1,
+        "valid": torch.rand(3, time, generator=generator) < 0.8,
+    }
+    with torch.no_grad():
+        whole, end = MODEL(tokens, **masks)
+        state, parts, at = None, [], 0
+        while at < time:
+            size = data.draw(st.integers(1, time - at))
+            now = {n: m[:, at : at + size] for n, m in masks.items()}
+            logits, state = MODEL(tokens[:, at : at + size], state, **now)
+            parts.append(logits)
+            at += size
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+        for a, b in zip(nl.state.leaves(state), nl.state.leaves(end), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        for lane in range(3):  # what the lane alone makes of its valid tokens since the last reset
+            mine = masks["valid"][lane].nonzero()[:, 0]
+            starts = [i for i, t in enumerate(mine.tolist()) if masks["reset"][lane, t]]
+            mine = mine[starts[-1] :] if starts else mine
+            if len(mine):
+                alone, own = MODEL(tokens[lane : lane + 1, mine])
+                torch.testing.assert_close(whole[lane, mine], alone[0], rtol=1e-9, atol=1e-9)
+                for a, b in zip(nl.state.leaves(nl.state.take(end, [lane])), nl.state.leaves(own), strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_an_update_serves_from_the_next_token_on() -> None:
+    model, tokens = build((4, 8)), text(5, 1, 9)
+    with torch.no_grad():
+        learned, _ = model(tokens)
+        for block in model.blocks:
+            for level in block.ffn.levels_:
+                level.rate.fill_(-1e9)  # softplus: exactly 0
+        frozen, _ = model(tokens)
+    assert torch.equal(learned[:, :4], frozen[:, :4])
+    assert not torch.allclose(learned[:, 4:], frozen[:, 4:])
+
+
+@torch.no_grad()
+def test_without_step_size_the_chain_is_frozen() -> None:
+    model, tokens = build((4, 8)), text(6, 2, 20)
+    for block in model.blocks:
+        for level in block.ffn.levels_:
+            level.rate.fill_(-1e9)
+    logits, state = model(tokens)
+    assert not any(d.any() for c in state.continuum for d in nl.state.leaves(c.delta))
+    plain, _ = model.read(tokens, model.start(2).blocks, [c.delta for c in model.start(2).continuum])
+    torch.testing.assert_close(logits, plain, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_one_level_that_no_token_moves_is_the_feed_forward_block() -> None:
+    torch.manual_seed(0)
+    layer = Continuum(8, 12).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    level = layer.levels_[0]
+    normed = F.rms_norm(x, (8,), level.norm.weight, 1e-6)
+    gate, value = (normed @ level.mlp.up.weight.T).chunk(2, -1)
+    torch.testing.assert_close(layer(x), x + (F.silu(gate) * value) @ level.mlp.down.weight.T)
+    assert layer.start(2) is None
+
+
+def test_a_period_as_long_as_the_text_is_one_step_of_gradient_descent_on_its_loss() -> None:
+    model, tokens = build((12, 12), mean=False, clip=math.inf), text(7, 1, 12)
+    _, state = model(tokens)
+    names = [
+        (b, level, place, f"blocks.{b}.ffn.levels_.{level}.mlp.{m}.weight")
+        for b in range(2)
+        for level in range(2)
+        for place, m in enumerate(("up", "down"))
+    ]
+    fresh = model.start(1)
+    logits, _ = model.read(tokens, fresh.blocks, [c.delta for c in fresh.continuum])
+    loss = F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum")
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, [parameters[name] for *_, name in names])
+    for (b, level, place, _), g in zip(names, found, strict=True):
+        rate = F.softplus(model.blocks[b].ffn.levels_[level].rate)
+        torch.testing.assert_close(state.continuum[b].delta[level][place][0], -rate * g, rtol=1e-9, atol=1e-12)
+
+
+def test_slow_weights_learn_on_every_carried_segment() -> None:
+    model, state = build((4, 8)), None
+    for seed in range(3):
+        model.zero_grad()
+        logits, state = model(text(seed, 2, 12), state)
+        logits.square().sum().backward()
+        state = nl.state.detach(state)
+    for block in model.blocks:
+        for level in block.ffn.levels_:
+            for weight in (*level.weights(), level.rate):
+                assert weight.grad is not None
+                assert weight.grad.abs().max() > 0
+
+
+def test_long_windows_are_differentiated_through_recomputed_tiles() -> None:
+    model, tokens = build((16,)), text(8, 2, 37)  # six chunks of 3: more than are kept for the backward pass
+    logits, _ = model(tokens)
+    logits.square().sum().backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total = sum(by_definition(model, tokens[lane : lane + 1])[0].square().sum() for lane in range(2))
+    assert isinstance(total, Tensor)
+    total.backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(got[name], p.grad, rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_every_mode_learns_alike_also_in_pieces(mode: Any) -> None:
+    model, tokens = build((4, 8)), text(9, 2, 19)
+    expected, end = model(tokens)
+    with mode():
+        whole, same = model(tokens)
+        assert torch.equal(whole, expected.detach())
+        state, parts = None, []
+        for first in range(0, 19, 3):
+            logits, state = model(tokens[:, first : first + 3], state)
+            parts.append(logits)
+        torch.testing.assert_close(torch.cat(parts, 1), expected.detach(), rtol=1e-9, atol=1e-9)
+    for a, b, c in zip(*map(nl.state.leaves, (end, same, state)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted() -> None:
+    model, tokens = build((4, 8)), text(10, 2, 4)
+    state = model.start(2)
+    delta = [list(map(list, c.delta)) for c in state.continuum]
+    delta[0][0][0] = delta[0][0][0].clone()
+    delta[0][0][0][1, 0, 0] = math.nan
+    hurt = tuple(c._replace(delta=tuple(map(tuple, d))) for c, d in zip(state.continuum, delta, strict=True))
+    _, after = model(tokens, state._replace(continuum=hurt))
+    assert all(c.faults[0] == 0 and c.faults[1] > 0 for c in after.continuum)
+    healthy, _ = model(tokens[:1])
+    assert all(x[0].isfinite().all() for x in nl.state.leaves(after.continuum))
+    _, alone = model(tokens[:1])
+    torch.testing.assert_close(after.continuum[0].delta[0][0][0], alone.continuum[0].delta[0][0][0])
+    assert healthy.isfinite().all()
+
+
+@torch.no_grad()
+def test_the_report_tells_every_update_where_it_happened() -> None:
+    model, tokens = build((4, 8)), text(11, 2, 10)
+    reset = torch.zeros(2, 10, dtype=torch.bool)
+    reset[1, 3] = True
+    report = nl.memory.Report()
+    model(tokens, reset=reset, report=report)
+    update = report["blocks.0.continuum"]["update"]
+    assert update.shape == (2, 2, 10)
+    moved = [[update[lane, level].nonzero()[:, 0].tolist() for level in range(2)] for lane in range(2)]
+    assert moved == [[[3, 7], [7]], [[6], []]]
+    assert report["blocks.0.mixer"]["surprise"].shape == (2, 2, 10)
+
+
+def test_impossible_periods_are_refused_in_words() -> None:
+    for periods, words in (((1,), "at least 2"), ((), "at least one level"), ((4, 6), "multiples of the fastest, 4")):
+        with pytest.raises(ValueError, match=words):
+            Continuum(8, 4, periods)
+    assert isinstance(Continuum(8, 4, (4, None)).levels_, nn.ModuleList)
