@@ -1,10 +1,12 @@
 # One verb per chore. `make` alone lists them.
 #   JOBS=2   test processes         ARGS=…   passed on to the command of demo, test and bench
+#   BENCH=…  which of memory_speed and decode_speed to run; both by default
 SHELL := /bin/bash
 BIN   := .venv/bin
 STAMP := .venv/.setup-done
 JOBS  ?= 2
 ARGS  ?=
+BENCH ?= memory_speed decode_speed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check check-deep bench docs
@@ -52,7 +54,7 @@ check-deep: setup ## the property tests with many more, random examples (long)
 	@NESTLING_DEEP=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 bench: setup ## speed and memory of the memory layers beside attention
-	@$(BIN)/python benchmarks/memory_speed.py $(ARGS)
+	@set -e; for bench in $(BENCH); do $(BIN)/python benchmarks/$$bench.py $(ARGS); done
 
 docs: setup ## run every example in README.md, docs/ and the docstrings
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q --doctest-modules --doctest-glob='*.md' README.md docs src $(ARGS)

@@ -1,0 +1,162 @@
+"""What the benchmarks share: interleaved timing, FLOP counts, peak memory, and words about the machine."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import time
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import nestling as nl
+from nestling.memory import chunked
+
+Run = Callable[[], object]
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    low: float
+    mid: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mid:.2f} [{self.low:.2f}–{self.high:.2f}]"
+
+
+def spread(values: list[float]) -> Spread:
+    """Of at least one value."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return Spread(low, median(values), high)
+
+
+def seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleaved(runs: tuple[Run, ...], *, budget: float, least: int, most: int) -> list[tuple[float, ...]]:
+    """Rounds of one run of each, so that a slow moment of the machine meets all; seconds `[round][run]`.
+
+    Goes on for `budget` seconds, within `least` and `most` rounds; a single round suffices where one takes twice the budget.
+    """
+    rounds: list[tuple[float, ...]] = []
+    start = time.perf_counter()
+    while len(rounds) < most:
+        gone = time.perf_counter() - start
+        if gone > budget and (len(rounds) >= least or gone > 2 * budget):
+            break
+        rounds.append(tuple(seconds(run) for run in runs))
+    return rounds
+
+
+def _attention(q: Any, k: Any, v: Any, products: int, causal: bool) -> int:
+    lanes, heads, queries, dim = q
+    return int(products * 2 * lanes * heads * queries * k[2] * dim // (2 if causal else 1))
+
+
+def _sdpa(
+    q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, out_shape: Any = None, **_: object
+) -> int:
+    return _attention(q, k, v, 2, causal)
+
+
+def _sdpa_backward(
+    grad: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    dropout: float = 0.0,
+    causal: bool = False,
+    out_shape: Any = None,
+    **_: object,
+) -> int:
+    return _attention(q, k, v, 5, causal)
+
+
+def _triangular(a: Any, b: Any, *_: object, **__: object) -> int:
+    return int(prod(b) * b[-2])
+
+
+FLOPS = {  # what torch.utils.flop_counter does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
+    torch.ops.aten.linalg_solve_triangular: _triangular,
+}
+
+
+def flops(run: Run) -> int:
+    """FLOPs of the matrix products of a run (elementwise work counts nothing), nothing recomputed for a checkpoint.
+
+    Causal attention counts the half below the diagonal, as its kernel skips the rest; its backward counts five products,
+    one of which its kernel computes a second time. A triangular solve of n rows counts n² a column.
+    """
+    with mock.patch.object(chunked, "GROUP", 1 << 40), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def peak_bytes(run: Run) -> int:
+    """Largest sum of what a run has allocated and not freed, by PyTorch's own record of every allocation and release.
+
+    What was there before (the layer's parameters) does not count. Exact and repeatable, which the resident size of a
+    process is not: that depends on what the C library keeps for later.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as record:
+        run()
+    kineto = record.profiler
+    assert kineto is not None
+    found = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(found, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def matmul_rate(size: int = 2048, rounds: int = 6) -> float:
+    """Best FLOP/s of a large float32 product, the machine's peak for our purposes."""
+    a = torch.randn(size, size)
+    return 2 * size**3 / min(seconds(lambda: a @ a) for _ in range(rounds))
+
+
+def machine(seed: int) -> dict[str, Any]:
+    """What a number depends on beside the code."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = f"{len(names)} × {names[0]}" if names else processor
+    return {
+        "nestling": nl.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "dtype": "float32",
+        "processor": processor,
+        "vector": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
