@@ -7,7 +7,6 @@ message and never by a traceback.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import sys
@@ -16,8 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
+from nestling import arguments
 from nestling.config import SettingError, did_you_mean, override, read_file
 
 
@@ -70,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Parse, call, and turn what goes wrong into a message and an exit code. (Help and errors of parsing exit
-    by themselves.)
-    """
+    """Parse, call, and turn what goes wrong into a message and an exit code. (A verb's help exits by itself.)"""
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(overview())
@@ -84,7 +80,9 @@ def run(argv: list[str]) -> int:
         if verb not in VERBS:
             raise SettingError(f"there is no verb {verb!r}.{did_you_mean(verb, VERBS)}")
         config = parse(verb, argv[1:])
-        return int(_named(VERBS[verb].function)(config))
+        code = int(_named(VERBS[verb].function)(config))
+        sys.stdout.flush()  # here, where a reader that went away is still answered for
+        return code
     except SettingError as error:
         print(f"nestling: {error}", file=sys.stderr)
         return 2
@@ -108,7 +106,7 @@ def overview() -> str:
     verbs = "\n".join(f"  {name:{width}}  {verb.about}" for name, verb in VERBS.items())
     return (
         "Nestling: language models that keep learning while you use them.\n\n"
-        f"usage: nestling VERB [OPTIONS]\n\n{verbs}\n\n"
+        f"usage: nestling VERB [OPTIONS], or nestling --version\n\n{verbs}\n\n"
         "nestling VERB --help shows a verb's options. --config FILE (YAML, TOML or JSON) gives any verb defaults\n"
         "that options override. Start with: nestling train --minutes 3"
     )
@@ -118,23 +116,26 @@ def parse(verb: str, argv: list[str]) -> Any:
     """The settings of `verb`: defaults, then what `--config FILE` says, then the options; raises `SettingError`."""
     kind = _named(VERBS[verb].settings)
     argv, file = _take_config(argv)
-    default = kind()
-    if verb == "train":
-        argv = _spell_out_resume(argv)
-        if "--resume" in argv and "--help" not in argv and "-h" not in argv:
-            from nestling.learn.folder import read_config
+    argv = arguments.gather(kind, _spell_out_resume(argv) if verb == "train" else argv)
+    default, prog, source = kind(), f"nestling {verb}", f"--config {file}"
+    settings = {} if file is None else read_file(file)
+    if "set" in settings and "set" in arguments.options_of(kind):
+        settings["overrides"] = settings.pop("set")
+    # An option overrides what was said elsewhere, also where both could not stand together.
+    for option, rival in _RIVALS.items():
+        if _given(f"--{option}", argv):
+            settings.pop(rival, None)
+    if verb == "train" and "--resume" in argv and not arguments.asks_help(argv):
+        from nestling.learn.folder import read_config
 
-            # The run's own settings are the defaults, so that only what is said otherwise differs (and is refused).
-            asked = _cli(verb, kind, override(default, read_file(file), f"--config {file}") if file else default, argv)
-            default = dataclasses.replace(read_config(asked.folder), out=asked.folder)
-    if file is not None:
-        settings = read_file(file)
-        if _given("--tokens", argv):  # an option overrides the file, also where both could not stand together
-            settings.pop("minutes", None)
-        if _given("--minutes", argv):
-            settings.pop("tokens", None)
-        default = override(default, settings, f"--config {file}")
-    return _cli(verb, kind, default, argv)
+        # The run's own settings are the defaults, so that only what is said otherwise differs (and is refused).
+        asked = arguments.parse(prog, override(default, settings, source), argv)
+        beaten = {rival: None for option, rival in _RIVALS.items() if getattr(asked, option) is not None}
+        default = override(read_config(asked.folder), {**beaten, "out": asked.folder}, source)
+    return arguments.parse(prog, override(default, settings, source), argv)
+
+
+_RIVALS = {"tokens": "minutes", "minutes": "tokens"}
 
 
 def explain(error: Exception) -> str | None:
@@ -161,10 +162,6 @@ def _named(place: str) -> Any:
     """What `module:name` names."""
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _cli(verb: str, kind: type, default: Any, argv: list[str]) -> Any:
-    return tyro.cli(kind, default=default, args=argv, prog=f"nestling {verb}")
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:

@@ -87,6 +87,26 @@ def override(config: Config, settings: Mapping[str, Any], source: str) -> Config
         raise SettingError(f"{source}: {error}") from error
 
 
+def from_text(text: str, hint: Any) -> Any:
+    """One word of a command line as the type `hint`, by the rules of `override`; raises TypeError(what was expected)."""
+    arguments = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        if text == "None" and type(None) in arguments:
+            return None
+        try:
+            return from_text(text, next(argument for argument in arguments if argument is not type(None)))
+        except TypeError as error:
+            raise TypeError(f"{error}{' or None' if type(None) in arguments else ''}") from None
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise TypeError(_WORDS[hint]) from None
+    if get_origin(hint) is Literal:
+        return _fit(text, hint)
+    return text
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A dataclass of settings as what JSON can hold; `override` reads it back."""
     settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -119,8 +139,16 @@ def _fit(value: Any, hint: Any) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise TypeError("a number") from None
+            raise TypeError(_WORDS[hint]) from None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-        raise TypeError(words.get(hint, str(hint)))
+        raise TypeError(_WORDS.get(hint, str(hint)))
     return value
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+}

@@ -38,7 +38,9 @@ class DemoConfig:
             if getattr(self, name) < least:
                 raise SettingError(f"{name}: got {getattr(self, name)}, but expected at least {least}.")
         if not 0 < self.minutes < float("inf"):
-            raise SettingError(f"minutes: got {self.minutes}, but a demo needs more than 0.")
+            raise SettingError(f"minutes: got {self.minutes}, but expected a number above 0.")
+        if self.model == "transformer":
+            raise SettingError("model: the demo compares a memory model with a transformer, so name a memory model.")
 
 
 def run(config: DemoConfig) -> int:
@@ -48,10 +50,19 @@ def run(config: DemoConfig) -> int:
 
     from nestling.bench.adaptation import draw, measure
     from nestling.learn import TrainConfig, load_run, mean_and_error, train
+    from nestling.learn.folder import check_free
     from nestling.stream import ByteTokenizer, standard_library
 
     console = Console(highlight=False)
     out = config.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    # What would fail after minutes of training fails now.
+    check_free(out)
+    length = 16 * config.segment
+    long = [d for d in standard_library().heldout if len(d.text) >= length][: config.documents]
+    if len(long) < 2:
+        raise SettingError(
+            f"segment: got {config.segment}, but no two held-out documents are {length:,} characters long."
+        )
     common = TrainConfig(size=config.size, seed=config.seed, length=config.segment, eval_documents=0)
     console.rule(f"1. {config.model} learns the embedded corpus")
     first = train(replace(common, model=config.model, minutes=config.minutes, out=out / config.model))
@@ -65,8 +76,6 @@ def run(config: DemoConfig) -> int:
 
     console.rule("3. both read documents they have never seen")
     model, baseline = load_run(first.out).model, load_run(other.out).model
-    length = 16 * config.segment
-    long = [d for d in standard_library().heldout if len(d.text) >= length][: config.documents]
     result = measure(model, baseline, long, ByteTokenizer(), segment=config.segment, length=length)
     table = Table(
         title=f"Bits per byte by position, {len(result.names)} held-out documents (± standard error)",
@@ -105,6 +114,7 @@ def run(config: DemoConfig) -> int:
     )
     console.print(
         f"\nPlot: {plot}\nTry next: nestling train --model gated_deltanet --size small --minutes 10 · nestling levels --help",
+        markup=False,
         soft_wrap=True,
     )
     return 0

@@ -15,6 +15,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from nestling.config import SettingError
+
 
 @dataclass(frozen=True)
 class DoctorConfig:
@@ -50,7 +52,9 @@ EXTRAS = {
 
 
 def run(config: DoctorConfig) -> int:
+    """Check one thing after the other, print what was found; 1 if something is broken."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"nestling {version('nestling')}", title_justify="left", show_header=False)
@@ -62,10 +66,11 @@ def run(config: DoctorConfig) -> int:
             finding = check()
         except Exception as error:  # whatever breaks is what this command is for telling
             name = getattr(check, "__name__", "self-test").strip("_")
-            finding = Finding(name, False, f"{type(error).__name__}: {error}")
+            told = str(error) if isinstance(error, SettingError) else f"{type(error).__name__}: {error}"
+            finding = Finding(name, False, told)
         findings.append(finding)
         mark = {True: "[green]ok[/]", False: "[red]broken[/]", None: "[yellow]–[/]"}[finding.ok]
-        table.add_row(finding.name, mark, finding.text)
+        table.add_row(finding.name, mark, escape(finding.text))
     console = Console()
     console.print(table)
     broken = [finding.name for finding in findings if finding.ok is False]

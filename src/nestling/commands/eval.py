@@ -68,6 +68,7 @@ def run(config: EvalConfig) -> int:
     corpus = open_corpus(config.data or loaded.config.data)
     documents = (*corpus.train, *corpus.heldout) if config.data else corpus.heldout
     texts = list(passages(documents[: config.documents], loaded.tokenizer, config.limit))
+    stderr = Console(stderr=True)
     scores = list(
         track(
             evaluate(
@@ -80,8 +81,9 @@ def run(config: EvalConfig) -> int:
             ),
             f"reading {len(texts)} documents",
             total=len(texts),
-            console=Console(stderr=True),
+            console=stderr,
             transient=True,
+            disable=not stderr.is_terminal,
         )
     )
     scores.sort(key=lambda score: score.index)
@@ -89,7 +91,10 @@ def run(config: EvalConfig) -> int:
     if config.json:
         print(json.dumps(result, indent=1))
     else:
-        Console().print(table(result, f"{loaded.config.model} {loaded.config.size}, {loaded.checkpoint}"))
+        console = Console()
+        title = f"{loaded.config.model} {loaded.config.size}, {loaded.checkpoint}"
+        console.print(title, style="italic", highlight=False, markup=False, soft_wrap=True)
+        console.print(table(result))
     return 0
 
 
@@ -97,9 +102,9 @@ def summarize(scores: list[Score], limit: int) -> dict[str, object]:
     """Bits per byte overall and by position, each reading apart; position bins double in width up to `limit`."""
     from nestling.learn import bits_per_byte, by_position, mean_and_error
 
-    edges = [0, 256]
+    edges = [0]
     while edges[-1] < limit:
-        edges.append(2 * edges[-1])
+        edges.append(min(max(256, 2 * edges[-1]), limit))
 
     def numbers(values: Tensor) -> list[float | None]:
         return [None if value != value else round(value, 5) for value in values.tolist()]
@@ -122,12 +127,12 @@ def summarize(scores: list[Score], limit: int) -> dict[str, object]:
     return {"documents": len(scores), "bytes": sum(score.size for score in scores), "readings": readings}
 
 
-def table(result: dict[str, object], title: str) -> object:
+def table(result: dict[str, object]) -> object:
     """The result of `summarize` for people."""
     from rich.table import Table
 
     readings: list[dict[str, dict[str, list[float | None]]]] = result["readings"]  # type: ignore[assignment]
-    shown = Table(title=title, title_justify="left")
+    shown = Table()
     shown.add_column("position [bytes]", justify="right")
     shown.add_column("documents", justify="right")
     for number in range(len(readings)):

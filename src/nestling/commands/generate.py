@@ -47,8 +47,10 @@ class GenerateConfig:
             raise SettingError("prompt and prompt-file exclude each other: give one of them.")
         if self.count < 1:
             raise SettingError(f"count: got {self.count}, but expected at least 1.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise SettingError(f"temperature {self.temperature} must be at least 0, and top-p {self.top_p} in (0, 1].")
+        if not 0 <= self.temperature < float("inf"):
+            raise SettingError(f"temperature: got {self.temperature}, but expected a number from 0 on.")
+        if not 0 < self.top_p <= 1:
+            raise SettingError(f"top-p: got {self.top_p}, but expected a share above 0 and up to 1.")
 
 
 def run(config: GenerateConfig) -> int:
@@ -56,10 +58,10 @@ def run(config: GenerateConfig) -> int:
     import torch
 
     from nestling.learn import generate, load_run, read
-    from nestling.stream import from_paths
+    from nestling.stream import read_documents
 
     prompt = _prompt(config)
-    documents = [] if config.read is None else from_paths([config.read]).train
+    documents = () if config.read is None else read_documents([config.read])
     loaded = load_run(config.run, config.device)
     bos = loaded.tokenizer.bos
     state = None
@@ -83,12 +85,13 @@ def run(config: GenerateConfig) -> int:
 
 
 def _prompt(config: GenerateConfig) -> str:
-    if config.prompt_file is not None:
-        try:
+    try:
+        if config.prompt_file is not None:
             return config.prompt_file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise SettingError(f"prompt-file: {config.prompt_file} is not UTF-8 text ({error}).") from error
-    return sys.stdin.read() if config.prompt == "-" else config.prompt
+        text = sys.stdin.read() if config.prompt == "-" else config.prompt
+    except UnicodeDecodeError as error:
+        raise SettingError(f"prompt: {config.prompt_file or 'standard input'} is not UTF-8 text ({error}).") from error
+    return text.encode("utf-8", "replace").decode()  # a shell can hand over what is no text
 
 
 def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:

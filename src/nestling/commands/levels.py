@@ -44,13 +44,17 @@ def run(config: LevelsConfig) -> int:
     from rich.text import Text
 
     from nestling import models
+    from nestling.config import override
     from nestling.learn import adamw
+    from nestling.learn.checkpoint import read_record
     from nestling.learn.folder import find_checkpoint, read_config
     from nestling.learn.run import build_model, parameters
 
-    if config.run is not None:
-        folder = config.run if (config.run / "config.json").exists() else find_checkpoint(config.run).parent.parent
-        settings = read_config(folder)
+    if config.run is not None and (config.run / "checkpoint.json").exists():
+        found = find_checkpoint(config.run)
+        settings = override(TrainConfig(), read_record(found)["numbers"]["config"], str(found))
+    elif config.run is not None:
+        settings = read_config(config.run)
     else:
         settings = TrainConfig(model=config.model, size=config.size, overrides=config.overrides)
     with torch.device("meta"):  # names and sizes are all that is asked for
@@ -62,7 +66,7 @@ def run(config: LevelsConfig) -> int:
         print(json.dumps({"model": settings.model, "size": settings.size, "levels": rows}, indent=1))
         return 0
     table = Table(
-        title=f"{settings.model} {settings.size}: {parameters(model) / 1e6:.2f} M slow weights, "
+        title=f"{settings.model} {settings.size}: {parameters(model):,} slow weights, "
         f"state {'grows with the text' if model.growth == 'linear' else 'of constant size'}",
         title_justify="left",
         show_lines=True,
@@ -79,7 +83,9 @@ def run(config: LevelsConfig) -> int:
             "learns from": level.flow,
             "hands on by": level.transfer,
         }
-        lines = Text("\n").join(Text.assemble((f"{word:12}", "dim"), text) for word, text in what.items())
+        lines = Table.grid(padding=(0, 1))
+        for word, text in what.items():
+            lines.add_row(Text(word, "dim"), Text(text))
         table.add_row(f"{name}\nevery {level.period}", lines, f"{count:,}" if count else "–")
     console = Console()
     console.print(table)

@@ -119,7 +119,7 @@ def read_record(path: Path) -> dict[str, Any]:
         digest = record.pop("digest")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no checkpoint here (no checkpoint.json).") from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(path, f"checkpoint.json cannot be read ({error})") from error
     if digest != _digest_json(record):
         raise _damaged(path, "checkpoint.json is not what was written")
@@ -264,7 +264,8 @@ def _join(record: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _complete(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=_step)
+    found = (path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
+    return sorted(found, key=_step)
 
 
 def _step(path: Path) -> int:

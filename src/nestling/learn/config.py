@@ -19,7 +19,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            raise ValueError(f"got {pair!r}, but expected NAME=VALUE, for example --set dim=128")
+            raise SettingError(f"--set: got {pair!r}, but expected NAME=VALUE, for example dim=128.")
         try:
             overrides[name.replace("-", "_")] = json.loads(text)
         except ValueError:
@@ -60,14 +60,12 @@ class TrainConfig:
     size: str = "tiny"
     """How large: tiny for trying things, up to the sizes of the papers."""
     overrides: Overrides = field(default_factory=dict)
-    """Settings of the model that differ from its size's, for example --set dim=128 depth=4."""
+    """Settings of the model that differ from its size's, for example --set dim=128 layers=4."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = ()
     """Files and folders to read: UTF-8 text, .gz of it, .jsonl with a text field. Default: the embedded corpus."""
     minutes: Minutes = None
-    """How long to train (default 3, if --tokens is not given). The number of tokens is then fixed from the
-    speed of the first steps.
-    """
+    """How long to train (default 3, if --tokens is not given); the first steps' speed says how many tokens that is."""
     tokens: Tokens = None
     """How many tokens to train on, instead of --minutes; such a run is deterministic."""
 
@@ -83,7 +81,7 @@ class TrainConfig:
     length: int = 256
     """Tokens per lane and step."""
     carry: Steps = 64
-    """A lane's memory starts afresh at a new document, and at the latest after so many steps (None: never before)."""
+    """A lane's memory starts afresh at a new document, and at the latest after so many steps (None: only there)."""
 
     lr: float = 2e-3
     """Full learning rate of the slow weights."""
@@ -99,7 +97,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Steps between checkpoints; the last two are kept."""
     eval_documents: int = 16
-    """Held-out documents measured at the end, the first 8192 tokens of each (0: none)."""
+    """Held-out documents measured at the end, the first 8192 bytes of each (0: none)."""
 
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1, mps."""
@@ -118,11 +116,11 @@ class TrainConfig:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
-                raise SettingError(f"{name}: got {value}, but expected at least {least}.")
-        if self.minutes is not None and self.minutes == 0:
-            raise SettingError("minutes: got 0, but a run needs more than that.")
-        if self.lr == 0 or self.clip == 0:
-            raise SettingError(f"lr and clip: got {self.lr} and {self.clip}, but both must be more than 0.")
+                raise SettingError(f"{name}: got {value}, but expected a number from {least} on.")
+        for name in ("minutes", "lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise SettingError(f"{name}: got {value}, but expected a number above 0.")
         for name in ("schedule", "dtype"):
             choices = get_args(get_type_hints(type(self))[name])
             if getattr(self, name) not in choices:
@@ -139,16 +137,13 @@ class TrainConfig:
 
 
 _LEAST = {
-    "minutes": 0,
     "tokens": 1,
     "seed": 0,
     "lanes": 1,
     "length": 1,
     "carry": 1,
-    "lr": 0,
     "warmup": 0,
     "weight_decay": 0,
-    "clip": 0,
     "checkpoint_every": 1,
     "eval_documents": 0,
     "threads": 1,

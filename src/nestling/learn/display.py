@@ -67,7 +67,7 @@ class Display:
             self.bar.update(self.task, completed=progress, step=result.step, text=text)
         elif now - self.last_line >= PLAIN_SECONDS or result.step == 1:
             self.last_line = now
-            self.console.print(f"step {result.step} · {progress:.0%} · {text}", highlight=False, soft_wrap=True)
+            self.note(f"step {result.step} · {progress:.0%} · {text}")
 
     def note(self, text: str) -> None:
         """A line above the bar."""

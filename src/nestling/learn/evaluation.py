@@ -215,7 +215,7 @@ def mean_and_error(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The error is s/√n with the n − 1 sample deviation (nan for n < 2).
     """
-    count = table.isfinite().sum(0)
+    count = (~table.isnan()).sum(0)
     mean = table.nanmean(0)
     squares = (table - mean).square().nansum(0)
     error = (squares / (count - 1).clamp(min=1) / count.clamp(min=1)).sqrt()

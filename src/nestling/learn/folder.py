@@ -113,12 +113,12 @@ def find_checkpoint(path: Path | None) -> Path:
     run in `runs/`.
     """
     if path is None:
-        runs = [run for run in _runs(ROOT) if checkpoint.latest(run / "checkpoints")]
+        runs = [run for run in _runs(ROOT) if _written(run)]
         if not runs:
             raise CheckpointError(
                 f"There is no run in {ROOT.absolute()} yet: train one (nestling train), or name a run's folder."
             )
-        path = max(runs, key=lambda run: (run / "checkpoints" / "latest").stat().st_mtime)
+        path = max(runs, key=_written)
     if (path / "checkpoint.json").exists():
         return path
     read_config(path)
@@ -126,6 +126,12 @@ def find_checkpoint(path: Path | None) -> Path:
     if found is None:
         raise CheckpointError(f"{path}: this run has no checkpoint yet. Train it first: nestling train --resume {path}")
     return found
+
+
+def _written(run: Path) -> float:
+    """When the checkpoint to go on from was written; 0: there is none."""
+    found = checkpoint.latest(run / "checkpoints")
+    return 0.0 if found is None else found.stat().st_mtime
 
 
 def _runs(root: Path) -> list[Path]:

@@ -37,8 +37,8 @@ def generate(
         raise ValueError(
             "generate: the prompt is empty, but expected at least one token (a document starts with <bos>)."
         )
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"generate: temperature {temperature} must be ≥ 0 and top_p {top_p} in (0, 1].")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ValueError(f"generate: temperature {temperature} must be finite and ≥ 0, and top_p {top_p} in (0, 1].")
     device = next(model.parameters()).device
     text = torch.as_tensor(prompt, dtype=torch.int64)[None]
     with torch.no_grad():
@@ -60,7 +60,8 @@ def pick(
     logits[list(banned)] = -math.inf
     if temperature == 0:
         return int(logits.argmax())
-    chances, tokens = torch.softmax(logits / temperature, 0).sort(descending=True)
+    # The largest first taken off, so that a tiny temperature makes no infinities.
+    chances, tokens = torch.softmax((logits - logits.max()) / temperature, 0).sort(descending=True)
     # Keep a token while those before it have not reached top_p: the likeliest always stays.
     chances = torch.where(chances.cumsum(0) - chances < top_p, chances, 0.0)
     return int(tokens[torch.multinomial(chances, 1, generator=generator)])

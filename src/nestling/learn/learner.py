@@ -51,7 +51,7 @@ class Progress:
     faults: int = 0
     """Writes refused by the state that is carried now."""
     carried: list[int] = field(default_factory=list)
-    """Per lane: whole steps since its state last started afresh."""
+    """Per lane: steps that its state has been through since it last started afresh, that one included."""
 
 
 class LearningError(RuntimeError):
@@ -198,7 +198,9 @@ class Learner:
         if self.carry is not None:
             reset = reset.clone()
             reset[:, 0] |= carried >= self.carry
-        self.progress.carried = torch.where(reset.any(1), 0, carried + 1).tolist()
+        # Where there is no state yet, the reset that opens a lane's text ends nothing.
+        afresh = reset if self.state is not None else reset[:, 1:]
+        self.progress.carried = torch.where(afresh.any(1), 1, carried + 1).tolist()
         return reset
 
     def _start_afresh(self, lanes: int) -> None:

@@ -79,7 +79,8 @@ def draw_curve(metrics: list[dict[str, Any]], path: Path, title: str, held_out: 
     if held_out is not None:
         axes.plot([x[-1]], [held_out], "o", color="#e45756", label=f"held-out documents ({held_out:.3f})")
     # The first steps fall from 8 bits; the picture is about what comes after, so the top is cut where most of it lies.
-    axes.set_ylim(min(min(smooth), held_out or math.inf) - 0.15, min(max(raw), 8.2))
+    bottom = min(min(smooth), math.inf if held_out is None else held_out) - 0.15
+    axes.set_ylim(bottom, max(min(max(raw), 8.2) + 0.1, bottom + 1))
     axes.set_xlim(0, x[-1] * 1.01)
     axes.xaxis.set_major_locator(MaxNLocator(8))
     axes.set_xlabel(f"text read [{name} tokens]")

@@ -7,7 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from nestling import models, stream
 from nestling.config import SettingError, did_you_mean, override, to_json
 from nestling.learn import checkpoint, folder
 from nestling.learn.budget import Budget
+from nestling.learn.checkpoint import Checkpoint
 from nestling.learn.config import TrainConfig
 from nestling.learn.display import Display, clock
 from nestling.learn.evaluation import Score, bits_per_byte, evaluate, passages
@@ -57,14 +58,18 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     device = open_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    saved = None
-    if config.resume:
-        config = folder.resume(config)
-        if (latest := checkpoint.latest(config.folder / "checkpoints")) is not None:
-            saved = checkpoint.load(latest)
-    else:
+    if not config.resume:
         folder.check_free(config.folder)
+        return _train(config, None, device, console or Console(stderr=True))
+    config = folder.resume(config)
+    with folder.owned(config.folder):
+        latest = checkpoint.latest(config.folder / "checkpoints")
+        saved = None if latest is None else checkpoint.load(latest)
+        return _train(config, saved, device, console or Console(stderr=True))
 
+
+def _train(config: TrainConfig, saved: Checkpoint | None, device: torch.device, console: Console) -> TrainResult:
+    """The run from `saved` on; a new run makes its folder and owns it, one that is resumed is owned by the caller."""
     corpus = open_corpus(config.data)
     tokenizer = stream.ByteTokenizer()
     lanes = stream.Lanes(corpus.train, tokenizer, config.lanes, config.length, seed=config.seed)
@@ -87,17 +92,17 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
 
     # Only now is anything written: settings that cannot be leave no trace.
     out = config.folder if config.resume else folder.create(config)
-    with folder.owned(out):
+    with nullcontext() if config.resume else folder.owned(out):
         checkpoint.clean(out / "checkpoints")
         spent = saved.numbers["seconds"] if saved else 0.0
-        console = console or Console(stderr=True)
         describe(config, model, corpus, console)
         seconds, interrupted = _learn(learner, budget, config, out, spent, console)
-        held_out = math.nan
+        scores: list[Score] = []
         if interrupted is None:
-            held_out, interrupted = _measure(model, corpus, config, console)
+            scores, interrupted = _measure(model, corpus, config, console)
+        held_out = bits_per_byte(scores) if interrupted is None else math.nan
         result = TrainResult(out, learner.progress.step, learner.progress.tokens, seconds, interrupted, held_out)
-        _report(result, config, model, console)
+        _report(result, len(scores), config, model, console)
     return result
 
 
@@ -155,31 +160,32 @@ def _learn(
 
 def _measure(
     model: nn.Module, corpus: stream.Corpus, config: TrainConfig, console: Console
-) -> tuple[float, int | None]:
-    """Bits per byte on held-out documents, memory running; and the signal that cut it short, or None."""
+) -> tuple[list[Score], int | None]:
+    """The held-out documents read with the memory running, and the signal that cut it short, or None."""
     documents = corpus.heldout[: config.eval_documents]
     scores: list[Score] = []
     with Interrupt() as stop, console.status(f"measuring on {len(documents)} held-out documents"):
         for score in evaluate(
             model, passages(documents, stream.ByteTokenizer(), EVAL_BYTES), lanes=min(8, len(documents) or 1)
         ):
-            if stop.requested is not None:
-                return math.nan, stop.requested
             scores.append(score)
-    return bits_per_byte(scores), None
+            if stop.requested is not None:
+                break
+    return scores, stop.requested
 
 
-def _report(result: TrainResult, config: TrainConfig, model: nn.Module, console: Console) -> None:
+def _report(result: TrainResult, documents: int, config: TrainConfig, model: nn.Module, console: Console) -> None:
     """Draw the curve, and (for a run that is complete) write the summary; say where things are and what to do next."""
     out = result.out
     held_out = None if math.isnan(result.bits_per_byte) else result.bits_per_byte
-    title = f"{config.model} {config.size}, {parameters(model) / 1e6:.2f} M parameters, seed {config.seed}"
+    title = f"{config.model} {config.size}, {parameters(model):,} parameters, seed {config.seed}"
     draw_curve(read_metrics(out / "metrics.jsonl"), out / "loss.png", title, held_out)
     if result.interrupted is not None:
         console.print(
             f"Stopped after step {result.step}; everything is in {out}. Go on with:\n"
             f"  nestling train --resume {shlex.quote(str(out))}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
         return
@@ -192,7 +198,7 @@ def _report(result: TrainResult, config: TrainConfig, model: nn.Module, console:
         "tokens": result.tokens,
         "seconds": round(result.seconds, 1),
         "held_out_bits_per_byte": held_out,
-        "held_out_documents": config.eval_documents,
+        "held_out_documents": documents,
         "held_out_bytes_of_each": EVAL_BYTES,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -204,6 +210,7 @@ def _report(result: TrainResult, config: TrainConfig, model: nn.Module, console:
         f"{result.tokens:,} tokens in {clock(result.seconds)}{measured}. Everything is in {out}; try next:\n"
         f"  nestling generate {shlex.quote(str(out))}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -250,11 +257,13 @@ def open_corpus(data: Sequence[str]) -> stream.Corpus:
 
 def open_device(name: str) -> torch.device:
     """The device, after trying it; raises `SettingError` if there is none of that name here."""
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+        raise SettingError(f"device: got {name!r}, but expected cpu, cuda, cuda:1 (and so on), mps or xpu.")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise SettingError(
             f"device: {name!r} cannot be used here ({reason}). Try cpu, or see nestling doctor."
         ) from error
@@ -271,8 +280,9 @@ def describe(config: TrainConfig, model: nn.Module, corpus: stream.Corpus, conso
     size = sum(len(document.text) for document in corpus.train)
     source = "the embedded corpus" if not config.data else ", ".join(config.data)
     console.print(
-        f"{config.model} {config.size} ({parameters(model) / 1e6:.2f} M parameters) reads {source}: "
-        f"{len(corpus.train)} documents, {size / 1e6:.1f} M characters; {len(corpus.heldout)} held out",
+        f"{config.model} {config.size} ({parameters(model):,} parameters) reads {source}: "
+        f"{len(corpus.train):,} documents, {size:,} characters; {len(corpus.heldout):,} held out",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
