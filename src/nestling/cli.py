@@ -8,6 +8,7 @@ message and never by a traceback.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -64,23 +65,15 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command: run it with `argv` (default: the command line's) and exit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 
 def run(argv: list[str]) -> int:
     """Parse, call, and turn what goes wrong into a message and an exit code. (A verb's help exits by itself.)"""
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            print(overview())
-            return 0
-        if argv[0] == "--version":
-            print(f"nestling {version('nestling')}")
-            return 0
-        verb = argv[0]
-        if verb not in VERBS:
-            raise SettingError(f"there is no verb {verb!r}.{did_you_mean(verb, VERBS)}")
-        config = parse(verb, argv[1:])
-        code = int(_named(VERBS[verb].function)(config))
+        code = _run(argv)
         sys.stdout.flush()  # here, where a reader that went away is still answered for
         return code
     except SettingError as error:
@@ -98,6 +91,20 @@ def run(argv: list[str]) -> int:
             raise  # a defect of ours: the traceback is what helps
         print(f"nestling: {message}", file=sys.stderr)
         return 1
+
+
+def _run(argv: list[str]) -> int:
+    verb = argv[0] if argv else "help"
+    if verb in ("-h", "--help", "help"):
+        print(overview())
+    elif verb == "--version":
+        print(f"nestling {version('nestling')}")
+    elif verb in VERBS:
+        config = parse(verb, argv[1:])
+        return int(_named(VERBS[verb].function)(config))
+    else:
+        raise SettingError(f"there is no verb {verb!r}.{did_you_mean(verb, VERBS)}")
+    return 0
 
 
 def overview() -> str:

@@ -42,7 +42,8 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"--config {path}: cannot be read ({error}).") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingError(f"--config {path}: cannot be read ({reason}).") from error
     try:
         if suffix == ".toml":
             settings: Any = tomllib.loads(text)
@@ -56,7 +57,8 @@ def read_file(path: Path) -> dict[str, Any]:
             except yaml.YAMLError as error:
                 raise ValueError(error) from error
     except ValueError as error:
-        raise SettingError(f"--config {path}: is not valid {suffix[1:].upper()} ({error}).") from error
+        reason = " ".join(str(error).split())
+        raise SettingError(f"--config {path}: is not valid {suffix[1:].upper()} ({reason}).") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):

@@ -133,7 +133,7 @@ def table(result: dict[str, object]) -> object:
 
     readings: list[dict[str, dict[str, list[float | None]]]] = result["readings"]  # type: ignore[assignment]
     shown = Table()
-    shown.add_column("position [bytes]", justify="right")
+    shown.add_column("position (bytes)", justify="right")
     shown.add_column("documents", justify="right")
     for number in range(len(readings)):
         shown.add_column("bits per byte" + (f", reading {number + 1}" if len(readings) > 1 else ""), justify="right")
