@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestling.layers.fused import convolve
 from nestling.layers.stream import places
 
 
@@ -37,14 +38,12 @@ class ShortConvolution(nn.Module):
         lanes, time, _ = x.shape
         if time == 0 or self.width == 1:
             return F.silu(x * self.weight[0].to(x.dtype)), tail
-        stream = torch.cat([tail, x], 1)
         weight = self.weight.to(x.dtype)
         halo = self.width - 1
         if reset is None and valid is None:
-            y = stream[:, halo:] * weight[0]
-            for j in range(1, self.width):
-                y = torch.addcmul(y, stream[:, halo - j : halo - j + time], weight[j])
-            return F.silu(y), stream[:, time:]
+            new = x[:, time - halo :] if time >= halo else torch.cat([tail, x], 1)[:, time:]
+            return convolve(x, tail, weight), new
+        stream = torch.cat([tail, x], 1)
         at = places(reset, valid, lanes, time, x.device)
         if valid is not None:  # valid tokens side by side, in order, behind the tail
             order = torch.where(valid.to(x.device), at.rank, time) + halo

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from nestling.layers.base import Layer
 from nestling.layers.convolution import ShortConvolution
+from nestling.layers.fused import gated_norm, unit_heads
 from nestling.layers.level import Level, Period
-from nestling.layers.norm import EPS, l2_norm
+from nestling.layers.norm import EPS
 from nestling.memory import Gates, MemorySpec, MemoryState, Report
 from nestling.state import register
 
@@ -83,20 +84,20 @@ class Memory(Layer):
     ) -> tuple[Tensor, MemoryLayerState]:
         state = self.start(x.shape[0]) if state is None else state
         mixed, tail = self.convolution(self.qkv(x), state.tail, reset=reset, valid=valid)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.chunk(3, -1))
         y, memory = self.spec.scan(
             tuple(self.initial),
-            l2_norm(q),
-            l2_norm(k),
-            v,
+            unit_heads(q),
+            unit_heads(k),
+            v.transpose(1, 2).contiguous(),
             self._gates(x),
             state.memory,
             reset=reset,
             valid=valid,
             report=report,
         )
-        y = self.norm(y).transpose(1, 2).flatten(2).to(x.dtype)
-        return self.out(y * F.silu(self.gate(x))), MemoryLayerState(tail, memory)
+        y = gated_norm(y, self.norm.weight, self.gate(x))
+        return self.out(y), MemoryLayerState(tail, memory)
 
     def levels(self) -> list[Level]:
         words = self.spec.describe()

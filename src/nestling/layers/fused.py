@@ -1,0 +1,179 @@
+"""The elementwise parts of a memory layer, each as one step of autograd: short convolution, unit heads, gated norm.
+
+They do little work on wide tensors, so that what they read, write and keep is what they cost. Each keeps its inputs alone, makes
+the rest again in the backward pass, and sums in place. A second derivative, narrow floating point (whose sums the framework's own
+operations widen) and a compiler, which fuses by itself, take the formula as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.layers.norm import EPS, l2_norm
+
+BLOCK = 128  # tokens of the convolution at a time, so that what one pass leaves the next finds in the cache
+
+
+def convolve(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
+    """SiLU(Σ_j w_j ∘ x_{t−j}): x `[lane, time, channel]`, tail `[lane, width − 1, channel]` before it, w `[width, channel]`."""
+    return _call(_Convolution, _convolve, x, tail, weight)
+
+
+def unit_heads(x: Tensor) -> Tensor:
+    """x `[lane, time, head, dim]` → x / √(‖x‖² + ε²) as `[lane, head, time, dim]`."""
+    if torch.compiler.is_compiling() or x.dtype.itemsize < 4:
+        return l2_norm(x).transpose(1, 2)
+    y: Tensor = _UnitHeads.apply(x)[0]  # type: ignore[no-untyped-call]
+    return y
+
+
+def gated_norm(y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    """RMSNorm(y) ∘ SiLU(g): y `[lane, head, time, dim]`, g `[lane, time, head · dim]` → `[lane, time, head · dim]`."""
+    return _call(_GatedNorm, _gated_norm, y, weight, gate)
+
+
+def _call(function: type[torch.autograd.Function], formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    plain = torch.compiler.is_compiling() or any(x.dtype.itemsize < 4 or x.dtype != inputs[0].dtype for x in inputs)
+    found: Tensor = formula(*inputs) if plain else function.apply(*inputs)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _again(formula: Callable[..., Tensor], saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated once more."""
+    found = iter(torch.autograd.grad(formula(*saved), [x for x in saved if x.requires_grad], grad, create_graph=True))
+    return tuple(next(found) if x.requires_grad else None for x in saved)
+
+
+def _convolve(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
+    return F.silu(_taps(torch.cat([tail, x], 1), weight))
+
+
+def _taps(stream: Tensor, weight: Tensor) -> Tensor:
+    halo = weight.shape[0] - 1
+    time = stream.shape[1] - halo
+    y = stream[:, halo:] * weight[0]
+    for j in range(1, halo + 1):
+        y = torch.addcmul(y, stream[:, halo - j : halo - j + time], weight[j])
+    return y
+
+
+def _gated_norm(y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    y = F.rms_norm(y, y.shape[-1:], weight.to(y.dtype), EPS)
+    return y.transpose(1, 2).flatten(2).to(gate.dtype) * F.silu(gate)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, tail, weight)
+        y = torch.empty_like(x)
+        for first in range(0, x.shape[1], BLOCK):
+            z = _block(x, tail, weight, first)[1]
+            torch.ops.aten.silu.out(z, out=y[:, first : first + BLOCK])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, tail, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _again(_convolve, (x, tail, weight), grad)
+        halo, time = tail.shape[1], x.shape[1]
+        d_x, d_tail, d_weight = torch.empty_like(x), torch.zeros_like(tail), torch.zeros_like(weight)
+        # The gradient of the taps of a block, and behind it the first ones of the next block: a token is also a later tap.
+        after = x.new_zeros(x.shape[0], halo, x.shape[2])
+        scratch = x.new_empty(x.shape[0], min(BLOCK, time), x.shape[2])
+        for first in reversed(range(0, time, BLOCK)):
+            stream, z = _block(x, tail, weight, first)
+            size = z.shape[1]
+            taps = torch.cat([torch.ops.aten.silu_backward(grad[:, first : first + size], z), after], 1)
+            part = torch.mul(taps[:, :size], weight[0], out=d_x[:, first : first + size])
+            product = scratch[:, :size]
+            for j in range(halo + 1):
+                if j:
+                    part.addcmul_(taps[:, j : j + size], weight[j])
+                torch.mul(taps[:, :size], stream[:, halo - j : halo - j + size], out=product)
+                d_weight[j] += product.sum((0, 1))
+            after = taps[:, :halo]
+        for place in range(halo):
+            for j in range(halo - place, halo + 1):
+                d_tail[:, place].addcmul_(after[:, place - halo + j], weight[j])
+        return d_x, d_tail, d_weight
+
+
+def _block(x: Tensor, tail: Tensor, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """A block of tokens with those before it, and its sum of taps."""
+    halo = tail.shape[1]
+    before = tail if first == 0 else x[:, first - halo : first]
+    stream = torch.cat([before, x[:, first : first + BLOCK]], 1)
+    size = stream.shape[1] - halo
+    z = stream[:, halo:] * weight[0]
+    for j in range(1, halo + 1):
+        z.addcmul_(stream[:, halo - j : halo - j + size], weight[j])
+    return stream, z
+
+
+class _UnitHeads(torch.autograd.Function):
+    """The scale is an output as well, so that what the backward pass reads is known to a second one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(EPS**2).rsqrt_()
+        y = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
+        torch.mul(x, scale, out=y.transpose(1, 2))
+        scale = scale.transpose(1, 2).contiguous()
+        ctx.save_for_backward(y, scale)
+        ctx.set_materialize_grads(False)
+        return y, scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> Tensor | None:
+        y, scale = ctx.saved_tensors
+        d_x = None
+        if grad is not None:
+            d_x = torch.addcmul(grad, y, (grad * y).sum(-1, keepdim=True), value=-1)
+            d_x = d_x * scale if torch.is_grad_enabled() else d_x.mul_(scale)
+        if grad_scale is not None:  # in a second backward pass only
+            more = -grad_scale * y * scale.square()
+            d_x = more if d_x is None else d_x + more
+        return None if d_x is None else d_x.transpose(1, 2)
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weight, gate)
+        z = F.silu(gate)
+        heads = _heads(z, y)
+        heads.mul_(_normed(y)[0].transpose(1, 2)).mul_(weight)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, gate = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _again(_gated_norm, (y, weight, gate), grad)
+        normed, scale = _normed(y)
+        normed = normed.transpose(1, 2)
+        d_normed = _heads(F.silu(gate) * grad, y)
+        product = d_normed * normed
+        d_weight = product.sum((0, 1, 2))
+        along = product.mul_(weight).mean(-1, keepdim=True)
+        d_normed.mul_(weight).addcmul_(normed, along, value=-1).mul_(scale.transpose(1, 2))
+        d_silu = torch.mul(_heads(grad, y), normed, out=product).mul_(weight).flatten(2)
+        return d_normed.transpose(1, 2), d_weight, torch.ops.aten.silu_backward(d_silu, gate)
+
+
+def _heads(x: Tensor, y: Tensor) -> Tensor:
+    """x `[lane, time, head · dim]` → `[lane, time, head, dim]`, with the heads of y."""
+    return x.reshape(*x.shape[:2], y.shape[1], y.shape[3])
+
+
+def _normed(y: Tensor) -> tuple[Tensor, Tensor]:
+    """y / √(mean y² + ε), and the factor."""
+    scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(y.shape[-1]).add_(EPS).rsqrt_()
+    return y * scale, scale
