@@ -568,6 +568,9 @@ def test_a_reader_that_goes_away_is_no_failure_to_talk_about():
     read, write = os.pipe()
     os.close(read)
     code = "from nestling.cli import main; main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env=environment, timeout=60
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")

@@ -73,6 +73,8 @@ def test_erasing_equals_reading_pieces_afresh(name, segment):
     model, given = model_of(name), documents()
     expected = [plain(model, passage, erase_every=8) for passage in given]
     assert_equals_plain(model, given, expected, lanes=3, segment=segment, erase_every=8)
+    twice = [rows.expand(2, -1) for rows in expected]
+    assert_equals_plain(model, given, twice, lanes=3, segment=segment, erase_every=8, readings=2)
     running = plain(model, given[0])
     assert torch.equal(running[0, :7], expected[0][0, :7])
     assert (running - expected[0])[0, 8:].abs().max() > 1e-3, "the memory is good for something here"
@@ -98,6 +100,8 @@ def test_every_document_begins_in_the_given_state(name, lanes, segment, readings
     expected = [plain(model, passage, start=start, readings=readings) for passage in given]
     assert_equals_plain(model, given, expected, lanes=lanes, segment=segment, start=start, readings=readings)
     assert (expected[0] - plain(model, given[0], readings=readings)).abs().max() > 1e-3
+    alike = [given[2]] * 5  # lanes that get free at the same time
+    assert_equals_plain(model, alike, [expected[2]] * 5, lanes=lanes, segment=segment, start=start, readings=readings)
     assert all(torch.equal(a, b) for a, b in zip(fast.leaves(start), fast.leaves(kept), strict=True))
 
 

@@ -363,7 +363,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, data, whole, c
 
 
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, data, whole):
-    out = tmp_path / "a run [1]"
+    out = tmp_path / "a run [b]"
     process = command(*train_command(data, out))
     wait_until(process, lambda: has_step(out, 3))
     process.send_signal(signal.SIGINT)

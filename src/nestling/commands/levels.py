@@ -89,7 +89,7 @@ def run(config: LevelsConfig) -> int:
         table.add_row(f"{name}\nevery {level.period}", lines, f"{count:,}" if count else "–")
     console = Console()
     console.print(table)
-    console.print(f"Models: {', '.join(models.names())}. Sizes: {', '.join(models.SIZES)}.", highlight=False)
+    console.print(f"Models: {', '.join(models.names())}.\nSizes: {', '.join(models.SIZES)}.", highlight=False)
     return 0
 
 
