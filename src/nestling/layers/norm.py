@@ -1,13 +1,5 @@
-"""Norms."""
+"""Norms. The memories normalize keys of their own; both use the same norm."""
 
-from __future__ import annotations
+from nestling.memory.norm import EPS, l2_norm
 
-from torch import Tensor
-
-EPS = 1e-6
-
-
-def l2_norm(x: Tensor) -> Tensor:
-    """x / √(‖x‖² + ε²) along the last dimension, in at least float32 inside; its gradient is bounded at 0."""
-    up = x.float() if x.dtype.itemsize < 4 else x
-    return (up * (up.square().sum(-1, keepdim=True) + EPS**2).rsqrt()).to(x.dtype)
+__all__ = ["EPS", "l2_norm"]

@@ -12,6 +12,7 @@ from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.report import Report
 from nestling.memory.retentions import Decay, Full, Retention, Softmax
 from nestling.memory.rules import DeltaGradient, Gradient, Momentum, Rule
+from nestling.memory.self_modifying import SelfModifying
 from nestling.memory.spec import Engine, Memory, MemorySpec
 from nestling.memory.state import MemoryState, Tail
 
@@ -51,6 +52,7 @@ __all__ = [
     "Report",
     "Retention",
     "Rule",
+    "SelfModifying",
     "Softmax",
     "Tail",
     "describe",

@@ -5,33 +5,43 @@ Gradients of a tile are rank-one factors (x_i, δ_i) at the anchor. No weight ma
     h_t W_t = γ_t h_t W_0 + f_t h_t S_0 − Σ_i A[t,i] (h_t·x_i) δ_i − Σ_i D[t,i] ε_i (h_t·x_i) p_i
 
 layer after layer with the query's own activations (Titans, §3.2; derived). An erasing rule needs p_i = x_i W_{i−1}, which is
-one unit-lower-triangular solve, (I + T) P = diag(γ_{t−1}) X W_0 + diag(f_{t−1}) X S_0 − (A_{t−1} ∘ X Xᵀ) Δ with
-T[t,i] = D[t−1,i] ε_i (x_t·x_i) (Nested Learning, §8.2; derived). A retention with a link keeps its weights in the dual; there
-each token's weights are made, as no rank-one form exists.
+one unit-lower-triangular system for the rows e_i = ε_i p_i,
 
-The pieces are public inside `memory/`: `factors`, `solve`, `read`, `advance`, with `coefficients` beside.
+    (I + T) E = diag(ε) (diag(γ_{t−1}) X W_0 + diag(f_{t−1}) X S_0 − (A_{t−1} ∘ X Xᵀ) Δ)        T[t,i] = ε_t D[t−1,i] (x_t·x_i)
+
+(Nested Learning, §8.2; derived). Without momentum and window A = D diag(η), and both sums merge: with r_i = η_i δ_i + e_i,
+
+    (I + T) R = diag(η) Δ + diag(ε γ_{t−1}) X W_0        W_t = γ_t W_0 − Σ_i D[t,i] x_iᵀ r_i
+
+A retention with a link keeps its weights in the dual; there each token's weights are made, as no rank-one form exists.
+
+The pieces are public inside `memory/`: `factors`, `solve`, `read`, `advance`, with `coefficients` beside. Between lane and head
+there may be one more dimension, of memories that share their gates (see `self_modifying`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nestling.memory.biases import Bias
 from nestling.memory.coefficients import Coefficients, coefficients
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, surely
 from nestling.memory.layout import Layout, layout
-from nestling.memory.networks.base import at
+from nestling.memory.networks.base import Network, at
 from nestling.memory.report import Report
+from nestling.memory.retentions import Retention
 from nestling.memory.state import MemoryState, Tail, Weights
 from nestling.memory.step import step
 
 if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
 
+T = TypeVar("T")
 TILE = 64  # tokens per product
 LINK_TILE = 16  # where each token's weights are made
 GROUP = 4  # tiles recomputed together in the backward pass
@@ -46,56 +56,118 @@ class Factors(NamedTuple):
 
 
 class Writes(NamedTuple):
-    """What a tile writes: factors, and per layer ε_i p_i `[…, i, out_l]` of an erasing rule (None otherwise)."""
+    """What a tile writes, per layer: W_t = γ_t W_0 + f_t S_0 − Σ_i A[t,i] x_iᵀ δ_i − Σ_i D[t,i] x_iᵀ e_i.
 
-    factors: Factors
+    inputs   x_l `[…, halo + i, in_l]`
+    errors   δ_l `[…, halo + i, out_l]`; None where `erased` holds r_l, which has them inside
+    erased   e_l or r_l `[…, i, out_l]`; None where nothing is erased
+    """
+
+    inputs: tuple[Tensor, ...]
+    errors: tuple[Tensor, ...] | None
     erased: tuple[Tensor, ...] | None
     halo: int
 
 
+class Reader(Protocol):
+    """What `read` asks of a memory."""
+
+    @property
+    def read(self) -> Literal["after", "before", "boundary"]: ...
+    @property
+    def network(self) -> Network: ...
+    @property
+    def retention(self) -> Retention: ...
+
+
+class Triangle(NamedTuple):
+    """Products of a tile's layer inputs X Xᵀ `[…, i, halo + i]`, and (I + T)⁻¹ `[…, i, i]`."""
+
+    gram: Tensor
+    inverse: Tensor
+
+
 def factors(spec: MemorySpec, anchor: Sequence[Tensor], k: Tensor, v: Tensor) -> Factors:
     """Gradients at the anchor (weights, not dual). A token whose factors are not finite gets factors of 0."""
-    trace = spec.network.trace(anchor, k)
-    errors = spec.network.errors(anchor, trace, spec.bias.error(trace.prediction, v))
-    total = sum(x.sum(-1) for x in (*trace.inputs, *errors))
-    assert isinstance(total, Tensor)
-    finite = torch.isfinite(total).all(1, keepdim=True)
-    if surely(finite):
-        return Factors(trace.inputs, errors, finite)
-    keep = finite.unsqueeze(-1)
-    return Factors(
-        tuple(torch.where(keep, x, 0.0) for x in trace.inputs),
-        tuple(torch.where(keep, d, 0.0) for d in errors),
-        finite,
-    )
+    inputs, errors = gradients(spec.network, spec.bias, anchor, k, v)
+    finite = sound((*inputs, *errors)).all(1, keepdim=True)
+    return Factors(only(finite, inputs), only(finite, errors), finite)
+
+
+def gradients(network: Network, bias: Bias, anchor: Sequence[Tensor], k: Tensor, v: Tensor) -> tuple[Weights, Weights]:
+    """Rank-one gradients at the anchor: x_l and δ_l of every layer."""
+    trace = network.trace(anchor, k)
+    return trace.inputs, network.errors(anchor, trace, bias.error(trace.prediction, v))
+
+
+def sound(rows: Weights) -> Tensor:
+    """Which rows `[…, i, dim]` are finite in all of these."""
+    total = rows[0].sum(-1)
+    for x in rows[1:]:
+        total = total + x.sum(-1)
+    return torch.isfinite(total)
+
+
+def only(keep: Tensor, rows: Weights) -> Weights:
+    """Rows `[…, i, dim]` in `keep` as they are, others 0."""
+    if surely(keep):
+        return rows
+    return tuple(torch.where(keep.unsqueeze(-1), x, 0.0) for x in rows)
+
+
+def triangle(c: Coefficients, x_all: Tensor, strength: Tensor, halo: int) -> Triangle:
+    """The system of an erasing layer, which depends on its inputs and the gates alone."""
+    assert c.running is not None
+    gram = x_all[..., halo:, :] @ x_all.mT
+    t = c.running[..., :-1, :] * gram[..., halo:] * strength.unsqueeze(-1)
+    return Triangle(gram, invert(t))
+
+
+def invert(t: Tensor) -> Tensor:
+    """(I + T)⁻¹ of strictly lower triangular T."""
+    unit = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
+    inverse: Tensor = torch.linalg.solve_triangular(unit + t, unit.expand_as(t), upper=False, unitriangular=True)
+    return inverse
 
 
 def solve(
-    found: Factors, c: Coefficients, weights: Weights, momentum: Weights, erase: Tensor | None, halo: int
+    found: Factors,
+    c: Coefficients,
+    weights: Weights,
+    momentum: Weights,
+    erase: Tensor | None,
+    halo: int,
+    first: Triangle | None = None,
 ) -> Writes:
-    """Add what an erasing rule takes away: ε_i p_i with p_i = x_i W_{i−1} on the running weights."""
+    """Add what an erasing rule takes away: e_i = ε_i x_i W_{i−1}, on the running weights.
+
+    first   the first layer's system, where several memories have the same keys and it is known already
+    """
+    inputs, errors, _ = found
     if erase is None:
-        return Writes(found, None, halo)
-    assert c.running is not None
+        return Writes(inputs, errors, None, halo)
     erased = []
-    for layer, (x_all, delta) in enumerate(zip(found.inputs, found.errors, strict=True)):
+    for layer, (x_all, delta) in enumerate(zip(inputs, errors, strict=True)):
         x = x_all[..., halo:, :]
         strength = erase_strength(erase, layer, x)
-        gram = x @ x_all.mT
+        system = first if first is not None and layer == 0 else triangle(c, x_all, strength, halo)
         before = slice(None, -1)
-        right = _scaled(c.keep, before, x, weights[layer])
-        if momentum:
-            right = _plus(right, _scaled_rows(c.carry, before, x), momentum[layer])
-        right = _plus(right, c.write[..., :-1, :] * gram, delta, -1)
-        t = c.running[..., :-1, :] * gram[..., halo:] * strength.unsqueeze(-2)
-        unit = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
-        p = torch.linalg.solve_triangular(unit + t, right, upper=False, unitriangular=True)
-        erased.append(strength.unsqueeze(-1) * p)
-    return Writes(found, tuple(erased), halo)
+        scale = strength if c.keep is None else strength * c.keep[..., before]
+        if c.step is not None:
+            right = _plus_scaled(c.step.unsqueeze(-1) * delta, scale, x, weights[layer])
+        else:
+            assert c.write is not None
+            right = _scaled(scale, x, weights[layer])
+            if momentum:
+                assert c.carry is not None
+                right = _plus_scaled(right, strength * c.carry[..., before], x, momentum[layer])
+            right = _plus(right, strength.unsqueeze(-1) * (c.write[..., before, :] * system.gram), delta, -1)
+        erased.append(system.inverse @ right)
+    return Writes(inputs, None if c.step is not None else errors, tuple(erased), halo)
 
 
 def read(
-    spec: MemorySpec,
+    spec: Reader,
     c: Coefficients,
     anchor: Sequence[Tensor],
     weights: Weights,
@@ -107,22 +179,27 @@ def read(
     if spec.read == "boundary":
         return spec.network.apply(at(anchor), q)
     rows = slice(1, None) if spec.read == "after" else slice(None, -1)
-    inputs, errors, _ = writes.factors
-    write = c.write[..., rows, :]
+    inputs, errors, erased, halo = writes
+    keep = None if c.keep is None else c.keep[..., rows]
 
     def linear(layer: int, h: Tensor) -> Tensor:
-        z = _scaled(c.keep, rows, h, weights[layer])
+        z = _scaled(keep, h, weights[layer])
         if momentum:
-            z = _plus(z, _scaled_rows(c.carry, rows, h), momentum[layer])
+            assert c.carry is not None
+            z = _plus_scaled(z, c.carry[..., rows], h, momentum[layer])
         gram = h @ inputs[layer].mT
-        z = _plus(z, write * gram, errors[layer], -1)
-        if writes.erased is not None:
+        if errors is not None:
+            assert c.write is not None
+            z = _plus(z, c.write[..., rows, :] * gram, errors[layer], -1)
+        if erased is not None:
             assert c.running is not None
-            z = _plus(z, c.running[..., rows, :] * gram[..., writes.halo :], writes.erased[layer], -1)
+            z = _plus(z, c.running[..., rows, :] * gram[..., halo:], erased[layer], -1)
         return z
 
     def through_link(layer: int, h: Tensor) -> Tensor:
-        moved = torch.einsum("...ti,...ia,...ib->...tab", write, inputs[layer], errors[layer])
+        assert c.write is not None
+        assert errors is not None
+        moved = torch.einsum("...ti,...ia,...ib->...tab", c.write[..., rows, :], inputs[layer], errors[layer])
         dual = weights[layer].unsqueeze(-3)
         if c.keep is not None:
             dual = c.keep[..., rows, None, None] * dual
@@ -136,43 +213,52 @@ def read(
 def advance(c: Coefficients, weights: Weights, momentum: Weights, writes: Writes) -> tuple[Weights, Weights]:
     """Weights and momentum after the tile."""
     new_weights, new_momentum = [], []
-    inputs, errors, _ = writes.factors
+    inputs, errors, erased, halo = writes
     for layer, w in enumerate(weights):
-        x, delta = inputs[layer].mT, errors[layer]
+        x = inputs[layer].mT
         new = w if c.keep is None else c.keep[..., -1, None, None] * w
-        step = c.write[..., -1, :, None] * delta
         if momentum:
             assert c.carry is not None
             assert c.keep_s is not None
             assert c.write_s is not None
+            assert errors is not None
             s = momentum[layer]
-            new = _plus(torch.addcmul(new, c.carry[..., -1, None, None], s), x, step, -1)
-            new_momentum.append(_plus(c.keep_s[..., None, None] * s, x, c.write_s.unsqueeze(-1) * delta, -1))
-        else:
-            new = _plus(new, x, step, -1)
-        if writes.erased is not None:
+            new = torch.addcmul(new, c.carry[..., -1, None, None], s)
+            new_momentum.append(_plus(c.keep_s[..., None, None] * s, x, c.write_s.unsqueeze(-1) * errors[layer], -1))
+        if errors is not None:
+            assert c.write is not None
+            new = _plus(new, x, c.write[..., -1, :, None] * errors[layer], -1)
+        if erased is not None:
             assert c.running is not None
-            new = _plus(new, x[..., writes.halo :], c.running[..., -1, :, None] * writes.erased[layer], -1)
+            new = _plus(new, x[..., halo:], c.running[..., -1, :, None] * erased[layer], -1)
         new_weights.append(new)
     return tuple(new_weights), tuple(new_momentum)
 
 
-def _scaled_rows(scale: Tensor | None, rows: slice, h: Tensor) -> Tensor:
-    return h if scale is None else scale[..., rows, None] * h
-
-
-def _scaled(scale: Tensor | None, rows: slice, h: Tensor, w: Tensor) -> Tensor:
+def _scaled(scale: Tensor | None, h: Tensor, w: Tensor) -> Tensor:
     """diag(scale) h w, scaling the narrower side."""
+    if scale is None:
+        return h @ w
     if w.shape[-2] <= w.shape[-1]:
-        return _scaled_rows(scale, rows, h) @ w
-    z = h @ w
-    return z if scale is None else scale[..., rows, None] * z
+        return (scale.unsqueeze(-1) * h) @ w
+    return scale.unsqueeze(-1) * (h @ w)
+
+
+def _plus_scaled(z: Tensor, scale: Tensor, h: Tensor, w: Tensor) -> Tensor:
+    """z + diag(scale) h w, scaling the narrower side."""
+    if w.shape[-2] <= w.shape[-1]:
+        return _plus(z, scale.unsqueeze(-1) * h, w)
+    return torch.addcmul(z, scale.unsqueeze(-1), h @ w)
 
 
 def _plus(z: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
-    """z ± a b in one pass."""
-    flat = torch.baddbmm(z.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1), alpha=sign)
-    return flat.view(z.shape)
+    """z ± a b in one pass; a and b may lack z's dimension of memories."""
+    lead = z.shape[:-2]
+
+    def flat(x: Tensor) -> Tensor:
+        return x.expand(*lead, *x.shape[-2:]).flatten(0, -3)
+
+    return torch.baddbmm(flat(z), flat(a), flat(b), alpha=sign).view(z.shape)
 
 
 class Tiles(NamedTuple):
@@ -197,6 +283,12 @@ class Tiles(NamedTuple):
             None if self.use is None else self.use[:, :, tiles],
             self.lr[:, :, tiles],
         )
+
+
+class Group(Protocol[T]):
+    """Tiles first … last − 1: outputs, what goes on to the next group, and a note per tile."""
+
+    def __call__(self, first: int, last: int, running: T, /) -> tuple[Tensor, T, list[Weights]]: ...
 
 
 class Running(NamedTuple):
@@ -226,26 +318,16 @@ def scan(
         return x.v.new_zeros(x.v.shape), x.state
     tiles = _tiles(spec, x, cut)
     running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)
-    outputs, notes = [], []
-    count, differentiating = cut.tokens.shape[1], torch.is_grad_enabled()
-    for first in range(0, count, GROUP):
-        last = min(first + GROUP, count)
-        arguments = (spec, x.start, running, tiles.part(first, last), cut, first, report is not None)
-        if differentiating and count > GROUP:
-            y, running, noted = checkpoint(
-                _group, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-            )
-        else:
-            y, running, noted = _group(*arguments)
-        outputs.append(y)
-        notes.extend(noted)
-    y = _back(torch.cat(outputs, 2), cut, time)
+
+    def group(first: int, last: int, running: Running) -> tuple[Tensor, Running, list[Weights]]:
+        return _group(spec, x.start, running, tiles.part(first, last), cut, first, report is not None)
+
+    y, running, notes = by_groups(group, cut.tokens.shape[1], running)
+    y = back(y, cut, time)
     skipped = ~x.fine if x.valid is None else ~x.fine & x.valid
     faults = running.faults + skipped.sum(1)
     if report is not None:
-        surprise, update = (
-            _back(torch.stack(parts, 2).unsqueeze(-1), cut, time).squeeze(-1) for parts in zip(*notes, strict=True)
-        )
+        surprise, update = series(notes, cut, time)
         report.add(surprise=surprise, update=update, lr=x.lr)
         if x.retention is not None:
             report.add(retention=x.retention.plain())
@@ -253,6 +335,28 @@ def scan(
             report.add(momentum=x.momentum.plain())
         report.count(faults=faults - x.state.faults)
     return y, MemoryState(running.anchor, running.weights, running.momentum, _tail(x, cut), cut.position, faults)
+
+
+def by_groups(group: Group[T], count: int, running: T) -> tuple[Tensor, T, list[Weights]]:
+    """Run `count` tiles, a few at a time. In a backward pass a group is computed again instead of kept, so that memory does not
+    grow with its insides. Returns outputs `[lane, head, tile, …]`, what goes on to the next call, and notes."""
+    outputs, notes = [], list[Weights]()
+    for first in range(0, count, GROUP):
+        last = min(first + GROUP, count)
+        if torch.is_grad_enabled() and count > GROUP:
+            y, running, noted = checkpoint(
+                group, first, last, running, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+            )
+        else:
+            y, running, noted = group(first, last, running)
+        outputs.append(y)
+        notes.extend(noted)
+    return torch.cat(outputs, 2), running, notes
+
+
+def series(notes: Sequence[Weights], cut: Layout, time: int) -> Weights:
+    """Notes of tiles, each a tuple of `[lane, head, place]`, as series `[lane, head, time]`."""
+    return tuple(back(torch.stack(parts, 2).unsqueeze(-1), cut, time).squeeze(-1) for parts in zip(*notes, strict=True))
 
 
 def _tiles(spec: MemorySpec, x: Inputs, cut: Layout) -> Tiles:
@@ -265,7 +369,7 @@ def _tiles(spec: MemorySpec, x: Inputs, cut: Layout) -> Tiles:
     own = _own(cut, halo)
 
     def pick(x: Tensor) -> Tensor:
-        return _gather(x, own, cut)
+        return gather(x, own, cut)
 
     lr = pick(x.lr)
     retention = None if x.retention is None else x.retention.map(pick)
@@ -276,7 +380,7 @@ def _tiles(spec: MemorySpec, x: Inputs, cut: Layout) -> Tiles:
         window = lr.new_ones(*lr.shape, spec.bias.window)
     alive, present = None, None
     if cut.ok is not None or not surely(x.fine):
-        present = _gather(usable.unsqueeze(1), cut.tokens, cut)
+        present = gather(usable.unsqueeze(1), cut.tokens, cut)
         if cut.ok is not None:
             present = present & cut.ok.to(present.device).unsqueeze(1)
         alive = present[..., halo:]
@@ -285,7 +389,7 @@ def _tiles(spec: MemorySpec, x: Inputs, cut: Layout) -> Tiles:
         retention = None if retention is None else retention.masked(alive)
         momentum = None if momentum is None else momentum.masked(alive)
     c = coefficients(lr, retention, momentum, window, alive=alive, present=present, erases=spec.rule.erase != "none")
-    return Tiles(pick(x.q), _gather(keys, cut.tokens, cut), _gather(values, cut.tokens, cut), erase, c, alive, lr)
+    return Tiles(pick(x.q), gather(keys, cut.tokens, cut), gather(values, cut.tokens, cut), erase, c, alive, lr)
 
 
 def _own(cut: Layout, halo: int) -> Tensor:
@@ -293,7 +397,7 @@ def _own(cut: Layout, halo: int) -> Tensor:
     return (cut.tokens[..., halo:] - halo).clamp_min(0)
 
 
-def _gather(x: Tensor, index: Tensor, cut: Layout) -> Tensor:
+def gather(x: Tensor, index: Tensor, cut: Layout) -> Tensor:
     """`[lane, head, stream, …]` → `[lane, head, tile, place, …]`."""
     if cut.ok is None:
         return x.reshape(*x.shape[:2], *index.shape[1:], *x.shape[3:])
@@ -303,7 +407,7 @@ def _gather(x: Tensor, index: Tensor, cut: Layout) -> Tensor:
     return picked.reshape(*picked.shape[:2], *index.shape[1:], *picked.shape[3:])
 
 
-def _back(y: Tensor, cut: Layout, time: int) -> Tensor:
+def back(y: Tensor, cut: Layout, time: int) -> Tensor:
     """`[lane, head, tile, place, dim]` → `[lane, head, time, dim]`, zeros where no token was."""
     flat = y.flatten(2, 3)
     if cut.ok is None:
@@ -323,11 +427,11 @@ def _group(
     cut: Layout,
     first: int,
     noting: bool,
-) -> tuple[Tensor, Running, list[tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, Running, list[Weights]]:
     """A few tiles in order."""
     anchor, weights, momentum, faults = running
     halo = spec.bias.window - 1
-    outputs, notes = [], []
+    outputs, notes = [], list[Weights]()
     linked: tuple[Tensor, ...] | None = None
     for n in range(tiles.q.shape[2]):
         if cut.reset is not None:
@@ -351,11 +455,11 @@ def _group(
         lost = ~found.finite[:, 0, halo:]
         faults = faults + (lost if tiles.use is None else lost & tiles.use[:, 0, n]).sum(1)
         if noting:
-            notes.append(_notes(found, tiles.lr[:, :, n], halo))
+            notes.append(surprise_and_update(found, tiles.lr[:, :, n], halo))
     return torch.stack(outputs, 2), Running(anchor, weights, momentum, faults), notes
 
 
-def _notes(found: Factors, lr: Tensor, halo: int) -> tuple[Tensor, Tensor]:
+def surprise_and_update(found: Factors, lr: Tensor, halo: int) -> tuple[Tensor, Tensor]:
     """Surprise ‖∂ℓ/∂z_n‖ and size of the token's own step, η √Σ_l (‖x_l‖‖δ_l‖)²."""
     squares = [
         x[..., halo:, :].square().sum(-1) * d[..., halo:, :].square().sum(-1)

@@ -9,6 +9,8 @@ With W_0, S_0 at the tile's start, tokens t = 1 … L and gradients G_i = x_iᵀ
     Γ[n,i] = η_n γ^{(n)}_{n−i} for a window, else diag(η)
     A = D E Γ,   f = D m          without momentum: A = D Γ, f = 0
 
+An erasing rule without momentum and window needs no A: both sums share D, with r_i = η_i δ_i + ε_i p_i in place of ε_i p_i.
+
 All matrices have a row 0 for "before the first token", so that reading before or after a token's write is a choice of rows.
 One set serves all layers of a memory. Tokens that are masked neither decay nor write, nor add S to W.
 """
@@ -29,17 +31,19 @@ class Coefficients(NamedTuple):
 
     keep        γ `[…, L+1]`, None: all ones
     carry       f `[…, L+1]`, None without momentum
-    write       A `[…, L+1, halo + L]`
+    write       A `[…, L+1, halo + L]`, None where `step` stands for it
     running     D `[…, L+1, L]`, None without an erasing rule
     keep_s      m_L `[…]`, and write_s (EΓ)[L] `[…, halo + L]`; None without momentum
+    step        η `[…, L]`, only for an erasing rule without momentum and window
     """
 
     keep: Tensor | None
     carry: Tensor | None
-    write: Tensor
+    write: Tensor | None
     running: Tensor | None
     keep_s: Tensor | None
     write_s: Tensor | None
+    step: Tensor | None
 
     def cut(self, tiles: int | slice) -> Coefficients:
         """Those of one tile, or of several; dimension 2 counts tiles."""
@@ -51,9 +55,7 @@ class Coefficients(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Coefficients:
         """Apply a function to every matrix that is there."""
-        keep, carry, write, running, keep_s, write_s = (None if c is None else function(c) for c in self)
-        assert write is not None
-        return Coefficients(keep, carry, write, running, keep_s, write_s)
+        return Coefficients(*(None if c is None else function(c) for c in self))
 
 
 def products(gate: Factor) -> Tensor:
@@ -106,9 +108,11 @@ def coefficients(
         gamma = lr.unsqueeze(-1) * torch.where(band, gathered, 0.0)
         if present is not None:
             gamma = gamma * present.unsqueeze(-2)
+    if momentum is None and gamma is None and erases:
+        return Coefficients(keep, None, None, running, None, None, lr)
     if momentum is None:
         write = running * lr.unsqueeze(-2) if gamma is None else running @ gamma
-        return Coefficients(keep, None, write, running if erases else None, None, None)
+        return Coefficients(keep, None, write, running if erases else None, None, None, None)
     e = products(momentum)
     impulse = e[..., 1:, 1:] * lr.unsqueeze(-2) if gamma is None else e[..., 1:, 1:] @ gamma
     adding = running if alive is None else running * alive.unsqueeze(-2)
@@ -120,4 +124,5 @@ def coefficients(
         running if erases else None,
         m[..., -1],
         impulse[..., -1, :],
+        None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,27 @@ from nestling.memory.gates import Factor, Gates, check_gates, factor
 from nestling.memory.state import MemoryState, Tail, Weights
 
 if TYPE_CHECKING:
+    from nestling.memory.biases import Bias
+    from nestling.memory.rules import Rule
     from nestling.memory.spec import MemorySpec
+
+    class Sized(Protocol):
+        """What the checks ask of any memory with a `MemoryState`."""
+
+        @property
+        def name(self) -> str: ...
+        @property
+        def key_dim(self) -> int: ...
+        @property
+        def value_dim(self) -> int: ...
+        @property
+        def bias(self) -> Bias: ...
+        @property
+        def rule(self) -> Rule: ...
+        @property
+        def gates_used(self) -> frozenset[str]: ...
+        def check_weights(self, w0: Sequence[Tensor]) -> None: ...
+        def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]: ...
 
 
 class Inputs(NamedTuple):
@@ -64,30 +84,14 @@ def prepare(
 ) -> Inputs:
     """Check shapes, cast up to at least float32 (C7), find the tokens the guard must skip (C8)."""
     gates = Gates() if gates is None else gates
-    spec.check_weights(w0)
-    lanes, heads, time = _check_shapes(spec, w0, q, k, v, state, reset, valid)
-    check_gates(gates, used=spec.gates_used, name=spec.name, shape=(lanes, heads, time), window=spec.bias.window)
+    lanes, heads, time = check(spec, w0, q, k, v, gates, state, reset, valid)
     start = spec.start(w0, lanes)
     state = start if state is None else state
     dtype = state.weights[0].dtype
     for x in (q, k, v):
         dtype = torch.promote_types(dtype, x.dtype)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    gates = gates.map(lambda gate: gate.to(dtype))
-
-    total = k.sum((1, 3)) + v.sum((1, 3))
-    for name, gate in gates.items():
-        total = total + gate.flatten(3).sum((1, 3)) if name == "window" else total + gate.sum(1)
-    fine = torch.isfinite(total)
-    for ranged in (gates.retention, gates.momentum):
-        if ranged is not None:
-            fine = fine & (ranged >= 0).all(1)
-    if not surely(fine):
-        per_token = fine[:, None, :, None]
-        k, v = torch.where(per_token, k, 0.0), torch.where(per_token, v, 0.0)
-        gates = Gates(
-            **{n: torch.where(per_token if n == "window" else fine[:, None], g, _neutral(n)) for n, g in gates.items()}
-        )
+    q = q.to(dtype)
+    fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
 
     lr = q.new_ones(lanes, heads, time) if gates.lr is None else gates.lr
     retention = factor(gates.retention, gates.log_retention, dtype)
@@ -103,20 +107,54 @@ def prepare(
     return Inputs(start, state, q, k, v, lr, retention, momentum, erase, gates.window, fine, reset, valid)
 
 
+def check_weights(name: str, shapes: Sequence[tuple[int, int]], w0: Sequence[Tensor]) -> None:
+    """Refuse initial weights of the wrong number or shape."""
+    if len(w0) != len(shapes):
+        raise ValueError(f"{name}: w0 has {len(w0)} weights; expected {len(shapes)}, from spec.init")
+    for number, (w, shape) in enumerate(zip(w0, shapes, strict=True)):
+        if w.dim() != 3 or tuple(w.shape[1:]) != shape:
+            raise ValueError(
+                f"{name}: w0[{number}] has shape {tuple(w.shape)}; expected (heads, {shape[0]}, {shape[1]})"
+            )
+
+
+def token_guard(tokens: Weights, gates: Gates) -> tuple[Tensor, Weights, Gates]:
+    """Which tokens (bool `[lane, time]`) have finite inputs `[lane, head, time, dim]` and legal gates; others made harmless."""
+    total = sum(x.sum((1, 3)) for x in tokens)
+    assert isinstance(total, Tensor)
+    for name, gate in gates.items():
+        total = total + gate.flatten(3).sum((1, 3)) if name == "window" else total + gate.sum(1)
+    fine = torch.isfinite(total)
+    for ranged in (gates.retention, gates.momentum):
+        if ranged is not None:
+            fine = fine & (ranged >= 0).all(1)
+    if surely(fine):
+        return fine, tokens, gates
+    per_token = fine[:, None, :, None]
+    tokens = tuple(torch.where(per_token, x, 0.0) for x in tokens)
+    gates = Gates(
+        **{n: torch.where(per_token if n == "window" else fine[:, None], g, _neutral(n)) for n, g in gates.items()}
+    )
+    return fine, tokens, gates
+
+
 def _neutral(gate: str) -> float:
     return 1.0 if gate in ("retention", "momentum") else 0.0
 
 
-def _check_shapes(
-    spec: MemorySpec,
+def check(
+    spec: Sized,
     w0: Sequence[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    gates: Gates,
     state: MemoryState | None,
     reset: Tensor | None,
     valid: Tensor | None,
 ) -> tuple[int, int, int]:
+    """Refuse what does not fit, in words. Returns lanes, heads, time."""
+    spec.check_weights(w0)
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [lane, head, time, key_dim]")
     lanes, heads, time, _ = q.shape
@@ -140,14 +178,16 @@ def _check_shapes(
             raise ValueError(
                 f"state holds {state.position.shape[0]} lanes, q has {lanes}: take or repeat lanes with nl.state first"
             )
-        for layer, (w, shape) in enumerate(zip(state.weights, spec.shapes, strict=False)):
-            if len(state.weights) != len(spec.shapes) or tuple(w.shape[1:]) != (heads, *shape):
+        shapes = spec.state_shapes(heads)
+        for layer, (w, shape) in enumerate(zip(state.weights, shapes, strict=False)):
+            if len(state.weights) != len(shapes) or tuple(w.shape[1:]) != shape:
                 raise ValueError(
-                    f"state.weights[{layer}] has shape {tuple(w.shape)}; expected {(lanes, heads, *shape)}: "
+                    f"state.weights[{layer}] has shape {tuple(w.shape)}; expected {(lanes, *shape)}: "
                     "the state was made by another memory"
                 )
         if bool(state.momentum) != spec.rule.momentum or (state.tail is None) != (spec.bias.window == 1):
             raise ValueError(f"the state does not belong to {spec.name}: its momentum or window tail does not fit")
+    check_gates(gates, used=spec.gates_used, name=spec.name, shape=(lanes, heads, time), window=spec.bias.window)
     return lanes, heads, time
 
 
@@ -176,7 +216,7 @@ def border_guard(
     Returns anchor, weights, momentum and the lanes (bool) whose weights or momentum were not finite: these go back to the
     old anchor, with momentum 0.
     """
-    total = sum(x.sum((1, 2, 3)) for x in (*weights, *momentum))
+    total = sum(x.flatten(1).sum(1) for x in (*weights, *momentum))
     assert isinstance(total, Tensor)
     finite = torch.isfinite(total)
     if surely(finite):

@@ -1,14 +1,15 @@
 """Which token goes into which tile.
 
-Every lane's tokens are cut into tiles of at most `tile` tokens. A tile ends early at the lane's own chunk border and before a
-reset, so that lanes at different positions, with invalid tokens and resets anywhere, run through the same products: short
-tiles are padded and masked, never looped over.
+Every lane's tokens are cut into tiles of at most `tile` tokens. A tile ends early at the lane's own chunk borders (there may be
+several periods) and before a reset, so that lanes at different positions, with invalid tokens and resets anywhere, run through
+the same products: short tiles are padded and masked, never looped over.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ class Layout(NamedTuple):
 
     tokens    `[lane, tiles, halo + size]` int64: the tile's tokens with the `halo` tokens before them
     ok        the same shape, bool: the place is filled;  None: all are, and the tiles are the call cut evenly (no halo)
-    border    bool `[tiles, lane]`: the lane's chunk closes with this tile
+    borders   bool `[period, tiles, lane]`: the lane's chunk of that period closes with this tile;  `border`: of the first
     reset     bool `[tiles, lane]`: the lane is put at position 0 before this tile;  None: no reset in the call
     position  `[lane]` after the call
     tail      `[lane, halo]` the tokens that the next call's window needs, and whether each is there
@@ -29,12 +30,17 @@ class Layout(NamedTuple):
 
     tokens: Tensor
     ok: Tensor | None
-    border: Tensor
+    borders: Tensor
     reset: Tensor | None
     position: Tensor
     tail: Tensor
     tail_ok: Tensor
     size: int
+
+    @property
+    def border(self) -> Tensor:
+        """Bool `[tiles, lane]`: the borders of the first period, for those who have one only."""
+        return self.borders[0]
 
 
 def layout(
@@ -43,32 +49,34 @@ def layout(
     reset: Tensor | None,
     valid: Tensor | None,
     *,
-    period: int,
+    period: int | tuple[int, ...],
     tile: int,
     halo: int,
 ) -> Layout:
     """Cut `time` tokens of lanes that stand at `position` (CPU). `reset` and `valid` are copied to the CPU if need be."""
+    periods = (period,) if isinstance(period, int) else period
+    tile, cycle = min(tile, *periods), lcm(*periods)
     lanes = position.shape[0]
     places = tuple(int(p) for p in position.tolist())
-    if reset is None and valid is None and len(set(p % period for p in places)) == 1:
-        shared = _uniform(places[0] % period, time, period, min(tile, period), halo)
+    if reset is None and valid is None and len({p % cycle for p in places}) == 1:
+        shared = _uniform(places[0] % cycle, time, periods, tile, halo)
         return shared._replace(
             tokens=shared.tokens.expand(lanes, -1, -1),
             ok=None if shared.ok is None else shared.ok.expand(lanes, -1, -1),
-            border=shared.border.expand(-1, lanes),
+            borders=shared.borders.expand(-1, -1, lanes),
             position=position + time,
             tail=shared.tail.expand(lanes, -1),
             tail_ok=shared.tail_ok.expand(lanes, -1),
         )
     resets = None if reset is None else reset.cpu().numpy()
     valids = None if valid is None else valid.cpu().numpy()
-    return _cut(places, time, resets, valids, period, min(tile, period), halo)
+    return _cut(places, time, resets, valids, periods, tile, halo)
 
 
 @lru_cache(maxsize=256)
-def _uniform(phase: int, time: int, period: int, tile: int, halo: int) -> Layout:
+def _uniform(phase: int, time: int, periods: tuple[int, ...], tile: int, halo: int) -> Layout:
     """All lanes in step: cut one and share it."""
-    cut = _cut((phase,), time, None, None, period, tile, halo)
+    cut = _cut((phase,), time, None, None, periods, tile, halo)
     even = cut.ok is not None and bool(cut.ok.all()) and halo == 0
     return cut._replace(ok=None) if even else cut
 
@@ -78,12 +86,12 @@ def _cut(
     time: int,
     reset: np.ndarray | None,
     valid: np.ndarray | None,
-    period: int,
+    periods: tuple[int, ...],
     tile: int,
     halo: int,
 ) -> Layout:
     lanes = len(places)
-    cuts: list[list[tuple[np.ndarray, np.ndarray, bool, bool]]] = []  # per lane: halo tokens, own tokens, border, reset
+    cuts: list[list[tuple[np.ndarray, np.ndarray, list[bool], bool]]] = []  # per lane: halo, own tokens, borders, reset
     after, tails = [], []
     for lane, place in enumerate(places):
         tokens = np.arange(time) if valid is None else np.flatnonzero(valid[lane])
@@ -99,10 +107,17 @@ def _cut(
             known = np.concatenate([past, run])
             done = 0
             while done < len(run):
-                room = period - position % period
-                size = min(tile, room, len(run) - done)
+                rooms = [period - position % period for period in periods]
+                size = min(tile, *rooms, len(run) - done)
                 here = len(past) + done
-                mine.append((known[max(0, here - halo) : here], run[done : done + size], size == room, fresh))
+                mine.append(
+                    (
+                        known[max(0, here - halo) : here],
+                        run[done : done + size],
+                        [size == room for room in rooms],
+                        fresh,
+                    )
+                )
                 fresh = False
                 done, position = done + size, position + size
             past = known[max(0, len(known) - halo) :]
@@ -113,7 +128,7 @@ def _cut(
     size = max((len(own) for mine in cuts for _, own, _, _ in mine), default=1)
     index = np.zeros((lanes, tiles, halo + size), dtype=np.int64)
     ok = np.zeros((lanes, tiles, halo + size), dtype=bool)
-    border = np.zeros((tiles, lanes), dtype=bool)
+    borders = np.zeros((len(periods), tiles, lanes), dtype=bool)
     fresh_tiles = np.zeros((tiles, lanes), dtype=bool)
     tail = np.zeros((lanes, halo), dtype=np.int64)
     tail_ok = np.zeros((lanes, halo), dtype=bool)
@@ -122,13 +137,13 @@ def _cut(
             filled = slice(halo - len(before), halo + len(own))
             index[lane, number, filled] = np.concatenate([before, own])
             ok[lane, number, filled] = True
-            border[number, lane], fresh_tiles[number, lane] = closes, fresh
+            borders[:, number, lane], fresh_tiles[number, lane] = closes, fresh
         tail[lane, halo - len(tails[lane]) :] = tails[lane]
         tail_ok[lane, halo - len(tails[lane]) :] = True
     return Layout(
         torch.from_numpy(index),
         torch.from_numpy(ok),
-        torch.from_numpy(border),
+        torch.from_numpy(borders),
         torch.from_numpy(fresh_tiles) if fresh_tiles.any() else None,
         torch.tensor(after, dtype=torch.int64),
         torch.from_numpy(tail),

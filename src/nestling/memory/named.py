@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, overload
 
 from nestling.memory.biases import L2, DotProduct, Omega
 from nestling.memory.networks import MLP, Matrix
 from nestling.memory.retentions import Decay, Full, Softmax
 from nestling.memory.rules import DeltaGradient, Gradient, Momentum
+from nestling.memory.self_modifying import SelfModifying
 from nestling.memory.spec import MemorySpec
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One named system: its choices, its equation in one line, its source, what is ours."""
+    """One named system: what makes it, its choices, its equation in one line, its source, what is ours."""
 
+    factory: type[MemorySpec] | type[SelfModifying]
     choices: dict[str, Any]
     equation: str
     source: str
@@ -25,11 +27,19 @@ class Entry:
 _SYSTEMS: dict[str, Entry] = {}
 
 
-def register(name: str, *, equation: str, source: str, notes: str, **choices: Any) -> None:
-    """Add a named system. `choices` are fields of `MemorySpec`."""
+def register(
+    name: str,
+    *,
+    equation: str,
+    source: str,
+    notes: str,
+    factory: type[MemorySpec] | type[SelfModifying] = MemorySpec,
+    **choices: Any,
+) -> None:
+    """Add a named system. `choices` are fields of the dataclass `factory`."""
     if name in _SYSTEMS:
         raise ValueError(f"a memory named {name!r} is registered already")
-    _SYSTEMS[name] = Entry(choices, equation, source, notes)
+    _SYSTEMS[name] = Entry(factory, choices, equation, source, notes)
 
 
 def names() -> list[str]:
@@ -37,19 +47,24 @@ def names() -> list[str]:
     return sorted(_SYSTEMS)
 
 
-def named(name: str, *, key_dim: int = 64, value_dim: int | None = None, **overrides: Any) -> MemorySpec:
+@overload
+def named(
+    name: Literal["self_modifying"], *, key_dim: int = 64, value_dim: int | None = None, **overrides: Any
+) -> SelfModifying: ...
+@overload
+def named(name: str, *, key_dim: int = 64, value_dim: int | None = None, **overrides: Any) -> MemorySpec: ...
+def named(name: str, *, key_dim: int = 64, value_dim: int | None = None, **overrides: Any) -> Any:
     """A named system at a size, any choice overridable: `named("titans", key_dim=32, network=Matrix(), chunk=64)`.
 
     value_dim defaults to key_dim. Raises ValueError for an unknown name or choice.
     """
     if name not in _SYSTEMS:
         raise ValueError(f"memory {name!r} is not known; expected one of: {', '.join(names())}")
-    choices = {**_SYSTEMS[name].choices, **overrides}
-    known = set(MemorySpec.__dataclass_fields__) - {"name", "key_dim", "value_dim"}
+    factory, choices = _SYSTEMS[name].factory, {**_SYSTEMS[name].choices, **overrides}
+    known = {field.name for field in fields(factory)} - {"name", "key_dim", "value_dim"}
     if unknown := sorted(set(choices) - known):
         raise ValueError(f"{name} has no choice {', '.join(unknown)}; expected some of: {', '.join(sorted(known))}")
-    spec = MemorySpec(key_dim=key_dim, value_dim=key_dim if value_dim is None else value_dim)
-    return replace(spec, name=name, **choices)
+    return factory(key_dim=key_dim, value_dim=key_dim if value_dim is None else value_dim, name=name, **choices)
 
 
 def describe(name: str) -> dict[str, str]:
@@ -156,4 +171,13 @@ register(
     retention=Softmax(),
     rule=Gradient(),
     chunk=16,
+)
+register(
+    "self_modifying",
+    equation="k, v, η, α = M_k(x), M_v(x), M_η(x), M_α(x); each W ← (αI − ηkᵀk)W − η∇½‖M(k) − M(v)‖²; M(x) = x + σ(xW₁)W₂",
+    source="Nested Learning, eq. 86–91",
+    notes="From the paper: the recurrence, self-made targets, two-layer residual memories, a static query, chunk-wise training "
+    "with the last chunk's state. Derived: erasing layer by layer. Our defaults: the ½ in the loss, reading before the write "
+    "inside a chunk too, scalar gates by slow read-outs, η_max 0.5, GELU, widths 4 and 1, chunk 16, no momentum.",
+    factory=SelfModifying,
 )

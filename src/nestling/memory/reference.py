@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail
-from nestling.memory.networks.base import at
+from nestling.memory.networks.base import Network, at
 from nestling.memory.state import MemoryState, Weights
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def scan(spec: MemorySpec, inputs: Inputs) -> tuple[Tensor, MemoryState]:
         y = torch.stack(outputs, 2)
     if outer:
         return y, state
-    return y.detach(), _detach(state)
+    return y.detach(), detach(state)
 
 
 def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Tensor, MemoryState]:
@@ -63,7 +63,7 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
 
     anchor = tuple(spec.retention.link(w) for w in state.anchor)
     gradients, finite = _gradients(spec, x, anchor, keys, values, used, t)
-    layer_inputs = _layer_inputs(spec, anchor, x.k[:, :, t])
+    layers = layer_inputs(spec.network, anchor, x.k[:, :, t, None])
 
     live = (fine & alive.to(fine.device)).view(-1, 1, 1, 1)
     before, after, momentum = state.weights, [], []
@@ -75,7 +75,7 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
             momentum.append(torch.where(live, step, state.momentum[layer]))
         new = w if x.retention is None else x.retention.plain()[:, :, t, None, None] * w
         if x.erase is not None:
-            h = layer_inputs[layer]
+            h = layers[layer]
             strength = erase_strength(x.erase[:, :, t], layer, h) * finite[:, None]
             new = new - strength[..., None, None] * h[..., :, None] * (h[..., None, :] @ w)
         after.append(torch.where(live, new + step, w))
@@ -117,18 +117,21 @@ def _gradients(
     return total, own
 
 
-def _layer_inputs(spec: MemorySpec, anchor: Weights, k: Tensor) -> list[Tensor]:
+def layer_inputs(network: Network, anchor: Weights, k: Tensor) -> list[Tensor]:
+    """Each layer's own input at the anchor `[lane, head, in]`, for one token k `[lane, head, 1, key_dim]`."""
     seen: list[Tensor] = []
 
     def linear(layer: int, h: Tensor) -> Tensor:
         seen.append(h[:, :, 0])
         return h @ anchor[layer]
 
-    spec.network.apply(linear, k.unsqueeze(2))
+    network.apply(linear, k)
     return seen
 
 
-def _detach(state: MemoryState) -> MemoryState:
+def detach(state: MemoryState) -> MemoryState:
+    """The same state without its history."""
+
     def all_of(weights: Weights) -> Weights:
         return tuple(w.detach() for w in weights)
 

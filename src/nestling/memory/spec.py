@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestling.memory.biases import L2, Bias
 from nestling.memory.gates import Gates
+from nestling.memory.inputs import check_weights, prepare
 from nestling.memory.networks import Matrix, Network
 from nestling.memory.report import Report
 from nestling.memory.retentions import Full, Retention
@@ -26,7 +27,7 @@ GUARD_PERIOD = 64  # border guard's period where `chunk` plays no part
 
 @runtime_checkable
 class Memory(Protocol):
-    """An associative memory with fast weights. `MemorySpec` is the main one; composites answer the same five calls."""
+    """An associative memory with fast weights. `MemorySpec` is the main one; composites answer the same calls."""
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         """Initial (slow) weights, each `[head, in, out]`."""
@@ -54,6 +55,32 @@ class Memory(Protocol):
         """Read and write a stretch of tokens: `[lane, head, time, dim]` → outputs of the same shape, new state."""
         ...
 
+    def step(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None = None,
+        state: Any = None,
+        *,
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """One token: `scan` without the time dimension (q, k, v `[lane, head, dim]`, gates `[lane, head]`, masks `[lane]`)."""
+        gates = None if gates is None else Gates(**{n: g.unsqueeze(2) for n, g in gates.items()})
+        y, new = self.scan(
+            w0,
+            q.unsqueeze(2),
+            k.unsqueeze(2),
+            v.unsqueeze(2),
+            gates,
+            state,
+            reset=None if reset is None else reset.unsqueeze(1),
+            valid=None if valid is None else valid.unsqueeze(1),
+        )
+        return y.squeeze(2), new
+
     def describe(self) -> dict[str, str]:
         """The choices in words."""
         ...
@@ -64,7 +91,7 @@ class Memory(Protocol):
 
 
 @dataclass(frozen=True)
-class MemorySpec:
+class MemorySpec(Memory):
     """The five choices of an associative memory.
 
     key_dim, value_dim   sizes per head
@@ -108,6 +135,10 @@ class MemorySpec:
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(in, out) of each weight matrix."""
         return self.network.shapes(self.key_dim, self.value_dim)
+
+    def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
+        """Shape of each of the state's weights, without the lane."""
+        return tuple((heads, *shape) for shape in self.shapes)
 
     @property
     def reads_weights(self) -> bool:
@@ -164,13 +195,7 @@ class MemorySpec:
 
     def check_weights(self, w0: Sequence[Tensor]) -> None:
         """Refuse initial weights of the wrong number or shape."""
-        if len(w0) != len(self.shapes):
-            raise ValueError(f"{self.name}: w0 has {len(w0)} weights; expected {len(self.shapes)}, from spec.init")
-        for number, (w, shape) in enumerate(zip(w0, self.shapes, strict=True)):
-            if w.dim() != 3 or tuple(w.shape[1:]) != shape:
-                raise ValueError(
-                    f"{self.name}: w0[{number}] has shape {tuple(w.shape)}; expected (heads, {shape[0]}, {shape[1]})"
-                )
+        check_weights(self.name, self.shapes, w0)
 
     def scan(
         self,
@@ -202,7 +227,6 @@ class MemorySpec:
         Returns outputs `[lane, head, time, value_dim]` in q's dtype and the new state.
         """
         from nestling.memory import chunked, reference
-        from nestling.memory.inputs import prepare
 
         if engine not in ("chunked", "reference"):
             raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
@@ -213,32 +237,6 @@ class MemorySpec:
             else:
                 y, new = chunked.scan(self, inputs, tile=tile, report=report)
         return y.to(q.dtype), new
-
-    def step(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None = None,
-        state: MemoryState | None = None,
-        *,
-        reset: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> tuple[Tensor, MemoryState]:
-        """One token: `scan` without the time dimension (q, k, v `[lane, head, dim]`, gates `[lane, head]`, masks `[lane]`)."""
-        gates = None if gates is None else Gates(**{n: g.unsqueeze(2) for n, g in gates.items()})
-        y, new = self.scan(
-            w0,
-            q.unsqueeze(2),
-            k.unsqueeze(2),
-            v.unsqueeze(2),
-            gates,
-            state,
-            reset=None if reset is None else reset.unsqueeze(1),
-            valid=None if valid is None else valid.unsqueeze(1),
-        )
-        return y.squeeze(2), new
 
     def describe(self) -> dict[str, str]:
         """The choices in words, with gates used and state size per lane and head."""

@@ -9,10 +9,51 @@ from torch import Tensor
 
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail, surely
 from nestling.memory.networks.base import at
-from nestling.memory.state import MemoryState
+from nestling.memory.state import MemoryState, Weights
 
 if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
+
+
+def write(
+    inputs: Weights,
+    errors: Weights,
+    weights: Weights,
+    momentum: Weights,
+    size: Tensor,
+    retention: Tensor | None,
+    mu: Tensor | None,
+    erase: Tensor | None,
+    live: Tensor | None,
+    halo: int,
+) -> tuple[Weights, Weights]:
+    """Every layer's weights and momentum after one token.
+
+    inputs, errors   factors x_l, δ_l `[lane, …, halo + 1, dim]` of the token and those before it in its window
+    size             step of each factor `[lane, …, halo + 1, 1]`, 0 where masked;  gates `[lane, …, 1]`
+    live             bool `[lane, 1]`: the token acts, which momentum must know;  None: in all lanes
+    """
+    new_weights, new_momentum = [], []
+    for layer, (w, h, delta) in enumerate(zip(weights, inputs, errors, strict=True)):
+        right = size * delta
+        own = h[..., halo:, :]
+        erased = None if erase is None else erase_strength(erase, layer, own).unsqueeze(-1) * (own @ w)
+        if erased is not None and mu is None and halo == 0:
+            right, erased = right + erased, None
+        moved = h.mT @ right
+        new = w if retention is None else retention.unsqueeze(-1) * w
+        if mu is not None:
+            s = mu.unsqueeze(-1) * momentum[layer] - moved
+            if live is None:
+                new = new + s
+            else:
+                keep = live.view(-1, *[1] * (w.dim() - 1))
+                new, s = torch.where(keep, new + s, new), torch.where(keep, s, momentum[layer])
+            new_momentum.append(s)
+        else:
+            new = new - moved
+        new_weights.append(new if erased is None else new - own.mT @ erased)
+    return tuple(new_weights), tuple(new_momentum)
 
 
 def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
@@ -54,28 +95,9 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
         lags = torch.ones_like(keys[..., 0]) if x.window is None else x.window[:, :, 0].flip(-1)
         size = (lr * lags * used[:, None]).unsqueeze(-1)
 
-    new_weights, new_momentum = [], []
-    for layer, w in enumerate(weights):
-        h, delta = found.inputs[layer], found.errors[layer]
-        moved = h.mT @ (size * delta)
-        new = w if retention is None else retention.unsqueeze(-1) * w
-        if spec.rule.momentum:
-            assert x.momentum is not None
-            s = x.momentum.plain().unsqueeze(-1) * momentum[layer] - moved
-            if masked:
-                keep = live.view(-1, 1, 1, 1)
-                new, s = torch.where(keep, new + s, new), torch.where(keep, s, momentum[layer])
-            else:
-                new = new + s
-            new_momentum.append(s)
-        else:
-            new = new - moved
-        if erase is not None:
-            own = h[..., halo:, :]
-            strength = erase_strength(erase, layer, own).unsqueeze(-1)
-            new = new - own.mT @ (strength * (own @ w))
-        new_weights.append(new)
-    after, moved_s = tuple(new_weights), tuple(new_momentum)
+    mu = x.momentum.plain() if spec.rule.momentum and x.momentum is not None else None
+    acts = live if masked else None
+    after, moved_s = write(found.inputs, found.errors, weights, momentum, size, retention, mu, erase, acts, halo)
 
     if spec.read == "boundary":
         y = spec.network.apply(at(linked), x.q)

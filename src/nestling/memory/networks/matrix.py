@@ -16,25 +16,30 @@ class Matrix:
     """M(x) = x W, W `[head, key_dim, value_dim]`.
 
     init_scale: standard deviation of the initial entries times √key_dim; 0, the default, is the empty memory of the classics.
+    identity: add the identity to the initial weights: for memories that generate values for themselves, as an empty one
+        would generate 0 for ever (needs key_dim = value_dim).
     """
 
     init_scale: float = 0.0
+    identity: bool = False
 
     @property
     def depth(self) -> int:
         return 1
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        if self.identity and key_dim != value_dim:
+            raise ValueError(f"Matrix(identity=True) is square, but key_dim is {key_dim} and value_dim {value_dim}")
         return ((key_dim, value_dim),)
 
     def init(
         self, shapes: Sequence[tuple[int, int]], heads: int, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
         ((key_dim, value_dim),) = shapes
-        if self.init_scale == 0:
-            return (torch.zeros(heads, key_dim, value_dim),)
-        scale = self.init_scale * key_dim**-0.5
-        return (torch.randn(heads, key_dim, value_dim, generator=generator) * scale,)
+        w = torch.zeros(heads, key_dim, value_dim)
+        if self.init_scale:
+            w = torch.randn(heads, key_dim, value_dim, generator=generator) * (self.init_scale * key_dim**-0.5)
+        return (w + torch.eye(key_dim) if self.identity else w,)
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         return linear(0, x)

@@ -31,6 +31,7 @@ class MLP:
     residual     add the input to the output; needs key_dim = value_dim
     norm         layer norm (no affine part) of the last layer's output, before the residual
     init_scale   standard deviation of initial entries times √in
+    last_std     standard deviation of the last layer's initial entries; None: as the others. Small with a residual: M(x) ≈ x
     """
 
     depth: int = 2
@@ -39,6 +40,7 @@ class MLP:
     residual: bool = True
     norm: bool = True
     init_scale: float = 1.0
+    last_std: float | None = None
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -61,7 +63,12 @@ class MLP:
     def init(
         self, shapes: Sequence[tuple[int, int]], heads: int, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
-        return tuple(torch.randn(heads, i, o, generator=generator) * (self.init_scale * i**-0.5) for i, o in shapes)
+        scales = [self.init_scale * i**-0.5 for i, _ in shapes]
+        if self.last_std is not None:
+            scales[-1] = self.last_std
+        return tuple(
+            torch.randn(heads, i, o, generator=generator) * scale for (i, o), scale in zip(shapes, scales, strict=True)
+        )
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         h = x

@@ -1,0 +1,355 @@
+"""Self-modifying Titans: memories that make their own keys, values, step sizes and targets (Nested Learning, eq. 86–91).
+
+    k_t = norm(M_k(x_t))      v_t = M_v(x_t)
+    η_t = η_max σ(M_η(x_t) w_η + b_η)      α_t = σ(M_α(x_t) w_α + b_α)
+    v̂_□ = M_□(v_t)            every memory □ ∈ {k, v, η, α, main} generates its own target; a constant for the inner gradient
+    W   ← (α_t I − ε_t x̂_tᵀ x̂_t) W − η_t ∇_W ℓ(M_□(k_t), v̂_□)      every weight of every memory, x̂ its layer's own input
+    y_t = M_main(q_t)                                               read before the write, unless `read` says otherwise
+
+Everything on the right but W itself is taken at the anchors, the weights at the start of the chunk (eq. 90, read causally:
+the last state of the previous chunk). The main memory and the others may have chunks of different length. ε_t is η_t for the
+first layer, whose input k_t has unit norm, and η_t/(1 + η_t‖x̂‖²) for the others (derived: the paper's bracket fits the first
+layer alone). q_t is given: its projection is the one that does not learn in context.
+
+The read-outs w, b are slow weights: they stand in w0, are read from there at every call and are not part of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.memory.biases import L2, Bias
+from nestling.memory.gates import Factor, Gates, factor
+from nestling.memory.inputs import border_guard, check, check_weights, token_guard
+from nestling.memory.networks import MLP, Matrix, Network
+from nestling.memory.report import Report
+from nestling.memory.retentions import Decay, Retention
+from nestling.memory.rules import DeltaGradient, Rule
+from nestling.memory.spec import Engine, Example, Memory, Read
+from nestling.memory.state import MemoryState, Weights
+
+SMALL = 0.02 / 2**0.5  # last layers at first: M(x) ≈ x, so that k ≈ x, v ≈ x and every v̂ ≈ v
+FIRST_BIAS = {"lr": -2.0, "retention": 5.0}  # η ≈ 0.12 η_max, α ≈ 0.993
+READOUT_STD = 0.02
+
+
+class Bank(NamedTuple):
+    """Memories with one network and one chunk, kept together: each of their weights is `[lane, memory, head, in, out]`.
+
+    layers   which of the state's weights are theirs
+    """
+
+    names: tuple[str, ...]
+    network: Network
+    chunk: int
+    layers: slice
+
+
+class Streams(NamedTuple):
+    """Inputs of a scan in the compute dtype; tokens that are not `fine` (bool `[lane, time]`) made harmless."""
+
+    start: MemoryState
+    state: MemoryState
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    momentum: Factor | None
+    readout: dict[str, tuple[Tensor, Tensor]]
+    fine: Tensor
+    reset: Tensor | None
+    valid: Tensor | None
+
+
+def close(
+    spec: SelfModifying,
+    closing: Sequence[Tensor],
+    anchor: Weights,
+    weights: Weights,
+    momentum: Weights,
+    faults: Tensor,
+) -> tuple[Weights, Weights, Weights, Tensor]:
+    """Close the chunks of each bank in the lanes of its `closing` (bool `[lane]`, CPU), with the border guard."""
+    ends = []
+    for bank, at in zip(spec.banks, closing, strict=True):
+        own = bank.layers
+        if torch.compiler.is_compiling() or bool(at.any()):
+            *parts, broken = border_guard(at, anchor[own], weights[own], momentum[own])
+            faults = faults + broken
+        else:
+            parts = [anchor[own], weights[own], momentum[own]]
+        ends.append(parts)
+    anchor, weights, momentum = (sum(parts, ()) for parts in zip(*ends, strict=True))
+    return anchor, weights, momentum, faults
+
+
+@dataclass(frozen=True)
+class SelfModifying(Memory):
+    """The self-modifying memory. `scan(w0, q, k, v)`: q the query, k and v the inputs x of the generators, not keys and values.
+
+    M_k, M_η and M_α read the argument k, M_v reads v; plain use gives the same x twice, a layer with short convolutions two.
+
+    key_dim, value_dim   size per head; equal, as memories answer in the space they are asked in
+    network              of the main memory
+    others               network of the generators
+    bias                 the inner loss
+    retention            Decay(), or Full(): α = 1 and no M_α
+    rule                 DeltaGradient(): eq. 88; Gradient(): without the erasing factor; with momentum: S ← μS − η∇ℓ,
+                         W ← (…)W + S, where μ is given as `gates.momentum`
+    chunk, chunk_others  periods of the main memory and of the generators, from the lane's position 0; None: the same
+    read                 "before" (the paper), "after", or "boundary" (eq. 90 as printed: the chunk's start)
+    lr_max               η_max. 0.5 keeps the factor along a key in [α − 1, α] at chunk 1 and bounded at any chunk (derived)
+    adaptive_q           q_t = norm(M_q(q)), one generator more
+
+    The state is a `MemoryState`; `split` names the parts of its weights.
+    """
+
+    key_dim: int
+    value_dim: int
+    network: Network = MLP(expansion=4.0, norm=False, last_std=SMALL)
+    others: Network = MLP(expansion=1.0, norm=False, last_std=SMALL)
+    bias: Bias = L2()
+    retention: Retention = Decay()
+    rule: Rule = DeltaGradient("with_decay")
+    chunk: int = 16
+    chunk_others: int | None = None
+    read: Read = "before"
+    lr_max: float = 0.5
+    adaptive_q: bool = False
+    name: str = "self_modifying"
+
+    def __post_init__(self) -> None:
+        numbers = {"key_dim": self.key_dim, "value_dim": self.value_dim, "chunk": self.chunk}
+        if self.chunk_others is not None:
+            numbers["chunk_others"] = self.chunk_others
+        for field, number in numbers.items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{self.name}: {field} is {number!r}; expected a whole number of at least 1")
+        if self.key_dim != self.value_dim:
+            raise ValueError(
+                f"{self.name}: key_dim is {self.key_dim} and value_dim {self.value_dim}; expected equal sizes, as every "
+                "memory is asked both for keys and for values"
+            )
+        if self.read not in ("after", "before", "boundary"):
+            raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
+        if self.bias.window > 1 or not self.retention.linear:
+            raise ValueError(
+                f"{self.name}: bias {self.bias} with retention {self.retention} does not fit; expected a bias of one token "
+                "and a retention whose weights are their own dual, Decay() or Full()"
+            )
+        if not self.lr_max > 0:
+            raise ValueError(f"{self.name}: lr_max is {self.lr_max}; expected a positive number")
+        for field, network in (("network", self.network), ("others", self.others)):
+            if isinstance(network, Matrix) and not (network.identity or network.init_scale):
+                raise ValueError(
+                    f"{self.name}: {field}={network} starts at 0, would generate 0 and so stay 0: use Matrix(identity=True)"
+                )
+            network.shapes(self.key_dim, self.key_dim)
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The gates it makes for itself."""
+        return ("lr", "retention") if self.retention.decays else ("lr",)
+
+    @property
+    def generators(self) -> tuple[str, ...]:
+        """Names of the memories that make what the main memory is given."""
+        return ("k", "v", *self.gates, *(("q",) if self.adaptive_q else ()))
+
+    @property
+    def banks(self) -> tuple[Bank, Bank]:
+        """The generators and the main memory. A bank is one level: one period, and its own tensors of the state."""
+        depth = self.others.depth
+        return (
+            Bank(self.generators, self.others, self.chunk_others or self.chunk, slice(0, depth)),
+            Bank(("main",), self.network, self.chunk, slice(depth, depth + self.network.depth)),
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each of w0's weights: "k.0", …, "main.1", then a read-out per gate: "lr.weight", "lr.bias", …"""
+        weights = [f"{name}.{n}" for bank in self.banks for name in bank.names for n in range(bank.network.depth)]
+        return (*weights, *(f"{gate}.{part}" for gate in self.gates for part in ("weight", "bias")))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of each of w0's weights, in the order of `names`."""
+        d = self.key_dim
+        weights = [shape for bank in self.banks for _ in bank.names for shape in bank.network.shapes(d, d)]
+        return (*weights, *(shape for _ in self.gates for shape in ((d, 1), (1, 1))))
+
+    def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
+        """Shape of each of the state's weights, without the lane."""
+        d = self.key_dim
+        return tuple((len(bank.names), heads, *shape) for bank in self.banks for shape in bank.network.shapes(d, d))
+
+    @property
+    def reads_weights(self) -> bool:
+        """Gradients read the weights with any bias and network, through the targets."""
+        return True
+
+    @property
+    def period(self) -> int:
+        """Tokens between two anchors of the main memory."""
+        return self.chunk
+
+    @property
+    def gates_used(self) -> frozenset[str]:
+        """Names of the gates that are given from outside."""
+        return frozenset({"momentum"} if self.rule.momentum else ())
+
+    def split(self, weights: Weights) -> dict[str, Weights]:
+        """The state's anchor, weights or momentum by memory: `["k"]` is (W_1, W_2), each `[lane, head, in, out]`."""
+        return {
+            name: tuple(w[:, number] for w in weights[bank.layers])
+            for bank in self.banks
+            for number, name in enumerate(bank.names)
+        }
+
+    def join(self, memories: dict[str, Weights]) -> Weights:
+        """The inverse of `split`."""
+        return tuple(
+            torch.stack([memories[name][layer] for name in bank.names], -4)
+            for bank in self.banks
+            for layer in range(bank.network.depth)
+        )
+
+    def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
+        """Initial weights, float32, each `[head, in, out]`, in the order of `names`: k ≈ x, v ≈ x, v̂ ≈ v at first."""
+        d, made = self.key_dim, list[Tensor]()
+        for bank in self.banks:
+            for _ in bank.names:
+                made.extend(bank.network.init(bank.network.shapes(d, d), heads, generator))
+        for gate in self.gates:
+            made.append(torch.randn(heads, d, 1, generator=generator) * READOUT_STD)
+            made.append(torch.full((heads, 1, 1), FIRST_BIAS[gate]))
+        return tuple(made)
+
+    def check_weights(self, w0: Sequence[Tensor]) -> None:
+        """Refuse initial weights of the wrong number or shape."""
+        check_weights(self.name, self.shapes, w0)
+
+    def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
+        """State of lanes that have read nothing; weights in at least float32."""
+        self.check_weights(w0)
+        live = torch.is_grad_enabled()
+        named = {
+            name: (w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32))
+            for name, w in zip(self.names, w0, strict=True)
+        }
+        joined = self.join(
+            {
+                name: tuple(named[f"{name}.{layer}"] for layer in range(bank.network.depth))
+                for bank in self.banks
+                for name in bank.names
+            }
+        )
+        weights = tuple(w.expand(lanes, *w.shape) for w in joined)
+        return MemoryState(
+            weights,
+            weights,
+            tuple(torch.zeros_like(w) for w in weights) if self.rule.momentum else (),
+            None,
+            torch.zeros(lanes, dtype=torch.int64),
+            torch.zeros(lanes, dtype=torch.int64, device=weights[0].device),
+        )
+
+    def scan(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None = None,
+        state: MemoryState | None = None,
+        *,
+        engine: Engine = "chunked",
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+        report: Report | None = None,
+        tile: int | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """Read a stretch of tokens with memory running; arguments as `MemorySpec.scan`, with k and v the generators' inputs."""
+        from nestling.memory import self_modifying_chunked, self_modifying_reference
+
+        if engine not in ("chunked", "reference"):
+            raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
+        with torch.autocast(q.device.type, enabled=False):
+            x = self._prepare(w0, q, k, v, gates, state, reset, valid)
+            if engine == "reference":
+                y, new = self_modifying_reference.scan(self, x)
+            else:
+                y, new = self_modifying_chunked.scan(self, x, tile=tile, report=report)
+        return y.to(q.dtype), new
+
+    def _prepare(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None,
+        state: MemoryState | None,
+        reset: Tensor | None,
+        valid: Tensor | None,
+    ) -> Streams:
+        gates = Gates() if gates is None else gates
+        check(self, w0, q, k, v, gates, state, reset, valid)
+        start = self.start(w0, q.shape[0]) if state is None or reset is not None else state  # read after resets only
+        state = start if state is None else state
+        dtype = state.weights[0].dtype
+        for x in (q, k, v):
+            dtype = torch.promote_types(dtype, x.dtype)
+        gates = gates.map(lambda gate: gate.to(dtype))
+        fine, (q, k, v), gates = token_guard((q.to(dtype), k.to(dtype), v.to(dtype)), gates)
+        momentum = factor(gates.momentum, gates.log_momentum, dtype)
+        if self.rule.momentum and momentum is None:
+            momentum = factor(q.new_zeros(q.shape[:3]), None, dtype)
+        first = len(w0) - 2 * len(self.gates)
+        readout = {
+            gate: (w0[first + 2 * n].to(dtype), w0[first + 2 * n + 1].to(dtype)) for n, gate in enumerate(self.gates)
+        }
+        return Streams(start, state, q, k, v, momentum, readout, fine, reset, valid)
+
+    def describe(self) -> dict[str, str]:
+        """The choices in words, with gates used and state size per lane and head."""
+        generators, main = self.banks
+        numbers = sum(torch.Size(shape).numel() for shape in self.state_shapes(1))
+        period = f"{main.chunk} tokens"
+        if generators.chunk != main.chunk:
+            period += f" (the other memories: {generators.chunk})"
+        return {
+            "name": self.name,
+            "network": f"{self.network}; {', '.join(generators.names)}: {self.others}",
+            "bias": str(self.bias),
+            "retention": str(self.retention),
+            "rule": str(self.rule),
+            "period": period,
+            "read": self.read,
+            "gates": ", ".join(sorted(self.gates_used)) or "none (makes its own)",
+            "state": f"{(3 if self.rule.momentum else 2) * numbers} numbers per lane and head",
+        }
+
+    def example(
+        self,
+        generator: torch.Generator,
+        *,
+        lanes: int = 2,
+        heads: int = 2,
+        time: int = 40,
+        dtype: torch.dtype = torch.float32,
+    ) -> Example:
+        """Random unit-norm q, inputs of the generators with norms about 1, and momentum where the rule has it."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        shape = (lanes, heads, time)
+        q = torch.nn.functional.normalize(normal(*shape, self.key_dim), dim=-1)
+        k, v = (normal(*shape, self.key_dim) * self.key_dim**-0.5 for _ in range(2))
+        gates = Gates(momentum=torch.sigmoid(normal(*shape)).to(dtype)) if self.rule.momentum else Gates()
+        return q.to(dtype), k.to(dtype), v.to(dtype), gates
