@@ -89,7 +89,7 @@ def test_reports_reach_through_a_model() -> None:
     model = nl.models.build("titans_lmm")
     model(torch.randint(257, (2, 9)), report=report)
     assert list(report) == ["blocks.0.mixer", "blocks.1.mixer"]
-    assert report["blocks.1.mixer"]["surprise"].shape == (2, 2, 9)
+    assert report["blocks.1.mixer"]["surprise"].shape == (2, 4, 9)
 
 
 @pytest.mark.parametrize(

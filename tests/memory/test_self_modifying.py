@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "momentum and erasing": {"rule": DeltaGradient(with_momentum=True)},
     "no decay": {"retention": Full()},
     "adaptive q": {"adaptive_q": True},
+    "unit values": {"unit_values": True},
     "matrices": {"network": IDENTITY, "others": IDENTITY, "bias": DotProduct()},
     "mixed": {"network": MLP(depth=3, expansion=2.0), "others": IDENTITY, "adaptive_q": True},
 }
@@ -498,6 +499,19 @@ def test_default_settings_stay_bounded_on_a_long_stream(chunk: int) -> None:
     assert state.faults.tolist() == [0, 0]
     assert y.abs().max() < 100
     assert all(w.norm(dim=(-2, -1)).max() < 100 for w in state.weights)
+
+
+def test_unit_values_stop_the_feedback_of_a_memory_on_its_own_values() -> None:
+    largest = []
+    for unit in (False, True):
+        spec, w0 = build(6, unit_values=unit, chunk=4, lr_max=0.5)
+        q, k, v, _ = example(spec, time=400)
+        with torch.no_grad():
+            _, state = nl.memory.scan(spec, w0, q, F.normalize(k, dim=-1), 4 * v)
+        largest.append(max(float(w.abs().max()) for w in state.weights))
+    free, unit = largest
+    assert unit < 10
+    assert not free < 1e6
 
 
 def test_report_has_the_gates_it_made() -> None:

@@ -8,6 +8,7 @@ from nestling.layers.level import Level, Period
 from nestling.layers.memory import Memory, MemoryLayerState
 from nestling.layers.mlp import SwiGLU
 from nestling.layers.norm import l2_norm
+from nestling.layers.self_modifying import SelfModifying
 
 __all__ = [
     "Attention",
@@ -19,6 +20,7 @@ __all__ = [
     "Memory",
     "MemoryLayerState",
     "Period",
+    "SelfModifying",
     "ShortConvolution",
     "SwiGLU",
     "l2_norm",

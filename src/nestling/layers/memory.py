@@ -13,7 +13,7 @@ from nestling.layers.convolution import ShortConvolution
 from nestling.layers.fused import gated_norm, unit_heads
 from nestling.layers.level import Level, Period
 from nestling.layers.norm import EPS
-from nestling.memory import Gates, MemorySpec, MemoryState, Report
+from nestling.memory import Gates, MemorySpec, MemoryState, Report, SelfModifying
 from nestling.state import register
 
 
@@ -41,7 +41,18 @@ class Memory(Layer):
     Initially α ≈ 0.98 and μ ≈ 0.5 (Titans gives the ranges, not the values). The initial weights are slow parameters.
     """
 
-    def __init__(self, dim: int, heads: int, spec: MemorySpec, *, width: int = 4, lr_max: float | None = None) -> None:
+    projections = 3
+    unit_values = False
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        spec: MemorySpec | SelfModifying,
+        *,
+        width: int = 4,
+        lr_max: float | None = None,
+    ) -> None:
         super().__init__()
         if dim % heads or spec.key_dim != dim // heads or spec.value_dim != dim // heads:
             raise ValueError(
@@ -51,15 +62,17 @@ class Memory(Layer):
         self.spec, self.heads = spec, heads
         anchored = spec.reads_weights and spec.rule.step(spec.key_dim) == 1
         self.lr_max = (spec.chunk**-0.5 if anchored else 1.0) if lr_max is None else lr_max
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = nn.Linear(dim, self.projections * dim, bias=False)
         self.convolution = ShortConvolution(3 * dim, width)
         self.kinds = [kind for kind in ("lr", "momentum", "retention") if kind in spec.gates_used]
         self.lags = spec.bias.window if spec.bias.window > 1 else 0
-        self.gates = nn.Linear(dim, heads * (len(self.kinds) + self.lags))
+        self.gates = nn.Linear(dim, heads * (len(self.kinds) + self.lags)) if self.kinds or self.lags else None
         self.gate = nn.Linear(dim, dim, bias=False)
         self.norm = nn.RMSNorm(spec.value_dim, eps=EPS)
         self.out = nn.Linear(dim, dim, bias=False)
         self.initial = nn.ParameterList(nn.Parameter(w) for w in spec.init(heads))
+        if self.gates is None:
+            return
         bias = {"lr": -1.0 if anchored else 0.0, "momentum": 0.0, "retention": 4.0}
         with torch.no_grad():
             self.gates.weight.mul_(0.1)
@@ -83,13 +96,13 @@ class Memory(Layer):
         report: Report | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
         state = self.start(x.shape[0]) if state is None else state
-        mixed, tail = self.convolution(self.qkv(x), state.tail, reset=reset, valid=valid)
+        mixed, tail = self.convolution(self._project(x), state.tail, reset=reset, valid=valid)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.chunk(3, -1))
         y, memory = self.spec.scan(
             tuple(self.initial),
             unit_heads(q),
             unit_heads(k),
-            v.transpose(1, 2).contiguous(),
+            unit_heads(v) if self.unit_values else v.transpose(1, 2).contiguous(),
             self._gates(x),
             state.memory,
             reset=reset,
@@ -119,7 +132,14 @@ class Memory(Layer):
             )
         ]
 
+    def _project(self, x: Tensor) -> Tensor:
+        """What the convolution reads: `[lane, time, 3 · dim]`."""
+        projected: Tensor = self.qkv(x)
+        return projected
+
     def _gates(self, x: Tensor) -> Gates:
+        if self.gates is None:
+            return Gates()
         raw = self.gates(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [lane, head, time, gate]
         raw = raw.float() if raw.dtype.itemsize < 4 else raw
         made: dict[str, Tensor] = {}

@@ -104,6 +104,8 @@ class SelfModifying(Memory):
     read                 "before" (the paper), "after", or "boundary" (eq. 90 as printed: the chunk's start)
     lr_max               η_max. 0.5 keeps the factor along a key in [α − 1, α] at chunk 1 and bounded at any chunk (derived)
     adaptive_q           q_t = norm(M_q(q)), one generator more
+    unit_values          v_t = norm(M_v(x_t)), ours: every memory is then asked where it is trained, at unit norm. Without it
+                         M_v is trained to answer M_v(v) at k, and where ‖v‖ > 1 its gain squares from chunk to chunk (derived)
 
     The state is a `MemoryState`; `split` names the parts of its weights.
     """
@@ -120,6 +122,7 @@ class SelfModifying(Memory):
     read: Read = "before"
     lr_max: float = 0.5
     adaptive_q: bool = False
+    unit_values: bool = False
     name: str = "self_modifying"
 
     def __post_init__(self) -> None:

@@ -70,11 +70,12 @@ def make(spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, k: Tensor,
     key, value, query = answer["k"], answer["v"], answer.get("q", q.unsqueeze(1))
 
     # The norm of a key that overflows is infinite, and its direction 0: finite, but not what was asked.
-    whole = [key.square(), value, *(logit.unsqueeze(-1) for logit in logits.values())]
+    whole = [key.square(), value.square() if spec.unit_values else value, *(logit.unsqueeze(-1) for logit in logits.values())]
     if spec.adaptive_q:
         whole.append(query.square())
         query = l2_norm(query)
     fine = fine & sound(tuple(whole)).all((1, 2))
+    value = l2_norm(value) if spec.unit_values else value
     query, key, value = only(fine[:, None, None], (query, l2_norm(key), value))
 
     pairs = []

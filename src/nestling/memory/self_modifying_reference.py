@@ -51,7 +51,8 @@ def _token(spec: SelfModifying, x: Streams, state: MemoryState, t: int) -> tuple
     q, xk, xv = (u[:, :, t, None] for u in (x.q, x.k, x.v))
     k, v = m("k", xk), m("v", xv)
     logits = {gate: m(gate, xk) @ w + b for gate, (w, b) in x.readout.items()}
-    made = [k.square().sum(-1), v, *logits.values()]
+    made = [k.square().sum(-1), v.square() if spec.unit_values else v, *logits.values()]
+    v = l2_norm(v) if spec.unit_values else v
     if spec.adaptive_q:
         q = m("q", q)
         made.append(q.square().sum(-1))

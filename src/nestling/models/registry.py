@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nestling import memory
-from nestling.layers import Attention, Layer, Level, Memory
+from nestling.layers import Attention, Layer, Level, Memory, SelfModifying
 from nestling.models.lm import LanguageModel, ModelConfig
 
 
@@ -25,7 +25,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(32, 2, 2, 4, (4, 8)),
+    "tiny": Size(32, 2, 4, 4, (4, 8)),
     "small": Size(192, 4, 4, 16, (64, 256)),
     "base": Size(384, 8, 6, 16, (64, 256, 1024)),
     "340M": Size(1024, 24, 16, 64, (512, 2048, 8192)),
@@ -148,13 +148,27 @@ def _transformer(config: ModelConfig) -> Layer:
     return Attention(config.dim, config.heads)
 
 
+def _spec(system: str, config: ModelConfig, **choices: Any) -> Any:
+    """A named memory at a model's size."""
+    if config.dim % config.heads:
+        raise ValueError(f"dim {config.dim} cannot be split into {config.heads} heads: choose a multiple")
+    chunk = {} if config.chunk is None else {"chunk": config.chunk}
+    return memory.named(system, key_dim=config.dim // config.heads, **chunk, **choices)
+
+
+@register(
+    "hope",
+    "Hope: self-modifying Titans and a continuum of feed-forward levels that learn from the model's own loss "
+    "(Nested Learning, §8.3).",
+    continuum=True,
+)
+def _hope(config: ModelConfig) -> Layer:
+    return SelfModifying(config.dim, config.heads, _spec("self_modifying", config, unit_values=True))
+
+
 def _memory_model(name: str, system: str, description: str) -> None:
     def mixer(config: ModelConfig) -> Layer:
-        if config.dim % config.heads:
-            raise ValueError(f"dim {config.dim} cannot be split into {config.heads} heads: choose a multiple")
-        chunk = {} if config.chunk is None else {"chunk": config.chunk}
-        spec = memory.named(system, key_dim=config.dim // config.heads, **chunk)
-        return Memory(config.dim, config.heads, spec)
+        return Memory(config.dim, config.heads, _spec(system, config))
 
     register(name, description)(mixer)
 
