@@ -54,6 +54,31 @@ def test_every_document_is_read_whole_and_in_order(sizes: list[int], lanes: int,
 
 
 @given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    lanes=st.integers(1, 3),
+    align=st.integers(1, 5),
+    times=st.integers(1, 4),
+)
+def test_aligned_documents_start_in_step_and_are_read_whole(
+    sizes: list[int], lanes: int, align: int, times: int
+) -> None:
+    stream = Lanes(documents(sizes), ByteTokenizer(), lanes, align * times, align=align)
+    plain = Lanes(documents(sizes), ByteTokenizer(), lanes, align * times)
+    for batch in (next(stream) for _ in range(9)):
+        assert not batch.reset[:, [t for t in range(align * times) if t % align]].any()
+        assert torch.equal(batch.reset, (batch.tokens == BOS) & batch.valid)
+        assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
+        assert not (batch.loss_mask & ~batch.valid).any()
+    first = next(Lanes(documents(sizes[:1]), ByteTokenizer(), 1, 40 * align, align=align))
+    assert "".join(map(chr, first.tokens[first.valid][1 : sizes[0] + 1].tolist())) == documents(sizes)[0].text
+    if align > 1:
+        with pytest.raises(StreamError, match="another|other stream settings"):
+            plain.load_state_dict(stream.state_dict())
+        with pytest.raises(StreamError, match="multiple of align"):
+            Lanes(documents(sizes), ByteTokenizer(), lanes, align + 1, align=align)
+
+
+@given(
     before=st.integers(0, 9),
     reset=st.sampled_from(["document", "segment", "never"]),
     seed=st.integers(0, 99),

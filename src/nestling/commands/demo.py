@@ -18,7 +18,7 @@ class DemoConfig:
     on held-out documents: bits per byte by position, with the memory running, erased at every segment, and on a second reading.
     """
 
-    model: str = "gated_deltanet"
+    model: str = "hope"
     """Which memory model."""
     size: str = "small"
     """How large."""
@@ -113,7 +113,7 @@ def run(config: DemoConfig) -> int:
         segment=config.segment,
     )
     console.print(
-        f"\nPlot: {plot}\nTry next: nestling train --model gated_deltanet --size small --minutes 10 · nestling levels --help",
+        f"\nPlot: {plot}\nTry next: nestling train --size small --minutes 30 · nestling levels --help",
         markup=False,
         soft_wrap=True,
     )

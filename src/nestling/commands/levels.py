@@ -26,7 +26,7 @@ class LevelsConfig:
 
     run: Run = None
     """A run's folder or one of its checkpoints, instead of --model and --size."""
-    model: str = "gated_deltanet"
+    model: str = "hope"
     """Which model."""
     size: str = "tiny"
     """How large."""

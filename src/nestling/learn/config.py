@@ -55,7 +55,7 @@ class TrainConfig:
     Ctrl-C stops after the current step, writes a checkpoint and prints the command that goes on.
     """
 
-    model: str = "gated_deltanet"
+    model: str = "hope"
     """Which model; `nestling levels` lists the names."""
     size: str = "tiny"
     """How large: tiny for trying things, up to the sizes of the papers."""

@@ -1,4 +1,4 @@
-"""A training run from its settings to its summary: `train(TrainConfig(model="gated_deltanet", minutes=3))`."""
+"""A training run from its settings to its summary: `train(TrainConfig(model="hope", minutes=3))`."""
 
 from __future__ import annotations
 
@@ -72,9 +72,10 @@ def _train(config: TrainConfig, saved: Checkpoint | None, device: torch.device, 
     """The run from `saved` on; a new run makes its folder and owns it, one that is resumed is owned by the caller."""
     corpus = open_corpus(config.data)
     tokenizer = stream.ByteTokenizer()
-    lanes = stream.Lanes(corpus.train, tokenizer, config.lanes, config.length, seed=config.seed)
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
+    align = model.window if model.window is not None and config.length % model.window == 0 else 1
+    lanes = stream.Lanes(corpus.train, tokenizer, config.lanes, config.length, seed=config.seed, align=align)
     optimizer = adamw(model, lr=config.lr, weight_decay=config.weight_decay)
     budget = Budget(**saved.numbers["budget"]) if saved else Budget(tokens=config.tokens, minutes=config.minutes)
     schedule = Schedule(shape=config.schedule, warmup=config.warmup * config.lanes * config.length)

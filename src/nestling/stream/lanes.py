@@ -34,7 +34,7 @@ class Batch:
     tokens     int64
     targets    int64, the token that follows
     reset      bool, the lane starts afresh before this token
-    valid      bool, there is a token (always, in an endless stream)
+    valid      bool, there is a token (always, unless documents are aligned)
     loss_mask  bool, the target is to be predicted: not the next document's `<bos>`
     """
 
@@ -57,6 +57,8 @@ class Lanes:
         seed: of the orders of documents.
         segment: see reset.
         max_document: longer documents are cut into several of at most so many tokens, `<bos>` included.
+        align: documents start at a multiple of so many tokens in a batch, which divides length; the gap before is not valid. Lanes
+            whose memories act every `align` tokens then do so side by side, which is much faster.
 
     Raises StreamError for impossible settings.
     """
@@ -72,12 +74,16 @@ class Lanes:
         seed: int = 0,
         segment: int | None = None,
         max_document: int | None = None,
+        align: int = 1,
     ) -> None:
         for name, number, least in (
-            ("lanes", lanes, 1), ("length", length, 1), ("segment", segment, 1), ("max_document", max_document, 2)
+            ("lanes", lanes, 1), ("length", length, 1), ("segment", segment, 1), ("max_document", max_document, 2),
+            ("align", align, 1),
         ):  # fmt: skip
             if number is not None and number < least:
                 raise StreamError(f"{name} is {number}; expected at least {least}")
+        if length % align:
+            raise StreamError(f"align is {align} and length {length}; expected a length that is a multiple of align")
         if reset not in ("document", "segment", "never"):
             raise StreamError(f"reset is {reset!r}; expected 'document', 'segment' or 'never'")
         if (reset == "segment") != (segment is not None):
@@ -93,6 +99,7 @@ class Lanes:
         if not pieces:
             raise StreamError("there is no text to stream: all documents are empty")
         self.lanes, self.length, self.reset, self.seed, self.segment = lanes, length, reset, seed, segment
+        self.align = align
         self.bos = tokenizer.bos
         sizes = np.array([len(piece) + 1 for piece in pieces])
         self._ends = np.cumsum(sizes)
@@ -101,7 +108,7 @@ class Lanes:
         for start, piece in zip(self._starts, pieces, strict=True):
             self._tokens[start] = self.bos
             self._tokens[start + 1 : start + 1 + len(piece)] = piece
-        settings = repr((lanes, length, reset, seed, segment, tokenizer.digest()))
+        settings = repr((lanes, length, reset, seed, segment, align, tokenizer.digest()))
         self._digest = hashlib.sha256(settings.encode() + sizes.tobytes() + self._tokens.tobytes()).hexdigest()
         self._pass, self._dealt = 0, 0
         self._order = self._shuffle(0)
@@ -120,8 +127,8 @@ class Lanes:
         return self
 
     def __next__(self) -> Batch:
-        tokens = np.empty((self.lanes, self.length + 1), dtype=np.int64)
-        within = np.empty((self.lanes, self.length), dtype=np.int64)  # place inside the document
+        tokens = np.full((self.lanes, self.length + 1), self.bos, dtype=np.int64)
+        within = np.full((self.lanes, self.length), -1, dtype=np.int64)  # place inside the document, −1 in a gap
         for lane in range(self.lanes):
             filled = 0
             while filled < self.length:
@@ -134,12 +141,13 @@ class Lanes:
                 self._offset[lane] += count
                 if first + count == last:
                     self._deal(lane)
+                    filled += -filled % self.align
             # What follows the last token is known already: the same document, or the <bos> of the next.
             tokens[lane, self.length] = self._tokens[self._starts[self._document[lane]] + self._offset[lane]]
         reset = within == 0
         if self.reset == "segment":
             assert self.segment is not None
-            reset = within % self.segment == 0
+            reset = (within >= 0) & (within % self.segment == 0)
         elif self.reset == "never":
             reset = np.zeros_like(reset)
             reset[:, 0] = self._read == 0
@@ -150,7 +158,7 @@ class Lanes:
             tokens=whole[:, :-1].contiguous(),
             targets=targets,
             reset=torch.from_numpy(reset),
-            valid=torch.ones(self.lanes, self.length, dtype=torch.bool),
+            valid=torch.from_numpy(within >= 0),
             loss_mask=targets != self.bos,
         )
 
