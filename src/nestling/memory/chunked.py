@@ -22,14 +22,16 @@ there may be one more dimension, of memories that share their gates (see `self_m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nestling.memory import fused
 from nestling.memory.biases import Bias
-from nestling.memory.coefficients import Coefficients, coefficients
+from nestling.memory.coefficients import Coefficients, coefficients, each
+from nestling.memory.gates import Factor
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, surely
 from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import Network, at
@@ -179,27 +181,17 @@ def read(
     if spec.read == "boundary":
         return spec.network.apply(at(anchor), q)
     rows = slice(1, None) if spec.read == "after" else slice(None, -1)
-    inputs, errors, erased, halo = writes
     keep = None if c.keep is None else c.keep[..., rows]
+    carry = None if c.carry is None else c.carry[..., rows]
+    columns = _columns(c, writes)[..., rows, :]
 
     def linear(layer: int, h: Tensor) -> Tensor:
-        z = _scaled(keep, h, weights[layer])
-        if momentum:
-            assert c.carry is not None
-            z = _plus_scaled(z, c.carry[..., rows], h, momentum[layer])
-        gram = h @ inputs[layer].mT
-        if errors is not None:
-            assert c.write is not None
-            z = _plus(z, c.write[..., rows, :] * gram, errors[layer], -1)
-        if erased is not None:
-            assert c.running is not None
-            z = _plus(z, c.running[..., rows, :] * gram[..., halo:], erased[layer], -1)
-        return z
+        s = momentum[layer] if momentum else None
+        x, r = _rows(writes, layer)
+        return fused.read(h, weights[layer], keep, s, carry, x, columns, r)
 
     def through_link(layer: int, h: Tensor) -> Tensor:
-        assert c.write is not None
-        assert errors is not None
-        moved = torch.einsum("...ti,...ia,...ib->...tab", c.write[..., rows, :], inputs[layer], errors[layer])
+        moved = torch.einsum("...ti,...ia,...ib->...tab", columns, *_rows(writes, layer))
         dual = weights[layer].unsqueeze(-3)
         if c.keep is not None:
             dual = c.keep[..., rows, None, None] * dual
@@ -213,26 +205,41 @@ def read(
 def advance(c: Coefficients, weights: Weights, momentum: Weights, writes: Writes) -> tuple[Weights, Weights]:
     """Weights and momentum after the tile."""
     new_weights, new_momentum = [], []
-    inputs, errors, erased, halo = writes
+    keep = None if c.keep is None else c.keep[..., -1]
+    last = _columns(c, writes)[..., -1, :]
     for layer, w in enumerate(weights):
-        x = inputs[layer].mT
-        new = w if c.keep is None else c.keep[..., -1, None, None] * w
+        s, carry = None, None
         if momentum:
             assert c.carry is not None
-            assert c.keep_s is not None
             assert c.write_s is not None
-            assert errors is not None
-            s = momentum[layer]
-            new = torch.addcmul(new, c.carry[..., -1, None, None], s)
-            new_momentum.append(_plus(c.keep_s[..., None, None] * s, x, c.write_s.unsqueeze(-1) * errors[layer], -1))
-        if errors is not None:
-            assert c.write is not None
-            new = _plus(new, x, c.write[..., -1, :, None] * errors[layer], -1)
-        if erased is not None:
-            assert c.running is not None
-            new = _plus(new, x[..., halo:], c.running[..., -1, :, None] * erased[layer], -1)
-        new_weights.append(new)
+            assert writes.errors is not None
+            s, carry = momentum[layer], c.carry[..., -1]
+            step = writes.inputs[layer], c.write_s, writes.errors[layer]
+            new_momentum.append(fused.advance(s, c.keep_s, None, None, *step))
+        x, r = _rows(writes, layer)
+        new_weights.append(fused.advance(w, keep, s, carry, x, last, r))
     return tuple(new_weights), tuple(new_momentum)
+
+
+def _rows(writes: Writes, layer: int) -> tuple[Tensor, Tensor]:
+    """x and r of a layer such that W_t = γ_t W_0 + f_t S_0 − Σ_i C[t,i] x_iᵀ r_i, both sums in one."""
+    inputs, errors, erased, halo = writes
+    x = inputs[layer]
+    if erased is None:
+        assert errors is not None
+        return x, errors[layer]
+    own = x[..., halo:, :]
+    if errors is None:
+        return own, erased[layer]
+    return torch.cat([x, own], -2), torch.cat([errors[layer], erased[layer]], -2)
+
+
+def _columns(c: Coefficients, writes: Writes) -> Tensor:
+    """Its coefficients C `[…, L+1, i]`."""
+    found = [
+        m for m, rows in ((c.write, writes.errors), (c.running, writes.erased)) if m is not None and rows is not None
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 def _scaled(scale: Tensor | None, h: Tensor, w: Tensor) -> Tensor:
@@ -262,27 +269,36 @@ def _plus(z: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
 
 
 class Tiles(NamedTuple):
-    """Inputs of a call cut into tiles: `[lane, head, tile, …]`."""
+    """Inputs of a call cut into tiles: `[lane, head, tile, …]`.
+
+    alive, present: bool `[lane, 1, tile, …]`, as in `coefficients`;  None: all
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     erase: Tensor | None
-    c: Coefficients
-    use: Tensor | None
     lr: Tensor
+    retention: Factor | None
+    momentum: Factor | None
+    window: Tensor | None
+    alive: Tensor | None
+    present: Tensor | None
 
-    def part(self, first: int, last: int) -> Tiles:
-        tiles = slice(first, last)
-        return Tiles(
-            self.q[:, :, tiles],
-            self.k[:, :, tiles],
-            self.v[:, :, tiles],
-            None if self.erase is None else self.erase[:, :, tiles],
-            self.c.cut(tiles),
-            None if self.use is None else self.use[:, :, tiles],
-            self.lr[:, :, tiles],
-        )
+    def groups(self) -> list[Tiles]:
+        """Groups of tiles. Taken apart at once, as the gradient of a slice is as large as the whole."""
+        count = -(-self.q.shape[2] // GROUP)
+
+        def split(x: Tensor | None) -> Sequence[Any]:
+            return (None,) * count if x is None else torch.split(x, GROUP, 2)
+
+        def split_gate(x: Factor | None) -> Sequence[Any]:
+            if x is None:
+                return split(None)
+            return [Factor(*parts) for parts in zip(split(x.log), split(x.zero), split(x.value), strict=True)]
+
+        parts = (split_gate(x) if x is None or isinstance(x, Factor) else split(x) for x in self)
+        return [Tiles(*part) for part in zip(*parts, strict=True)]
 
 
 class Group(Protocol[T]):
@@ -316,11 +332,11 @@ def scan(
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.period, tile=size, halo=halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return x.v.new_zeros(x.v.shape), x.state
-    tiles = _tiles(spec, x, cut)
+    groups = _tiles(spec, x, cut).groups()
     running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)
 
     def group(first: int, last: int, running: Running) -> tuple[Tensor, Running, list[Weights]]:
-        return _group(spec, x.start, running, tiles.part(first, last), cut, first, report is not None)
+        return _group(spec, x.start, running, groups[first // GROUP], cut, first, report is not None)
 
     y, running, notes = by_groups(group, cut.tokens.shape[1], running)
     y = back(y, cut, time)
@@ -388,8 +404,8 @@ def _tiles(spec: MemorySpec, x: Inputs, cut: Layout) -> Tiles:
         erase = None if erase is None else torch.where(alive, erase, 0.0)
         retention = None if retention is None else retention.masked(alive)
         momentum = None if momentum is None else momentum.masked(alive)
-    c = coefficients(lr, retention, momentum, window, alive=alive, present=present, erases=spec.rule.erase != "none")
-    return Tiles(pick(x.q), gather(keys, cut.tokens, cut), gather(values, cut.tokens, cut), erase, c, alive, lr)
+    keys, values = gather(keys, cut.tokens, cut), gather(values, cut.tokens, cut)
+    return Tiles(pick(x.q), keys, values, erase, lr, retention, momentum, window, alive, present)
 
 
 def _own(cut: Layout, halo: int) -> Tensor:
@@ -433,7 +449,18 @@ def _group(
     halo = spec.bias.window - 1
     outputs, notes = [], list[Weights]()
     linked: tuple[Tensor, ...] | None = None
-    for n in range(tiles.q.shape[2]):
+    queries, keys, values = tiles.q.unbind(2), tiles.k.unbind(2), tiles.v.unbind(2)
+    erases = each(tiles.erase, len(queries))
+    matrices = coefficients(
+        tiles.lr,
+        tiles.retention,
+        tiles.momentum,
+        tiles.window,
+        alive=tiles.alive,
+        present=tiles.present,
+        erases=tiles.erase is not None,
+    ).each()
+    for n, c in enumerate(matrices):
         if cut.reset is not None:
             fresh = cut.reset[first + n]
             anchor = lanes_where(fresh, start.weights, anchor)
@@ -442,18 +469,16 @@ def _group(
             linked = None
         if linked is None:
             linked = tuple(spec.retention.link(w) for w in anchor)
-        c = tiles.c.cut(n)
-        found = factors(spec, linked, tiles.k[:, :, n], tiles.v[:, :, n])
-        erase = None if tiles.erase is None else tiles.erase[:, :, n]
-        writes = solve(found, c, weights, momentum, erase, halo)
-        outputs.append(read(spec, c, linked, weights, momentum, writes, tiles.q[:, :, n]))
+        found = factors(spec, linked, keys[n], values[n])
+        writes = solve(found, c, weights, momentum, erases[n], halo)
+        outputs.append(read(spec, c, linked, weights, momentum, writes, queries[n]))
         weights, momentum = advance(c, weights, momentum, writes)
         border = cut.border[first + n]
         if bool(border.any()):
             anchor, weights, momentum, broken = border_guard(border, anchor, weights, momentum)
             faults, linked = faults + broken, None
         lost = ~found.finite[:, 0, halo:]
-        faults = faults + (lost if tiles.use is None else lost & tiles.use[:, 0, n]).sum(1)
+        faults = faults + (lost if tiles.alive is None else lost & tiles.alive[:, 0, n]).sum(1)
         if noting:
             notes.append(surprise_and_update(found, tiles.lr[:, :, n], halo))
     return torch.stack(outputs, 2), Running(anchor, weights, momentum, faults), notes

@@ -17,8 +17,7 @@ One set serves all layers of a memory. Tokens that are masked neither decay nor 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,25 +44,21 @@ class Coefficients(NamedTuple):
     write_s: Tensor | None
     step: Tensor | None
 
-    def cut(self, tiles: int | slice) -> Coefficients:
-        """Those of one tile, or of several; dimension 2 counts tiles."""
+    def each(self) -> list[Coefficients]:
+        """Those of every tile. Dimension 2 counts tiles."""
+        count = next(c.shape[2] for c in self if c is not None)
+        return [Coefficients(*parts) for parts in zip(*(each(c, count) for c in self), strict=True)]
 
-        def part(c: Tensor) -> Tensor:
-            return c[:, :, tiles]
 
-        return self.map(part)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Coefficients:
-        """Apply a function to every matrix that is there."""
-        return Coefficients(*(None if c is None else function(c) for c in self))
+def each(x: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+    """Tile by tile, along dimension 2. Taken apart at once, as the gradient of an index is as large as the whole."""
+    return (None,) * count if x is None else x.unbind(2)
 
 
 def products(gate: Factor) -> Tensor:
     """M[t,s] = Π_{s<j≤t} g_j for 0 ≤ s ≤ t ≤ L, else 0: `[…, L]` → `[…, L+1, L+1]`. Exact for gates of 0."""
     cumulative = torch.nn.functional.pad(gate.log.cumsum(-1), (1, 0))
-    size = cumulative.shape[-1]
-    upper = torch.ones(size, size, dtype=torch.bool, device=cumulative.device).triu(1)
-    m = (cumulative.unsqueeze(-1) - cumulative.unsqueeze(-2)).masked_fill(upper, -torch.inf).exp()
+    m: Tensor = _decays(cumulative) if torch.compiler.is_compiling() else _Decays.apply(cumulative)  # type: ignore[no-untyped-call]
     if gate.zero is None or gate.value is None:
         return m
     zeros = torch.nn.functional.pad(gate.zero.cumsum(-1), (1, 0))
@@ -72,6 +67,28 @@ def products(gate: Factor) -> Tensor:
     count = zeros.unsqueeze(-1) - zeros.unsqueeze(-2)
     single = torch.where(count == 1, values.unsqueeze(-1) - values.unsqueeze(-2), 0.0)
     return m * torch.where(count == 0, 1.0, single)
+
+
+def _decays(log: Tensor) -> Tensor:
+    """exp(c_t − c_s) for s ≤ t, else 0: `[…, n]` → `[…, n, n]`."""
+    upper = torch.ones(log.shape[-1], log.shape[-1], dtype=torch.bool, device=log.device).triu(1)
+    return (log.unsqueeze(-1) - log.unsqueeze(-2)).masked_fill(upper, -torch.inf).exp()
+
+
+class _Decays(torch.autograd.Function):
+    """The same in place, and of its gradient the sums alone."""
+
+    @staticmethod
+    def forward(ctx: Any, log: Tensor) -> Tensor:
+        m = (log.unsqueeze(-1) - log.unsqueeze(-2)).exp_().tril_()
+        ctx.save_for_backward(m)
+        return m
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (m,) = ctx.saved_tensors
+        moved: Tensor = grad * m
+        return moved.sum(-1) - moved.sum(-2)
 
 
 def coefficients(
