@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nestling.layers.fused import convolve
 from nestling.layers.stream import places
+from nestling.memory.inputs import surely
 
 
 class ShortConvolution(nn.Module):
@@ -40,6 +41,10 @@ class ShortConvolution(nn.Module):
             return F.silu(x * self.weight[0].to(x.dtype)), tail
         weight = self.weight.to(x.dtype)
         halo = self.width - 1
+        if valid is not None and surely(valid):
+            valid = None
+        if valid is None and reset is not None and surely(~reset[:, 1:]):  # at the call's start or not at all
+            tail, reset = torch.where(reset[:, :1, None].to(x.device), 0.0, tail), None
         if reset is None and valid is None:
             new = x[:, time - halo :] if time >= halo else torch.cat([tail, x], 1)[:, time:]
             return convolve(x, tail, weight), new

@@ -338,7 +338,9 @@ def scan(
     def group(first: int, last: int, running: Running) -> tuple[Tensor, Running, list[Weights]]:
         return _group(spec, x.start, running, groups[first // GROUP], cut, first, report is not None)
 
-    y, running, notes = by_groups(group, cut.tokens.shape[1], running)
+    # What is inside a linear memory that erases nothing is no larger than its inputs: cheaper to keep than to make again.
+    keep = spec.network.depth == 1 and spec.retention.linear and spec.rule.erase == "none"
+    y, running, notes = by_groups(group, cut.tokens.shape[1], running, again=not keep)
     y = back(y, cut, time)
     skipped = ~x.fine if x.valid is None else ~x.fine & x.valid
     faults = running.faults + skipped.sum(1)
@@ -353,13 +355,16 @@ def scan(
     return y, MemoryState(running.anchor, running.weights, running.momentum, _tail(x, cut), cut.position, faults)
 
 
-def by_groups(group: Group[T], count: int, running: T) -> tuple[Tensor, T, list[Weights]]:
-    """Run `count` tiles, a few at a time. In a backward pass a group is computed again instead of kept, so that memory does not
-    grow with its insides. Returns outputs `[lane, head, tile, …]`, what goes on to the next call, and notes."""
+def by_groups(group: Group[T], count: int, running: T, *, again: bool = True) -> tuple[Tensor, T, list[Weights]]:
+    """Run `count` tiles, a few at a time.
+
+    again: in a backward pass a group is computed again instead of kept, so that memory does not grow with its insides.
+    Returns outputs `[lane, head, tile, …]`, what goes on to the next call, and notes.
+    """
     outputs, notes = [], list[Weights]()
     for first in range(0, count, GROUP):
         last = min(first + GROUP, count)
-        if torch.is_grad_enabled() and count > GROUP:
+        if again and torch.is_grad_enabled() and count > GROUP:
             y, running, noted = checkpoint(
                 group, first, last, running, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
             )

@@ -71,7 +71,7 @@ def _flat(lead: torch.Size, x: Tensor | None, own: int) -> Any:
     if x is None:
         return None
     mine = x.shape[x.dim() - own :]
-    return x.expand(*lead, *mine).reshape(-1, *mine)
+    return (x if x.shape[: x.dim() - own] == lead else x.expand(*lead, *mine)).reshape(-1, *mine)
 
 
 def _narrow(w: Tensor) -> bool:

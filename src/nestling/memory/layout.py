@@ -58,9 +58,15 @@ def layout(
     tile, cycle = min(tile, *periods), lcm(*periods)
     lanes = position.shape[0]
     places = tuple(int(p) for p in position.tolist())
+    reset, valid, fresh = _plain(reset, valid, halo)
+    if fresh is not None:
+        position = torch.where(fresh, 0, position)
+        places = tuple(int(p) for p in position.tolist())
     if reset is None and valid is None and len({p % cycle for p in places}) == 1:
         shared = _uniform(places[0] % cycle, time, periods, tile, halo)
+        tiles = shared.tokens.shape[1]
         return shared._replace(
+            reset=None if fresh is None else torch.cat([fresh[None], fresh.new_zeros(tiles - 1, lanes)]),
             tokens=shared.tokens.expand(lanes, -1, -1),
             ok=None if shared.ok is None else shared.ok.expand(lanes, -1, -1),
             borders=shared.borders.expand(-1, -1, lanes),
@@ -68,9 +74,22 @@ def layout(
             tail=shared.tail.expand(lanes, -1),
             tail_ok=shared.tail_ok.expand(lanes, -1),
         )
+    if fresh is not None:  # lanes out of step, or some of them
+        reset = torch.cat([fresh[:, None], fresh.new_zeros(lanes, time - 1)], 1)
     resets = None if reset is None else reset.cpu().numpy()
     valids = None if valid is None else valid.cpu().numpy()
     return _cut(places, time, resets, valids, periods, tile, halo)
+
+
+def _plain(reset: Tensor | None, valid: Tensor | None, halo: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Masks that say nothing are None; resets at the call's start alone are returned apart, bool `[lane]`: lanes stay in step."""
+    if valid is not None and bool(valid.all()):
+        valid = None
+    if reset is None or valid is not None or not bool(reset.any()):
+        return (None if reset is None or not bool(reset.any()) else reset), valid, None
+    if halo or bool(reset[:, 1:].any()):  # a window's tail is the lane's own
+        return reset, valid, None
+    return None, valid, reset[:, 0].cpu()
 
 
 @lru_cache(maxsize=256)
