@@ -151,7 +151,7 @@ def test_help_needs_no_pytorch():
         ("demo --minutes 0", r"minutes: got 0\.0, but expected a number above 0\."),
         ("demo --segment 2", r"segment: got 2, but expected at least 8\."),
         ("demo --model transformer", r"name a memory model"),
-        ("demo --segment 1000000", r"segment: got 1000000, but no two held-out documents are 16,000,000 characters long"),
+        ("demo --segment 1000000", r"segment: got 1000000, but no two held-out documents are 8,000,000 characters long"),
         ("train --config", r"--config: expected a file after it\."),
         ("train --config nowhere.yaml", r"--config nowhere\.yaml: cannot be read"),
     ],

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import nestling as nl
-from nestling.bench.adaptation import draw, measure
+from nestling.bench.adaptation import Adaptation, draw, measure, pool, tell
 from nestling.stream import ByteTokenizer, Document
 
 
@@ -55,3 +58,33 @@ def test_rows_equal_loops_over_the_documents(tmp_path: Path) -> None:
 def test_documents_that_are_all_too_short_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter length"):
         measure(nl.models.build("deltanet"), None, documents(), ByteTokenizer(), segment=16, length=500)
+
+
+def result(offset: float) -> Adaptation:
+    rows = {
+        "running": torch.tensor([[4.0, 3.0], [4.0, 2.0]]) + offset,
+        "erased": torch.tensor([[4.0, 3.5], [4.0, 3.5]]) + offset,
+        "second": torch.tensor([[3.0, 2.0], [3.0, 1.0]]) + offset,
+    }
+    return Adaptation((0, 4, 8), ("a", "b"), {name: row.double() for name, row in rows.items()})
+
+
+def test_saved_numbers_come_back_and_runs_are_pooled_document_by_document(tmp_path: Path) -> None:
+    result(0).save(tmp_path / "numbers.json")
+    again = Adaptation.load(tmp_path / "numbers.json")
+    assert (again.edges, again.names) == ((0, 4, 8), ("a", "b"))
+    assert all(torch.equal(again.rows[name], row) for name, row in result(0).rows.items())
+    pooled = pool([result(0), result(1)])
+    assert torch.equal(pooled.rows["running"], result(0.5).rows["running"])
+    with pytest.raises(ValueError, match="different documents"):
+        pool([result(0), replace(result(0), names=("a", "c"))])
+
+
+def test_the_table_says_what_was_measured() -> None:
+    console = Console(width=110, record=True, file=io.StringIO())
+    tell(result(0), console)
+    text = console.export_text()
+    assert "2.500 ± 0.500" in text
+    assert "saves +1.000 ± 0.500" in text, "paired: 0.5 and 1.5"
+    assert "transformer" not in text
+    assert "costs +1.000 ± 0.000" in text

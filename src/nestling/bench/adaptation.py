@@ -8,12 +8,15 @@ second        the memory model reading the same document again, with the state i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from nestling.learn.evaluation import by_position, evaluate, mean_and_error, passages
@@ -31,6 +34,19 @@ class Adaptation:
     edges: tuple[int, ...]
     names: tuple[str, ...]
     rows: dict[str, Tensor]
+
+    def save(self, path: Path) -> None:
+        """Every number, as JSON."""
+        rows = {name: table.tolist() for name, table in self.rows.items()}
+        content = {"edges": self.edges, "documents": self.names, "bits_per_byte": rows}
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Adaptation:
+        """What `save` wrote."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = {name: torch.tensor(table, dtype=torch.float64) for name, table in content["bits_per_byte"].items()}
+        return cls(tuple(content["edges"]), tuple(content["documents"]), rows)
 
     def gain(self, better: str, worse: str) -> tuple[Tensor, Tensor]:
         """Mean over documents of worse − better per bin, and its standard error: what `better` saves, paired by document."""
@@ -71,6 +87,52 @@ def measure(
     if baseline is not None:
         rows["transformer"] = table(baseline, erase=segment)[0]
     return Adaptation(tuple(edges), tuple(p.name for p in ready), rows)
+
+
+def pool(results: Sequence[Adaptation]) -> Adaptation:
+    """Runs with different seeds as one: every document's bits per byte averaged over the runs.
+
+    Raises ValueError where they measured different documents or bins.
+    """
+    first = results[0]
+    if any((r.edges, r.names, set(r.rows)) != (first.edges, first.names, set(first.rows)) for r in results):
+        raise ValueError("the runs measured different documents, bins or rows: repeat them with equal settings")
+    return Adaptation(
+        first.edges, first.names, {name: torch.stack([r.rows[name] for r in results]).mean(0) for name in first.rows}
+    )
+
+
+def tell(result: Adaptation, console: Console) -> None:
+    """Print the table and the differences that matter, paired by document."""
+    words = {
+        "running": "memory running",
+        "erased": "memory erased",
+        "transformer": "transformer",
+        "second": "second reading",
+    }
+    words = {name: word for name, word in words.items() if name in result.rows}
+    table = Table(
+        title=f"Bits per byte by position, {len(result.names)} held-out documents (± standard error)",
+        title_justify="left",
+    )
+    table.add_column("tokens", justify="right")
+    for word in words.values():
+        table.add_column(word, justify="right")
+    stats = {name: mean_and_error(result.rows[name]) for name in words}
+    for b, (first, last) in enumerate(pairwise(result.edges)):
+        table.add_row(f"{first}–{last}", *(f"{stats[name][0][b]:.3f} ± {stats[name][1][b]:.3f}" for name in words))
+    console.print(table)
+    for worse, says in (("erased", "erasing it at every segment"), ("transformer", "the transformer")):
+        if worse in words:
+            gain, error = result.gain("running", worse)
+            console.print(
+                f"At the last position the running memory saves {gain[-1]:+.3f} ± {error[-1]:.3f} bits per byte over {says} "
+                "(paired by document)."
+            )
+    again, error, _ = mean_and_error((result.rows["running"] - result.rows["second"]).mean(1, keepdim=True))
+    console.print(
+        f"A second reading of the same document costs {again[0]:+.3f} ± {error[0]:.3f} bits per byte less than the first."
+    )
 
 
 def draw(result: Adaptation, path: Path, *, title: str, segment: int) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from nestling.config import SettingError
+from nestling.learn.config import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class DemoConfig:
     """How large."""
     minutes: float = 3.0
     """How long to train the memory model; the transformer then gets as many tokens."""
+    tokens: Tokens = None
+    """How many tokens to train each on, instead of --minutes."""
     segment: int = 256
     """Tokens after which the comparison forgets, and the transformer's window."""
     documents: int = 16
@@ -39,17 +42,19 @@ class DemoConfig:
                 raise SettingError(f"{name}: got {getattr(self, name)}, but expected at least {least}.")
         if not 0 < self.minutes < float("inf"):
             raise SettingError(f"minutes: got {self.minutes}, but expected a number above 0.")
+        if self.tokens is not None and self.tokens < 1:
+            raise SettingError(f"tokens: got {self.tokens}, but expected at least 1.")
         if self.model == "transformer":
             raise SettingError("model: the demo compares a memory model with a transformer, so name a memory model.")
 
 
 def run(config: DemoConfig) -> int:
     """Train both, measure, print the table, write the plot. Returns the exit code."""
+    import torch
     from rich.console import Console
-    from rich.table import Table
 
-    from nestling.bench.adaptation import draw, measure
-    from nestling.learn import TrainConfig, load_run, mean_and_error, train
+    from nestling.bench.adaptation import draw, measure, tell
+    from nestling.learn import TrainConfig, generate, load_run, train
     from nestling.learn.folder import check_free
     from nestling.stream import ByteTokenizer, standard_library
 
@@ -57,15 +62,19 @@ def run(config: DemoConfig) -> int:
     out = config.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     # What would fail after minutes of training fails now.
     check_free(out)
-    length = 16 * config.segment
+    length = 8 * config.segment
     long = [d for d in standard_library().heldout if len(d.text) >= length][: config.documents]
     if len(long) < 2:
         raise SettingError(
             f"segment: got {config.segment}, but no two held-out documents are {length:,} characters long."
         )
-    common = TrainConfig(size=config.size, seed=config.seed, length=config.segment, eval_documents=0)
+    # Three minutes are few tokens: few lanes make many steps of them. The memory is carried as far as it will be measured.
+    common = TrainConfig(
+        size=config.size, seed=config.seed, lanes=4, length=config.segment, carry=8, warmup=20, eval_documents=0
+    )
+    budget = {"minutes": config.minutes} if config.tokens is None else {"tokens": config.tokens}
     console.rule(f"1. {config.model} learns the embedded corpus")
-    first = train(replace(common, model=config.model, minutes=config.minutes, out=out / config.model))
+    first = train(replace(common, model=config.model, out=out / config.model, **budget))
     if first.interrupted is not None:
         return 128 + first.interrupted
     console.rule("2. a transformer of the same size reads as many tokens")
@@ -75,45 +84,28 @@ def run(config: DemoConfig) -> int:
         return 128 + other.interrupted
 
     console.rule("3. both read documents they have never seen")
+    tokenizer = ByteTokenizer()
     model, baseline = load_run(first.out).model, load_run(other.out).model
-    result = measure(model, baseline, long, ByteTokenizer(), segment=config.segment, length=length)
-    table = Table(
-        title=f"Bits per byte by position, {len(result.names)} held-out documents (± standard error)",
-        title_justify="left",
+    result = measure(model, baseline, long, tokenizer, segment=config.segment, length=length)
+    tell(result, console)
+    result.save(out / "adaptation.json")
+    title = f"{config.model} {config.size}, {first.tokens:,} training tokens, seed {config.seed}"
+    draw(result, out / "adaptation.png", title=title, segment=config.segment)
+
+    console.rule(f"4. {config.model} reads the start of one of them and writes on")
+    start = long[0].text[:length]
+    prompt = [tokenizer.bos, *tokenizer.encode(start).tolist()]
+    made = generate(
+        model, prompt, count=300, banned=[tokenizer.bos], generator=torch.Generator().manual_seed(config.seed)
     )
-    table.add_column("tokens", justify="right")
-    words = {
-        "running": "memory running",
-        "erased": "memory erased",
-        "transformer": "transformer",
-        "second": "second reading",
-    }
-    for word in words.values():
-        table.add_column(word, justify="right")
-    stats = {name: mean_and_error(rows) for name, rows in result.rows.items()}
-    for b in range(len(result.edges) - 1):
-        cells = [f"{stats[name][0][b]:.3f} ± {stats[name][1][b]:.3f}" for name in words]
-        table.add_row(f"{result.edges[b]}–{result.edges[b + 1]}", *cells)
-    console.print(table)
-    for worse, says in (("erased", "erasing the memory"), ("transformer", "the transformer")):
-        gain, error = result.gain("running", worse)
-        console.print(
-            f"At the last position the running memory saves {gain[-1]:+.3f} ± {error[-1]:.3f} bits per byte over {says} "
-            "(paired by document)."
-        )
-    again, error = mean_and_error((result.rows["running"] - result.rows["second"]).mean(1, keepdim=True))[:2]
+    written = tokenizer.decode([token for token, _ in made])
+    console.print(f"{long[0].name}: … {start[-120:]}", markup=False, end="")
+    console.print(written, markup=False, style="bold")
+    console.rule()
     console.print(
-        f"A second reading of the same document costs {again[0]:+.3f} ± {error[0]:.3f} bits per byte less than the first."
-    )
-    plot = out / "adaptation.png"
-    draw(
-        result,
-        plot,
-        title=f"{config.model} {config.size}, {first.tokens:,} training tokens, seed {config.seed}",
-        segment=config.segment,
-    )
-    console.print(
-        f"\nPlot: {plot}\nTry next: nestling train --size small --minutes 30 · nestling levels --help",
+        f"Plot: {out / 'adaptation.png'} · numbers: {out / 'adaptation.json'}\n"
+        f"Try next: nestling levels {out / config.model} · nestling generate {out / config.model} --prompt 'def ' · "
+        "nestling train --minutes 30",
         markup=False,
         soft_wrap=True,
     )

@@ -57,8 +57,8 @@ class Lanes:
         seed: of the orders of documents.
         segment: see reset.
         max_document: longer documents are cut into several of at most so many tokens, `<bos>` included.
-        align: documents start at a multiple of so many tokens in a batch, which divides length; the gap before is not valid. Lanes
-            whose memories act every `align` tokens then do so side by side, which is much faster.
+        align: documents start at a multiple of so many tokens in a batch, which divides length; the gap before is not valid.
+            Lanes whose memories act every `align` tokens then do so side by side, which is much faster.
 
     Raises StreamError for impossible settings.
     """
