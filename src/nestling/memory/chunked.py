@@ -50,11 +50,19 @@ GROUP = 4  # tiles recomputed together in the backward pass
 
 
 class Factors(NamedTuple):
-    """Rank-one gradients of a tile (halo first): x_l `[…, i, in_l]`, δ_l `[…, i, out_l]`, and which tokens were finite."""
+    """Rank-one gradients of a tile (halo first): x_l `[…, i, in_l]`, δ_l `[…, i, out_l]`, and which tokens were finite.
+
+    products   x_l W_l at the anchor `[…, i, out_l]`
+    """
 
     inputs: tuple[Tensor, ...]
     errors: tuple[Tensor, ...]
     finite: Tensor
+    products: tuple[Tensor, ...]
+
+    def only(self, keep: Tensor) -> Factors:
+        """Those of the tokens in `keep` (bool `[…, i]`), others 0."""
+        return Factors(only(keep, self.inputs), only(keep, self.errors), keep, only(keep, self.products))
 
 
 class Writes(NamedTuple):
@@ -83,30 +91,31 @@ class Reader(Protocol):
 
 
 class Triangle(NamedTuple):
-    """Products of a tile's layer inputs X Xᵀ `[…, i, halo + i]`, and (I + T)⁻¹ `[…, i, i]`."""
+    """Of an erasing layer: X Xᵀ `[…, i, halo + i]`, the strengths ε `[…, i]` and (I + T)⁻¹ `[…, i, i]`."""
 
     gram: Tensor
+    strength: Tensor
     inverse: Tensor
 
 
 def factors(spec: MemorySpec, anchor: Sequence[Tensor], k: Tensor, v: Tensor) -> Factors:
     """Gradients at the anchor (weights, not dual). A token whose factors are not finite gets factors of 0."""
-    inputs, errors = gradients(spec.network, spec.bias, anchor, k, v)
-    finite = sound((*inputs, *errors)).all(1, keepdim=True)
-    return Factors(only(finite, inputs), only(finite, errors), finite)
+    found = gradients(spec.network, spec.bias, anchor, k, v)
+    return found.only(found.finite.all(1, keepdim=True))
 
 
-def gradients(network: Network, bias: Bias, anchor: Sequence[Tensor], k: Tensor, v: Tensor) -> tuple[Weights, Weights]:
-    """Rank-one gradients at the anchor: x_l and δ_l of every layer."""
+def gradients(network: Network, bias: Bias, anchor: Sequence[Tensor], k: Tensor, v: Tensor) -> Factors:
+    """Rank-one gradients at the anchor as they come, finite or not."""
     trace = network.trace(anchor, k)
-    return trace.inputs, network.errors(anchor, trace, bias.error(trace.prediction, v))
+    errors = network.errors(anchor, trace, bias.error(trace.prediction, v))
+    return Factors(trace.inputs, errors, sound((*trace.inputs, *errors)), trace.products)
 
 
 def sound(rows: Weights) -> Tensor:
     """Which rows `[…, i, dim]` are finite in all of these."""
-    total = rows[0].sum(-1)
+    total = rows[0].detach().sum(-1)
     for x in rows[1:]:
-        total = total + x.sum(-1)
+        total = total + x.detach().sum(-1)
     return torch.isfinite(total)
 
 
@@ -117,12 +126,13 @@ def only(keep: Tensor, rows: Weights) -> Weights:
     return tuple(torch.where(keep.unsqueeze(-1), x, 0.0) for x in rows)
 
 
-def triangle(c: Coefficients, x_all: Tensor, strength: Tensor, halo: int) -> Triangle:
+def triangle(c: Coefficients, layer: int, x_all: Tensor, erase: Tensor, halo: int) -> Triangle:
     """The system of an erasing layer, which depends on its inputs and the gates alone."""
     assert c.running is not None
     gram = x_all[..., halo:, :] @ x_all.mT
+    strength = erase_strength(erase, layer, gram.diagonal(halo, -2, -1))
     t = c.running[..., :-1, :] * gram[..., halo:] * strength.unsqueeze(-1)
-    return Triangle(gram, invert(t))
+    return Triangle(gram, strength, invert(t))
 
 
 def invert(t: Tensor) -> Tensor:
@@ -139,32 +149,34 @@ def solve(
     momentum: Weights,
     erase: Tensor | None,
     halo: int,
+    begins: bool,
     first: Triangle | None = None,
 ) -> Writes:
     """Add what an erasing rule takes away: e_i = ε_i x_i W_{i−1}, on the running weights.
 
+    begins  a chunk begins here, so that the weights are the anchor and their products known
     first   the first layer's system, where several memories have the same keys and it is known already
     """
-    inputs, errors, _ = found
+    inputs, errors, _, products = found
     if erase is None:
         return Writes(inputs, errors, None, halo)
     erased = []
     for layer, (x_all, delta) in enumerate(zip(inputs, errors, strict=True)):
-        x = x_all[..., halo:, :]
-        strength = erase_strength(erase, layer, x)
-        system = first if first is not None and layer == 0 else triangle(c, x_all, strength, halo)
-        before = slice(None, -1)
+        x, before = x_all[..., halo:, :], slice(None, -1)
+        system = first if first is not None and layer == 0 else triangle(c, layer, x_all, erase, halo)
+        gram, strength, inverse = system
         scale = strength if c.keep is None else strength * c.keep[..., before]
+        product = products[layer][..., halo:, :] if begins else x @ weights[layer]
+        right = scale.unsqueeze(-1) * product
         if c.step is not None:
-            right = _plus_scaled(c.step.unsqueeze(-1) * delta, scale, x, weights[layer])
+            right = torch.addcmul(right, c.step.unsqueeze(-1), delta)
         else:
             assert c.write is not None
-            right = _scaled(scale, x, weights[layer])
             if momentum:
                 assert c.carry is not None
                 right = _plus_scaled(right, strength * c.carry[..., before], x, momentum[layer])
-            right = _plus(right, strength.unsqueeze(-1) * (c.write[..., before, :] * system.gram), delta, -1)
-        erased.append(system.inverse @ right)
+            right = _plus(right, strength.unsqueeze(-1) * (c.write[..., before, :] * gram), delta, -1)
+        erased.append(inverse @ right)
     return Writes(inputs, None if c.step is not None else errors, tuple(erased), halo)
 
 
@@ -240,15 +252,6 @@ def _columns(c: Coefficients, writes: Writes) -> Tensor:
         m for m, rows in ((c.write, writes.errors), (c.running, writes.erased)) if m is not None and rows is not None
     ]
     return found[0] if len(found) == 1 else torch.cat(found, -1)
-
-
-def _scaled(scale: Tensor | None, h: Tensor, w: Tensor) -> Tensor:
-    """diag(scale) h w, scaling the narrower side."""
-    if scale is None:
-        return h @ w
-    if w.shape[-2] <= w.shape[-1]:
-        return (scale.unsqueeze(-1) * h) @ w
-    return scale.unsqueeze(-1) * (h @ w)
 
 
 def _plus_scaled(z: Tensor, scale: Tensor, h: Tensor, w: Tensor) -> Tensor:
@@ -475,7 +478,7 @@ def _group(
         if linked is None:
             linked = tuple(spec.retention.link(w) for w in anchor)
         found = factors(spec, linked, keys[n], values[n])
-        writes = solve(found, c, weights, momentum, erases[n], halo)
+        writes = solve(found, c, weights, momentum, erases[n], halo, cut.begins[first + n][0])
         outputs.append(read(spec, c, linked, weights, momentum, writes, queries[n]))
         weights, momentum = advance(c, weights, momentum, writes)
         border = cut.border[first + n]

@@ -227,6 +227,6 @@ def border_guard(
     return lanes_where(at, weights, anchor), weights, momentum, broken
 
 
-def erase_strength(erase: Tensor, layer: int, x: Tensor) -> Tensor:
-    """ε of one layer: as given for the unit-norm key layer, ε/(1 + ε‖x‖²) for hidden inputs x."""
-    return erase if layer == 0 else erase / (1 + erase * x.square().sum(-1))
+def erase_strength(erase: Tensor, layer: int, square: Tensor) -> Tensor:
+    """ε of one layer: as given for the unit-norm key layer, ε/(1 + ε‖x‖²) for hidden inputs x of the given ‖x‖²."""
+    return erase if layer == 0 else erase / (1 + erase * square)

@@ -23,6 +23,7 @@ class Layout(NamedTuple):
     tokens    `[lane, tiles, halo + size]` int64: the tile's tokens with the `halo` tokens before them
     ok        the same shape, bool: the place is filled;  None: all are, and the tiles are the call cut evenly (no halo)
     borders   bool `[period, tiles, lane]`: the lane's chunk of that period closes with this tile;  `border`: of the first
+    begins    for each tile and period: a chunk begins with this tile, in all lanes that have it
     reset     bool `[tiles, lane]`: the lane is put at position 0 before this tile;  None: no reset in the call
     position  `[lane]` after the call
     tail      `[lane, halo]` the tokens that the next call's window needs, and whether each is there
@@ -31,6 +32,7 @@ class Layout(NamedTuple):
     tokens: Tensor
     ok: Tensor | None
     borders: Tensor
+    begins: tuple[tuple[bool, ...], ...]
     reset: Tensor | None
     position: Tensor
     tail: Tensor
@@ -100,6 +102,16 @@ def _uniform(phase: int, time: int, periods: tuple[int, ...], tile: int, halo: i
     return cut._replace(ok=None) if even else cut
 
 
+class _Piece(NamedTuple):
+    """One lane's part of a tile: tokens before it, its own, for each period whether a chunk begins and closes, a reset."""
+
+    before: np.ndarray
+    own: np.ndarray
+    begins: list[bool]
+    closes: list[bool]
+    fresh: bool
+
+
 def _cut(
     places: tuple[int, ...],
     time: int,
@@ -110,13 +122,13 @@ def _cut(
     halo: int,
 ) -> Layout:
     lanes = len(places)
-    cuts: list[list[tuple[np.ndarray, np.ndarray, list[bool], bool]]] = []  # per lane: halo, own tokens, borders, reset
+    cuts: list[list[_Piece]] = []
     after, tails = [], []
     for lane, place in enumerate(places):
         tokens = np.arange(time) if valid is None else np.flatnonzero(valid[lane])
         starts = [] if reset is None else np.flatnonzero(reset[lane][tokens]).tolist()
         bounds = [0, *starts, len(tokens)]
-        position, mine = place, []
+        position, mine = place, list[_Piece]()
         past = np.arange(halo)
         for number, (first, last) in enumerate(pairwise(bounds)):
             fresh = number > 0
@@ -129,14 +141,9 @@ def _cut(
                 rooms = [period - position % period for period in periods]
                 size = min(tile, *rooms, len(run) - done)
                 here = len(past) + done
-                mine.append(
-                    (
-                        known[max(0, here - halo) : here],
-                        run[done : done + size],
-                        [size == room for room in rooms],
-                        fresh,
-                    )
-                )
+                begun = [room == period for room, period in zip(rooms, periods, strict=True)]
+                closes = [room == size for room in rooms]
+                mine.append(_Piece(known[max(0, here - halo) : here], run[done : done + size], begun, closes, fresh))
                 fresh = False
                 done, position = done + size, position + size
             past = known[max(0, len(known) - halo) :]
@@ -144,15 +151,19 @@ def _cut(
         after.append(position)
         tails.append(past)
     tiles = max((len(mine) for mine in cuts), default=0)
-    size = max((len(own) for mine in cuts for _, own, _, _ in mine), default=1)
+    size = max((len(piece.own) for mine in cuts for piece in mine), default=1)
     index = np.zeros((lanes, tiles, halo + size), dtype=np.int64)
     ok = np.zeros((lanes, tiles, halo + size), dtype=bool)
     borders = np.zeros((len(periods), tiles, lanes), dtype=bool)
     fresh_tiles = np.zeros((tiles, lanes), dtype=bool)
     tail = np.zeros((lanes, halo), dtype=np.int64)
     tail_ok = np.zeros((lanes, halo), dtype=bool)
+    begins = tuple(
+        tuple(all(mine[number].begins[period] for mine in cuts if number < len(mine)) for period in range(len(periods)))
+        for number in range(tiles)
+    )
     for lane, mine in enumerate(cuts):
-        for number, (before, own, closes, fresh) in enumerate(mine):
+        for number, (before, own, _, closes, fresh) in enumerate(mine):
             filled = slice(halo - len(before), halo + len(own))
             index[lane, number, filled] = np.concatenate([before, own])
             ok[lane, number, filled] = True
@@ -163,6 +174,7 @@ def _cut(
         torch.from_numpy(index),
         torch.from_numpy(ok),
         torch.from_numpy(borders),
+        begins,
         torch.from_numpy(fresh_tiles) if fresh_tiles.any() else None,
         torch.tensor(after, dtype=torch.int64),
         torch.from_numpy(tail),

@@ -76,7 +76,7 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
         new = w if x.retention is None else x.retention.plain()[:, :, t, None, None] * w
         if x.erase is not None:
             h = layers[layer]
-            strength = erase_strength(x.erase[:, :, t], layer, h) * finite[:, None]
+            strength = erase_strength(x.erase[:, :, t], layer, h.square().sum(-1)) * finite[:, None]
             new = new - strength[..., None, None] * h[..., :, None] * (h[..., None, :] @ w)
         after.append(torch.where(live, new + step, w))
 

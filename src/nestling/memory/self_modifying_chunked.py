@@ -7,6 +7,7 @@ layer, and one triangular system the first layer of every memory. The generators
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,18 +60,29 @@ class Made(NamedTuple):
     live: Tensor
 
 
-def make(spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, k: Tensor, v: Tensor, fine: Tensor) -> Made:
-    """Keys, values, gates, targets and factors of tokens; q, k, v `[lane, head, time, dim]`, fine bool `[lane, time]`."""
+def ask(spec: SelfModifying, x: Streams) -> Tensor:
+    """What each generator is asked, `[lane, memory, head, time, dim]`."""
+    given = {"k": x.k, "v": x.v, "lr": x.k, "retention": x.k, "q": x.q}
+    return torch.stack([given[name] for name in spec.generators], 1)
+
+
+def make(spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, asked: Tensor, fine: Tensor) -> Made:
+    """Keys, values, gates, targets and factors of tokens.
+
+    q `[lane, head, time, dim]`, asked `[lane, memory, head, time, dim]`, fine bool `[lane, time]`
+    """
     generators = spec.banks[0]
-    given = {"k": k, "v": v, "lr": k, "retention": k, "q": q}
-    asked = torch.stack([given[name] for name in generators.names], 1)
     answers = generators.network.apply(at(anchor[generators.layers]), asked)
-    answer = {name: answers[:, n : n + 1] for n, name in enumerate(generators.names)}
+    answer = dict(zip(generators.names, torch.split(answers, 1, 1), strict=True))
     logits = {gate: (answer[gate] @ w + b).squeeze(-1) for gate, (w, b) in x.readout.items()}
     key, value, query = answer["k"], answer["v"], answer.get("q", q.unsqueeze(1))
 
     # The norm of a key that overflows is infinite, and its direction 0: finite, but not what was asked.
-    whole = [key.square(), value.square() if spec.unit_values else value, *(logit.unsqueeze(-1) for logit in logits.values())]
+    whole = [
+        key.square(),
+        value.square() if spec.unit_values else value,
+        *(logit.unsqueeze(-1) for logit in logits.values()),
+    ]
     if spec.adaptive_q:
         whole.append(query.square())
         query = l2_norm(query)
@@ -78,16 +90,16 @@ def make(spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, k: Tensor,
     value = l2_norm(value) if spec.unit_values else value
     query, key, value = only(fine[:, None, None], (query, l2_norm(key), value))
 
-    pairs = []
+    drafts, live = [], fine
     for bank in spec.banks:
-        own = anchor[bank.layers]
-        target = bank.network.apply(at(own), value)
-        pairs.append(gradients(bank.network, spec.bias, own, key, target))
-    live = fine
-    for rows in (rows for pair in pairs for rows in pair):
-        live = live & sound(rows).all((1, 2))
+        own, count = anchor[bank.layers], len(bank.names)
+        # Spread over the memories once: each product would copy it again.
+        k, v = (u.expand(-1, count, -1, -1, -1).contiguous() for u in (key, value))
+        draft = gradients(bank.network, spec.bias, own, k, bank.network.apply(at(own), v))
+        live = live & draft.finite.all((1, 2))
+        drafts.append(draft)
     acts = live[:, None, None]
-    found = tuple(Factors(only(acts, inputs), only(acts, errors), acts) for inputs, errors in pairs)
+    found = tuple(draft.only(acts) for draft in drafts)
 
     lr = spec.lr_max * logits["lr"].sigmoid()
     retention = Factor(F.logsigmoid(logits["retention"])) if "retention" in logits else None
@@ -115,7 +127,7 @@ def scan(
     cut = layout(x.state.position, time, x.reset, x.valid, period=periods, tile=tile or TILE, halo=0)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return x.q.new_zeros(x.q.shape), x.state
-    tiles = _tiles(x, cut)
+    tiles = _tiles(spec, x, cut)
 
     def group(first: int, last: int, running: Running) -> tuple[Tensor, Running, list[Weights]]:
         return _group(spec, x, running, tiles, cut, range(first, last), report is not None)
@@ -133,36 +145,43 @@ def scan(
     )
 
 
-class Tiles(NamedTuple):
-    """Inputs of a call cut into tiles: `[lane, head, tile, …]`; use, fine: bool `[lane, tile, place]`, use None: all."""
+class Tile(NamedTuple):
+    """Inputs of one tile: q, k, v `[lane, head, place, dim]`, momentum `[lane, 1, head, place]`, bool `[lane, place]`: a token
+    stands there, and it is fine."""
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    asked: Tensor
     momentum: Factor | None
-    use: Tensor | None
+    use: Tensor
     fine: Tensor
 
 
-def _tiles(x: Streams, cut: Layout) -> Tiles:
-    def pick(u: Tensor) -> Tensor:
-        return gather(u, cut.tokens, cut)
+def _tiles(spec: SelfModifying, x: Streams, cut: Layout) -> list[Tile]:
+    """Taken apart at once, as the gradient of an index is as large as the whole."""
+    count = cut.tokens.shape[1]
 
-    fine, use = pick(x.fine.unsqueeze(1)).squeeze(1), None
-    if cut.ok is not None:
-        use = cut.ok.to(fine.device)
-        fine = fine & use
-    momentum = None if x.momentum is None else x.momentum.map(pick)
-    return Tiles(pick(x.q), pick(x.k), pick(x.v), momentum, use, fine)
+    def apart(u: Tensor) -> tuple[Tensor, ...]:
+        return gather(u, cut.tokens, cut).unbind(2)
 
-
-def _of_tile(gate: Factor, n: int) -> Factor:
-    """One tile's part of a gate, with the dimension of memories."""
-    return gate.map(lambda x: x[:, None, :, n])
+    use = torch.ones(cut.tokens.shape, dtype=torch.bool) if cut.ok is None else cut.ok
+    uses = use.to(x.fine.device).unbind(1)
+    fines = (fine.squeeze(1) for fine in apart(x.fine.unsqueeze(1)))
+    momenta: Sequence[Factor | None] = [None] * count
+    if x.momentum is not None:
+        mu = x.momentum
+        parts = (
+            [None] * count if u is None else [n.unsqueeze(1) for n in apart(u)] for u in (mu.log, mu.zero, mu.value)
+        )
+        momenta = [Factor(log, zero, value) for log, zero, value in zip(*parts, strict=True) if log is not None]
+    asked = (u.view(u.shape[0], -1, x.q.shape[1], *u.shape[2:]) for u in apart(ask(spec, x).flatten(1, 2)))
+    return [
+        Tile(q, a, mu, use, fine & use)
+        for q, a, mu, use, fine in zip(apart(x.q), asked, momenta, uses, fines, strict=True)
+    ]
 
 
 def _group(
-    spec: SelfModifying, x: Streams, running: Running, tiles: Tiles, cut: Layout, numbers: range, noting: bool
+    spec: SelfModifying, x: Streams, running: Running, tiles: list[Tile], cut: Layout, numbers: range, noting: bool
 ) -> tuple[Tensor, Running, list[Weights]]:
     """A few tiles in order."""
     anchor, weights, momentum, faults = running
@@ -173,13 +192,12 @@ def _group(
             anchor = lanes_where(fresh, x.start.weights, anchor)
             weights = lanes_where(fresh, x.start.weights, weights)
             momentum = lanes_where(fresh, x.start.momentum, momentum)
-        made = make(spec, x, anchor, tiles.q[:, :, n], tiles.k[:, :, n], tiles.v[:, :, n], tiles.fine[:, n])
-        mu, alive = None, None
-        if tiles.momentum is not None:
-            mu = _of_tile(tiles.momentum, n)
-            if not surely(made.live):
-                alive = made.live[:, None, None]
-                mu = mu.masked(alive)
+        tile = tiles[n]
+        made = make(spec, x, anchor, tile.q, tile.asked, tile.fine)
+        mu, alive = tile.momentum, None
+        if mu is not None and not surely(made.live):
+            alive = made.live[:, None, None]
+            mu = mu.masked(alive)
         c = coefficients(
             made.lr * spec.rule.step(spec.key_dim),
             made.retention,
@@ -189,19 +207,18 @@ def _group(
             present=None,
             erases=made.erase is not None,
         )
-        system = None if made.erase is None else triangle(c, made.k, made.erase, 0)
+        system = None if made.erase is None else triangle(c, 0, made.k, made.erase, 0)
         moved = []
-        for bank, found in zip(spec.banks, made.found, strict=True):
+        for bank, found, begins in zip(spec.banks, made.found, cut.begins[n], strict=True):
             own = bank.layers
-            writes = solve(found, c, weights[own], momentum[own], made.erase, 0, system)
+            writes = solve(found, c, weights[own], momentum[own], made.erase, 0, begins, system)
             if bank.names == ("main",):
                 y = read(spec, c, anchor[own], weights[own], momentum[own], writes, made.q)
             moved.append(advance(c, weights[own], momentum[own], writes))
         outputs.append(y.squeeze(1))
         weights, momentum = (sum(parts, ()) for parts in zip(*moved, strict=True))
         anchor, weights, momentum, faults = close(spec, cut.borders[:, n].unbind(), anchor, weights, momentum, faults)
-        lost = ~made.live if tiles.use is None else tiles.use[:, n] & ~made.live
-        faults = faults + lost.sum(1)
+        faults = faults + (tile.use & ~made.live).sum(1)
         if noting:
             kept = torch.ones_like(made.lr) if made.retention is None else made.retention.plain()
             seen = (*surprise_and_update(made.found[1], made.lr, 0), made.lr.detach(), kept.detach())
@@ -220,13 +237,24 @@ def step(spec: SelfModifying, x: Streams) -> tuple[Tensor, MemoryState]:
         momentum = lanes_where(fresh, x.start.momentum, momentum)
         position = torch.where(fresh.cpu(), 0, position)
     fine = x.fine if alive is None else x.fine & alive.to(x.fine.device)[:, None]
-    made = make(spec, x, anchor, x.q, x.k, x.v, fine)
+    made = make(spec, x, anchor, x.q, ask(spec, x), fine)
     size = (made.lr * spec.rule.step(spec.key_dim)).unsqueeze(-1)
     retention = None if made.retention is None else made.retention.plain()
     mu = None if x.momentum is None else x.momentum.plain().unsqueeze(1)
     acts = None if surely(made.live) else made.live
     moved = [
-        one.write(*found[:2], weights[bank.layers], momentum[bank.layers], size, retention, mu, made.erase, acts, 0)
+        one.write(
+            found.inputs,
+            found.errors,
+            weights[bank.layers],
+            momentum[bank.layers],
+            size,
+            retention,
+            mu,
+            made.erase,
+            acts,
+            0,
+        )
         for bank, found in zip(spec.banks, made.found, strict=True)
     ]
     after, moved_s = (sum(parts, ()) for parts in zip(*moved, strict=True))

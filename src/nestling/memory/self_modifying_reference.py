@@ -85,7 +85,7 @@ def _token(spec: SelfModifying, x: Streams, state: MemoryState, t: int) -> tuple
             if spec.rule.erase != "none":
                 erase = lr * retention if spec.rule.erase == "after_decay" else lr
                 h = inputs[layer]
-                strength = erase_strength(erase[..., 0, 0], layer, h)[..., None, None]
+                strength = erase_strength(erase[..., 0, 0], layer, h.square().sum(-1))[..., None, None]
                 changed = changed - strength * h[..., :, None] * (h[..., None, :] @ w)
             new.append(torch.where(live, changed, w))
         after[name], momentum[name] = tuple(new), tuple(kept)

@@ -37,7 +37,7 @@ def write(
     for layer, (w, h, delta) in enumerate(zip(weights, inputs, errors, strict=True)):
         right = size * delta
         own = h[..., halo:, :]
-        erased = None if erase is None else erase_strength(erase, layer, own).unsqueeze(-1) * (own @ w)
+        erased = None if erase is None else erase_strength(erase, layer, own.square().sum(-1)).unsqueeze(-1) * (own @ w)
         if erased is not None and mu is None and halo == 0:
             right, erased = right + erased, None
         moved = h.mT @ right

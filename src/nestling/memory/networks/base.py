@@ -16,11 +16,13 @@ class Trace(NamedTuple):
     """What a forward pass at the anchor leaves for the inner gradient.
 
     inputs      x_l, the input of each layer `[…, time, in_l]`
+    products    x_l W_l of each layer `[…, time, out_l]`
     prediction  M(k) `[…, time, value_dim]`
     saved       whatever the network's own `errors` needs
     """
 
     inputs: tuple[Tensor, ...]
+    products: tuple[Tensor, ...]
     prediction: Tensor
     saved: tuple[Tensor, ...]
 

@@ -45,7 +45,8 @@ class Matrix:
         return linear(0, x)
 
     def trace(self, weights: Sequence[Tensor], k: Tensor) -> Trace:
-        return Trace((k,), k @ weights[0], ())
+        prediction = k @ weights[0]
+        return Trace((k,), (prediction,), prediction, ())
 
     def errors(self, weights: Sequence[Tensor], trace: Trace, error: Tensor) -> tuple[Tensor, ...]:
         return (error,)

@@ -81,18 +81,21 @@ class MLP:
 
     def trace(self, weights: Sequence[Tensor], k: Tensor) -> Trace:
         inputs, slopes = [k], []
+        products: list[Tensor] = []
         for layer in range(self.depth - 1):
-            h, slope = activate_with_slope(self.activation, inputs[-1] @ weights[layer])
+            products.append(inputs[-1] @ weights[layer])
+            h, slope = activate_with_slope(self.activation, products[-1])
             inputs.append(h)
             slopes.append(slope)
         z = inputs[-1] @ weights[-1]
+        products.append(z)
         saved = tuple(slopes)
         if self.norm:
             centered = z - z.mean(-1, keepdim=True)
             scale = (centered.square().mean(-1, keepdim=True) + EPS).rsqrt()
             z = centered * scale
             saved = (*saved, z, scale)
-        return Trace(tuple(inputs), k + z if self.residual else z, saved)
+        return Trace(tuple(inputs), tuple(products), k + z if self.residual else z, saved)
 
     def errors(self, weights: Sequence[Tensor], trace: Trace, error: Tensor) -> tuple[Tensor, ...]:
         slopes = trace.saved[: self.depth - 1]
