@@ -125,14 +125,13 @@ def tell(result: Adaptation, console: Console) -> None:
     for worse, says in (("erased", "erasing it at every segment"), ("transformer", "the transformer")):
         if worse in words:
             gain, error = result.gain("running", worse)
-            console.print(
-                f"At the last position the running memory saves {gain[-1]:+.3f} ± {error[-1]:.3f} bits per byte over {says} "
-                "(paired by document)."
-            )
-    again, error, _ = mean_and_error((result.rows["running"] - result.rows["second"]).mean(1, keepdim=True))
-    console.print(
-        f"A second reading of the same document costs {again[0]:+.3f} ± {error[0]:.3f} bits per byte less than the first."
-    )
+            console.print(f"At the last position the running memory {_against(gain[-1], error[-1])} than {says}.")
+    gain, error, _ = mean_and_error((result.rows["running"] - result.rows["second"]).mean(1, keepdim=True))
+    console.print(f"A second reading of the same document {_against(gain[0], error[0])} than the first.")
+
+
+def _against(gain: Tensor, error: Tensor) -> str:
+    return f"costs {abs(gain):.3f} ± {error:.3f} bits per byte {'less' if gain > 0 else 'more'} (paired by document)"
 
 
 def draw(result: Adaptation, path: Path, *, title: str, segment: int) -> None:

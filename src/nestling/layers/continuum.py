@@ -80,7 +80,7 @@ class Continuum(nn.Module):
         hidden: int,
         periods: Sequence[int | None] = (None,),
         *,
-        rate: float = 0.1,
+        rate: float = 0.5,
         clip: float = 1.0,
         mean: bool = True,
     ) -> None:
