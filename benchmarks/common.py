@@ -42,13 +42,15 @@ def spread(values: list[float]) -> Spread:
     return Spread(low, median(values), high)
 
 
-def seconds(run: Run) -> float:
-    start = time.perf_counter()
+def seconds(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved(runs: tuple[Run, ...], *, budget: float, least: int, most: int) -> list[tuple[float, ...]]:
+def interleaved(
+    runs: tuple[Run, ...], *, budget: float, least: int, most: int, clock: Callable[[], float] = time.perf_counter
+) -> list[tuple[float, ...]]:
     """Rounds of one run of each, so that a slow moment of the machine meets all; seconds `[round][run]`.
 
     Goes on for `budget` seconds, within `least` and `most` rounds; a single round suffices where one takes twice the budget.
@@ -59,7 +61,7 @@ def interleaved(runs: tuple[Run, ...], *, budget: float, least: int, most: int) 
         gone = time.perf_counter() - start
         if gone > budget and (len(rounds) >= least or gone > 2 * budget):
             break
-        rounds.append(tuple(seconds(run) for run in runs))
+        rounds.append(tuple(seconds(run, clock) for run in runs))
     return rounds
 
 
@@ -130,10 +132,10 @@ def peak_bytes(run: Run) -> int:
     return peak
 
 
-def matmul_rate(size: int = 2048, rounds: int = 6) -> float:
+def matmul_rate(size: int = 2048, rounds: int = 6, clock: Callable[[], float] = time.perf_counter) -> float:
     """Best FLOP/s of a large float32 product, the machine's peak for our purposes."""
     a = torch.randn(size, size)
-    return 2 * size**3 / min(seconds(lambda: a @ a) for _ in range(rounds))
+    return 2 * size**3 / min(seconds(lambda: a @ a, clock) for _ in range(rounds))
 
 
 def machine(seed: int) -> dict[str, Any]:

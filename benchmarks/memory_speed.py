@@ -12,6 +12,8 @@ the same rounds; the *share* is ratio / bound. *Peak* is the share of the FLOP/s
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class Settings:
 
     systems: names from `nl.memory.names()`; default all.  seconds: of timing per figure; slow layers take what three rounds take.
     threads: default PyTorch's own.  quick: one length, 2048.
+    cpu_time: one thread, timed by the processor time it gets, not the clock on the wall: for a machine that is busy otherwise.
     """
 
     systems: tuple[str, ...] = ()
@@ -47,7 +50,12 @@ class Settings:
     threads: int | None = None
     seed: int = 0
     quick: bool = False
+    cpu_time: bool = False
     out: Path = field(default_factory=lambda: Path("runs/memory_speed"))
+
+
+def clock(settings: Settings) -> Callable[[], float]:
+    return time.process_time if settings.cpu_time else time.perf_counter
 
 
 def layer(name: str, chunk: int, settings: Settings) -> Any:
@@ -90,7 +98,9 @@ def measure(name: str, chunk: int, length: int, settings: Settings, peak: float)
         work = flops(runner(memory, short, mode)) * length / short.shape[1]
         work_attention = flops(of_attention)
         of_attention()
-        rounds = interleaved((of_attention, of_memory), budget=settings.seconds, least=3, most=30)
+        rounds = interleaved(
+            (of_attention, of_memory), budget=settings.seconds, least=3, most=30, clock=clock(settings)
+        )
         ratio = spread([a / m for a, m in rounds])
         took, took_attention = spread([m for _, m in rounds]).mid, spread([a for a, _ in rounds]).mid
         tokens = settings.batch * length
@@ -189,13 +199,15 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main(settings: Settings) -> None:
+    if settings.cpu_time:
+        settings.threads = 1  # the processor time of several would count those that wait
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.quick:
         settings.lengths = (2048,)
     console = Console()
     console = console if console.is_terminal else Console(width=max(console.width, 170))
-    words = machine(settings.seed)
+    words = machine(settings.seed) | {"timed by": "processor time" if settings.cpu_time else "wall clock"}
     console.print(" · ".join(f"{name} {value}" for name, value in words.items()), highlight=False)
     console.print(
         f"batch {settings.batch}, dim {settings.dim}, {settings.heads} heads; a two-layer MLP memory has expansion 4. FLOPs: "
@@ -205,7 +217,7 @@ def main(settings: Settings) -> None:
     rows: list[dict[str, Any]] = []
     peaks = {}
     for length in settings.lengths:
-        peaks[length] = peak = matmul_rate()
+        peaks[length] = peak = matmul_rate(clock=clock(settings))
         console.print(f"length {length}: matmul peak {peak / 1e9:.0f} GFLOP/s", highlight=False)
         for name in settings.systems or tuple(nl.memory.names()):
             spec = nl.memory.named(name)
