@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nestling.layers.base import Layer
 from nestling.layers.convolution import ShortConvolution
@@ -96,7 +97,20 @@ class Memory(Layer):
         report: Report | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
         state = self.start(x.shape[0]) if state is None else state
-        mixed, tail = self.convolution(self._project(x), state.tail, reset=reset, valid=valid)
+        if torch.is_grad_enabled() and self.spec.network.depth > 1:
+            # Beside a deep memory one product more is cheap, and keeping what the convolution reads is not.
+            mixed, tail = checkpoint(
+                self._mix,
+                x,
+                state.tail,
+                reset,
+                valid,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                determinism_check="none",
+            )
+        else:
+            mixed, tail = self._mix(x, state.tail, reset, valid)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.chunk(3, -1))
         y, memory = self.spec.scan(
             tuple(self.initial),
@@ -131,6 +145,11 @@ class Memory(Layer):
                 state_paths=("tail", *(f"memory.{part}" for part in memory)),
             )
         ]
+
+    def _mix(self, x: Tensor, tail: Tensor, reset: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values side by side, and the convolution's new tail."""
+        mixed, new = self.convolution(self._project(x), tail, reset=reset, valid=valid)
+        return mixed, new
 
     def _project(self, x: Tensor) -> Tensor:
         """What the convolution reads: `[lane, time, 3 · dim]`."""

@@ -22,6 +22,7 @@ there may be one more dimension, of memories that share their gates (see `self_m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TILE = 64  # tokens per product
 LINK_TILE = 16  # where each token's weights are made
-GROUP = 4  # tiles recomputed together in the backward pass
+GROUP = 4  # tiles recomputed together in the backward pass, at least
 
 
 class Factors(NamedTuple):
@@ -290,10 +291,11 @@ class Tiles(NamedTuple):
 
     def groups(self) -> list[Tiles]:
         """Groups of tiles. Taken apart at once, as the gradient of a slice is as large as the whole."""
-        count = -(-self.q.shape[2] // GROUP)
+        size = group_size(self.q.shape[2])
+        count = -(-self.q.shape[2] // size)
 
         def split(x: Tensor | None) -> Sequence[Any]:
-            return (None,) * count if x is None else torch.split(x, GROUP, 2)
+            return (None,) * count if x is None else torch.split(x, size, 2)
 
         def split_gate(x: Factor | None) -> Sequence[Any]:
             if x is None:
@@ -335,15 +337,15 @@ def scan(
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.period, tile=size, halo=halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return x.v.new_zeros(x.v.shape), x.state
-    groups = _tiles(spec, x, cut).groups()
+    groups, count = _tiles(spec, x, cut).groups(), cut.tokens.shape[1]
     running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)
 
     def group(first: int, last: int, running: Running) -> tuple[Tensor, Running, list[Weights]]:
-        return _group(spec, x.start, running, groups[first // GROUP], cut, first, report is not None)
+        return _group(spec, x.start, running, groups[first // group_size(count)], cut, first, report is not None)
 
     # What is inside a linear memory that erases nothing is no larger than its inputs: cheaper to keep than to make again.
     keep = spec.network.depth == 1 and spec.retention.linear and spec.rule.erase == "none"
-    y, running, notes = by_groups(group, cut.tokens.shape[1], running, again=not keep)
+    y, running, notes = by_groups(group, count, running, again=not keep)
     y = back(y, cut, time)
     skipped = ~x.fine if x.valid is None else ~x.fine & x.valid
     faults = running.faults + skipped.sum(1)
@@ -358,6 +360,14 @@ def scan(
     return y, MemoryState(running.anchor, running.weights, running.momentum, _tail(x, cut), cut.position, faults)
 
 
+def group_size(count: int) -> int:
+    """Of `count` tiles: what is kept between groups, and what a group keeps inside, then both grow with the root of the length.
+
+    A tile keeps about twice as much inside as the weights that go from tile to tile.
+    """
+    return max(GROUP, isqrt(count // 2))
+
+
 def by_groups(group: Group[T], count: int, running: T, *, again: bool = True) -> tuple[Tensor, T, list[Weights]]:
     """Run `count` tiles, a few at a time.
 
@@ -365,9 +375,10 @@ def by_groups(group: Group[T], count: int, running: T, *, again: bool = True) ->
     Returns outputs `[lane, head, tile, …]`, what goes on to the next call, and notes.
     """
     outputs, notes = [], list[Weights]()
-    for first in range(0, count, GROUP):
-        last = min(first + GROUP, count)
-        if again and torch.is_grad_enabled() and count > GROUP:
+    size = group_size(count)
+    for first in range(0, count, size):
+        last = min(first + size, count)
+        if again and torch.is_grad_enabled() and count > size:
             y, running, noted = checkpoint(
                 group, first, last, running, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
             )
