@@ -138,22 +138,29 @@ class _Read(torch.autograd.Function):
         coefficient: Tensor,
         rows: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(h, w, keep, s, carry, x, coefficient, rows)
-        z = _scaled(keep, h, w)
+        # The narrow products whose scale stands behind them are kept for the gradient of that scale.
+        at_w, at_s = None, None
+        if keep is None or _narrow(w):
+            z = _scaled(keep, h, w)
+        else:
+            at_w = h @ w
+            z = keep.unsqueeze(-1) * at_w
         if s is not None:
             assert carry is not None
             if _narrow(s):
                 z.baddbmm_(carry.unsqueeze(-1) * h, s)
             else:
-                z.addcmul_(carry.unsqueeze(-1), h @ s)
+                at_s = h @ s
+                z.addcmul_(carry.unsqueeze(-1), at_s)
+        ctx.save_for_backward(h, w, keep, s, carry, x, coefficient, rows, at_w, at_s)
         return z.baddbmm_((h @ x.mT).mul_(coefficient), rows, alpha=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Parts:
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_read, saved, grad)
-        h, w, keep, s, carry, x, coefficient, rows = saved
+            return _again(_read, saved[:8], grad)
+        h, w, keep, s, carry, x, coefficient, rows, at_w, at_s = saved
         grad = grad.contiguous()
         of = grad @ rows.mT  # of −P, where z = … − P r and P = C ∘ h xᵀ
         gram = h @ x.mT
@@ -161,24 +168,26 @@ class _Read(torch.autograd.Function):
         d_coefficient = gram.mul_(of).neg_()
         d_gram = of.mul_(coefficient).neg_()
         d_h, d_x = d_gram @ x, d_gram.mT @ h
-        d_w, d_keep = _back_scaled(keep, h, w, grad, d_h)
-        d_s, d_carry = (None, None) if s is None else _back_scaled(carry, h, s, grad, d_h)
+        d_w, d_keep = _back_scaled(keep, h, w, at_w, grad, d_h)
+        d_s, d_carry = (None, None) if s is None else _back_scaled(carry, h, s, at_s, grad, d_h)
         return d_h, d_w, d_keep, d_s, d_carry, d_x, d_coefficient, d_rows
 
 
-def _back_scaled(scale: Tensor | None, h: Tensor, w: Tensor, grad: Tensor, d_h: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of diag(scale) h w to w and scale; that to h is added to d_h."""
+def _back_scaled(
+    scale: Tensor | None, h: Tensor, w: Tensor, product: Tensor | None, grad: Tensor, d_h: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of diag(scale) h w to w and scale; that to h is added to d_h. product: h w, where the scale stands behind it."""
     if scale is None:
         d_h.baddbmm_(grad, w.mT)
         return h.mT @ grad, None
     column = scale.unsqueeze(-1)
-    if _narrow(w):
+    if product is None:
         back = grad @ w.mT
         d_h.addcmul_(column, back)
         return (column * h).mT @ grad, back.mul_(h).sum(-1)
     scaled = column * grad
     d_h.baddbmm_(scaled, w.mT)
-    return h.mT @ scaled, (h @ w).mul_(grad).sum(-1)
+    return h.mT @ scaled, (product * grad).sum(-1)
 
 
 class _Advance(torch.autograd.Function):
