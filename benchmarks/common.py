@@ -18,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestling as nl
-from nestling.memory import chunked
 
 Run = Callable[[], object]
 
@@ -95,10 +94,15 @@ def _triangular(a: Any, b: Any, *_: object, **__: object) -> int:
     return int(prod(b) * b[-2])
 
 
+def _added(z: Any, a: Any, b: Any, *_: object, **__: object) -> int:
+    return int(2 * prod(a) * b[-1])
+
+
 FLOPS = {  # what torch.utils.flop_counter does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
     torch.ops.aten.linalg_solve_triangular: _triangular,
+    torch.ops.aten.baddbmm_: _added,
 }
 
 
@@ -108,7 +112,15 @@ def flops(run: Run) -> int:
     Causal attention counts the half below the diagonal, as its kernel skips the rest; its backward counts five products,
     one of which its kernel computes a second time. A triangular solve of n rows counts n² a column.
     """
-    with mock.patch.object(chunked, "GROUP", 1 << 40), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+
+    def plain(function: Callable[..., object], *arguments: object, **_: object) -> object:
+        return function(*arguments)
+
+    with (
+        mock.patch("nestling.memory.chunked.checkpoint", plain),
+        mock.patch("nestling.layers.memory.checkpoint", plain),
+        FlopCounterMode(display=False, custom_mapping=FLOPS) as counter,
+    ):
         run()
     return int(counter.get_total_flops())
 
