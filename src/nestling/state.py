@@ -173,14 +173,23 @@ def to(state: Any, device: torch.device | str) -> Any:
     return _like(state, [c if n == "position" else to(c, device) for n, c in zip(names, children, strict=True)])
 
 
-def where(mask: Tensor, a: Any, b: Any) -> Any:
-    """Per lane a where the mask (bool `[lane]`) is true, else b."""
+def where(mask: Tensor, a: Any, b: Any, *, keep: Sequence[str] = ()) -> Any:
+    """Per lane a where the mask (bool `[lane]`) is true, else b. Fields named in `keep` are b's in every lane."""
 
     def select(x: Tensor, y: Tensor) -> Tensor:
         return torch.where(mask.to(x.device).view(-1, *[1] * (x.dim() - 1)), x, y)
 
-    a, b = _pad_to([a, b])
-    return tree_map(select, a, b)
+    chosen = tree_map(select, *_pad_to([a, b]))
+    return _keep(chosen, b, keep) if keep else chosen
+
+
+def _keep(chosen: Any, b: Any, names: Sequence[str]) -> Any:
+    """`chosen` with the fields named in `names` taken from b."""
+    if isinstance(chosen, Tensor) or chosen is None:
+        return chosen
+    fields = getattr(chosen, "_fields", None) or (list(chosen) if isinstance(chosen, dict) else [None] * len(chosen))
+    pairs = zip(fields, _children(chosen) or [], _children(b) or [], strict=True)
+    return _like(chosen, [theirs if name in names else _keep(mine, theirs, names) for name, mine, theirs in pairs])
 
 
 def nbytes(state: Any) -> int:

@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 import nestling as nl
 from nestling.layers import Continuum
-from nestling.models import LanguageModel, ModelConfig
+from nestling.learn.learner import count_faults
+from nestling.models import LanguageModel, ModelConfig, ModelState
 
 VOCAB = 19
 
@@ -277,21 +278,133 @@ def test_every_mode_learns_alike_also_in_pieces(mode: Any) -> None:
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-9)
 
 
-@torch.no_grad()
-def test_a_gradient_that_is_not_finite_is_left_out_and_counted() -> None:
-    model, tokens = build((4, 8)), text(10, 2, 4)
-    state = model.start(2)
+def poisoned(model: LanguageModel, state: ModelState, value: float) -> ModelState:
+    """Lane 1's first matrix of block 0's first level, its first entry set."""
     delta = [list(map(list, c.delta)) for c in state.continuum]
     delta[0][0][0] = delta[0][0][0].clone()
-    delta[0][0][0][1, 0, 0] = math.nan
-    hurt = tuple(c._replace(delta=tuple(map(tuple, d))) for c, d in zip(state.continuum, delta, strict=True))
-    _, after = model(tokens, state._replace(continuum=hurt))
-    assert all(c.faults[0] == 0 and c.faults[1] > 0 for c in after.continuum)
-    healthy, _ = model(tokens[:1])
-    assert all(x[0].isfinite().all() for x in nl.state.leaves(after.continuum))
+    delta[0][0][0][1, 0, 0] = value
+    return state._replace(
+        continuum=tuple(c._replace(delta=tuple(map(tuple, d))) for c, d in zip(state.continuum, delta, strict=True))
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted() -> None:
+    model, tokens = build((4, 8)), text(10, 2, 7)
+    logits, after = model(tokens, poisoned(model, model.start(2), math.nan))
+    assert after.continuum[1].faults.tolist() == [0, 2], "a gradient for each of two levels"
+    assert after.continuum[0].faults.tolist() == [0, 3], "and the update of what was no number before"
     _, alone = model(tokens[:1])
-    torch.testing.assert_close(after.continuum[0].delta[0][0][0], alone.continuum[0].delta[0][0][0])
-    assert healthy.isfinite().all()
+    for x, y in zip(nl.state.leaves(nl.state.take(after, [0])), nl.state.leaves(alone), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(logits[0], model(tokens[:1])[0][0], rtol=1e-9, atol=1e-12)
+
+
+def test_an_update_that_would_not_be_finite_is_forgotten_and_counted() -> None:
+    layer = Continuum(4, 3, (2, 4), clip=math.inf)
+    state = layer.start(3)
+    assert state is not None
+    big = torch.finfo(torch.float32).max
+    for w, p in zip(state.delta[1], state.pending[1], strict=True):
+        w[1], p[1:] = -big, big
+    found = nl.state.tree_map(lambda d: torch.full_like(d, 0.5), state.delta)
+    closing, position = torch.tensor([True, True, False]), torch.tensor([4, 4, 4])
+    with torch.no_grad():
+        after = layer.learn(state, found, 1, closing, position)
+    assert after.faults.tolist() == [0, 1, 0]
+    for w, p in zip(after.delta[1], after.pending[1], strict=True):
+        assert torch.equal(w[1], torch.full_like(w[1], -big)), "as it was"
+        assert not p[:2].any(), "forgotten, not kept for the next border"
+        assert (p[2] == big).all()
+        assert (w[0] < 0).all()
+        assert not w[2].any()
+    assert all((w[:2] < 0).all() and not w[2].any() for w in after.delta[0])
+
+
+def test_faults_are_counted_once_and_outlive_a_reset() -> None:
+    model, tokens = build((4, 8)), text(10, 2, 4)
+    _, state = model(tokens, poisoned(model, model.start(2), math.nan))
+    counted = int(count_faults(state))
+    assert counted == sum(int(c.faults.sum()) for c in state.continuum) + sum(
+        int(b.memory.faults.sum()) for b in state.blocks
+    )
+    reset = torch.zeros(2, 4, dtype=torch.bool)
+    reset[:, 0] = True
+    _, after = model(tokens, state, reset=reset)
+    assert int(count_faults(after)) == counted > 0
+    assert after.position.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_autocast_changes_no_more_than_rounding(mode: Any) -> None:
+    model, tokens = build((4, 8)).float(), text(12, 2, 17)
+    expected, _ = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16), mode():
+        logits, state = model(tokens)
+        pieces, other = [], None
+        for first in range(0, 17, 5):
+            part, other = model(tokens[:, first : first + 5], other)
+            pieces.append(part)
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+    assert (torch.cat(pieces, 1) - expected).abs().max() < 0.1 * expected.abs().max()
+    assert all(d.dtype == torch.float32 and d.any() for c in state.continuum for d in nl.state.leaves(c.delta))
+
+
+@torch.no_grad()
+def test_small_moves_act_on_coarse_weights() -> None:
+    torch.manual_seed(0)
+    layer = nl.layers.SwiGLU(8, 6).bfloat16()
+    x = torch.randn(1, 3, 8).bfloat16()
+    still = tuple(torch.zeros(1, *w.shape) for w in (layer.up.weight, layer.down.weight))
+    moved = (torch.full((1, 12, 8), 1e-4), still[1])
+    exact = nl.layers.SwiGLU(8, 6)
+    exact.load_state_dict(layer.state_dict())
+    difference = exact(x.float(), moved) - exact(x.float(), still)
+    assert difference.any()
+    torch.testing.assert_close(layer(x, moved), exact(x.float(), moved).bfloat16())
+
+
+def test_a_model_that_does_not_learn_slowly_keeps_no_graph() -> None:
+    model, tokens = build((4, 8)).requires_grad_(False), text(13, 2, 8)
+    logits, state = model(tokens)
+    assert not logits.requires_grad
+    assert not any(leaf.requires_grad for leaf in nl.state.leaves(state))
+    assert any(d.any() for d in nl.state.leaves(state.continuum[0].delta))
+
+
+def test_states_of_inference_mode_go_on_in_training() -> None:
+    model, tokens = build((4, 8)), text(14, 2, 27)
+    with torch.inference_mode():
+        _, state = model(tokens[:, :6])
+        model(tokens)  # leaves nothing behind that training could stumble on
+    logits, _ = model(tokens[:, 6:], state)
+    logits.sum().backward()
+    torch.testing.assert_close(logits, model(tokens)[0][:, 6:], rtol=1e-9, atol=1e-9)
+
+
+@torch.inference_mode()
+def test_masks_in_inference_mode() -> None:
+    generator = torch.Generator().manual_seed(15)
+    tokens = text(15, 2, 19)
+    masks = {
+        "reset": torch.rand(2, 19, generator=generator) < 0.1,
+        "valid": torch.rand(2, 19, generator=generator) < 0.8,
+    }
+    got, _ = MODEL(tokens, **masks)
+    with torch.inference_mode(False), torch.no_grad():
+        expected, _ = MODEL(tokens.clone(), **{n: m.clone() for n, m in masks.items()})
+    assert torch.equal(got, expected)
+
+
+def test_states_of_other_models_are_refused_in_words() -> None:
+    tokens = text(16, 2, 6)
+    states = {periods: build(periods)(tokens)[1] for periods in ((4, 8), (8, 16), (4, 8, 16), ())}
+    for mine in states:
+        for other, state in states.items():
+            if mine == other:
+                build(mine)(tokens, state)
+            else:
+                with pytest.raises(ValueError, match="other periods"):
+                    build(mine)(tokens, state)
 
 
 @torch.no_grad()
@@ -312,4 +425,11 @@ def test_impossible_periods_are_refused_in_words() -> None:
     for periods, words in (((1,), "at least 2"), ((), "at least one level"), ((4, 6), "multiples of the fastest, 4")):
         with pytest.raises(ValueError, match=words):
             Continuum(8, 4, periods)
+    for periods in (4, "48", (4, "8"), (4.0, 8), (True,), None, ()):
+        with pytest.raises(ValueError, match="list of whole numbers"):
+            nl.models.build("hope", periods=periods)
+    for settings in ({"rate": math.nan}, {"rate": math.inf}, {"rate": 0.0}, {"clip": math.nan}):
+        with pytest.raises(ValueError, match="expected positive numbers"):
+            Continuum(8, 4, (4,), **settings)
+    assert F.softplus(Continuum(8, 4, (4,), rate=1000.0).levels_[0].rate.detach()) == 1000
     assert isinstance(Continuum(8, 4, (4, None)).levels_, nn.ModuleList)

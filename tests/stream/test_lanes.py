@@ -72,7 +72,7 @@ def test_aligned_documents_start_in_step_and_are_read_whole(
     first = next(Lanes(documents(sizes[:1]), ByteTokenizer(), 1, 40 * align, align=align))
     assert "".join(map(chr, first.tokens[first.valid][1 : sizes[0] + 1].tolist())) == documents(sizes)[0].text
     if align > 1:
-        with pytest.raises(StreamError, match="another|other stream settings"):
+        with pytest.raises(StreamError, match="other stream settings"):
             plain.load_state_dict(stream.state_dict())
         with pytest.raises(StreamError, match="multiple of align"):
             Lanes(documents(sizes), ByteTokenizer(), lanes, align + 1, align=align)

@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.mlp = SwiGLU(dim, hidden)
         if rate is not None:
-            self.rate = nn.Parameter(torch.tensor([math.log(math.expm1(rate))]))
+            self.rate = nn.Parameter(torch.tensor([rate + math.log(-math.expm1(-rate))]))
 
     def forward(self, u: Tensor, moved: tuple[Tensor, ...] = ()) -> Tensor:
         """u `[lane, time, dim]`; moved: what each lane adds to the weights of the MLP."""
@@ -69,8 +69,9 @@ class Continuum(nn.Module):
         hidden: hidden width of every level.
         periods: tokens between two updates of each level, multiples of the fastest; None: never updated by tokens, the
             ordinary feed-forward block. `(None,)`, the default, is a transformer's.
-        rate: initial η, one learned positive number per level (default of the spec; the paper does not say).
-        clip: largest norm of one window's gradient of one level (default of the spec).
+        rate: initial η, one learned positive number per level (the paper does not say). It gets a gradient where an update
+            is served inside a stretch that the outer loop differentiates: train on segments longer than the period.
+        clip: largest norm of one window's (mean) gradient of one level.
         mean: average the gradients of a chunk instead of summing them, so that a useful η does not depend on the period.
     """
 
@@ -86,7 +87,7 @@ class Continuum(nn.Module):
     ) -> None:
         super().__init__()
         finite = [p for p in periods if p is not None]
-        if not periods or any(p < 2 for p in finite):
+        if not periods or any(not isinstance(p, int) or isinstance(p, bool) or p < 2 for p in finite):
             raise ValueError(
                 f"Continuum: periods are {tuple(periods)}; expected at least one level, and at least 2 tokens each: "
                 "the error of a token is known when the next one has come"
@@ -96,8 +97,8 @@ class Continuum(nn.Module):
                 f"Continuum: periods {tuple(finite)} must be multiples of the fastest, {min(finite)}: "
                 "a gradient is taken once per fastest period"
             )
-        if rate <= 0 or clip <= 0:
-            raise ValueError(f"Continuum: rate is {rate} and clip {clip}; expected positive numbers")
+        if not 0 < rate < math.inf or not clip > 0:
+            raise ValueError(f"Continuum: rate is {rate} and clip {clip}; expected positive numbers, the rate finite")
         self.periods, self.clip, self.mean = tuple(periods), clip, mean
         self.window = min(finite, default=None)
         """Tokens between two gradients: the fastest period. None: nothing here learns from tokens."""
@@ -120,6 +121,14 @@ class Continuum(nn.Module):
             torch.zeros(lanes, dtype=torch.int64, device=self.levels_[0].weights()[0].device),  # type: ignore[operator]
         )
 
+    def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Shapes of a state's matrices without the lane: of each level's Δ, then of what it has pending."""
+        own = [(p, tuple(tuple(w.shape) for w in level.weights())) for p, level in self._each()]
+        return (
+            *(shapes if p is not None else () for p, shapes in own),
+            *(shapes if p not in (None, self.window) else () for p, shapes in own),
+        )
+
     def forward(self, u: Tensor, delta: Moved | None = None) -> Tensor:
         """u `[lane, time, dim]` → the same; delta: the lanes' Δ of every level, None: all levels at θ₀."""
         for number, (_, level) in enumerate(self._each()):
@@ -136,8 +145,8 @@ class Continuum(nn.Module):
         closing    bool `[lane]` (CPU): lanes whose window closes now; the others are left alone
         position   `[lane]` (CPU): tokens read by then, which says what is due
 
-        All levels that are due move at once, by gradients taken at the old weights. A gradient that is not finite is left out,
-        an update that would not be finite is forgotten; both are counted.
+        All levels that are due move at once, by gradients taken at the old weights. A gradient whose squared norm is not finite
+        is left out, an update that would not be finite is forgotten; both are counted.
         """
         delta, pending, faults = list(state.delta), list(state.pending), state.faults
         assert self.window is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,12 +19,13 @@ class SwiGLU(nn.Module):
         """x `[…, dim]` → `[…, dim]`.
 
         moved: what each lane adds to the weights (up `[lane, 2·hidden, dim]`, down `[lane, dim, hidden]`), x being
-        `[lane, time, dim]`; empty: the weights as they are.
+        `[lane, time, dim]`; empty: the weights as they are. Moved weights act in the precision of what moved them.
         """
         if not moved:
             gate, value = self.up(x).chunk(2, -1)
             down: Tensor = self.down(F.silu(gate) * value)
             return down
-        up, out = ((w + d).to(x.dtype).mT for w, d in zip((self.up.weight, self.down.weight), moved, strict=True))
-        gate, value = (x @ up).chunk(2, -1)
-        return (F.silu(gate) * value) @ out
+        with torch.autocast(x.device.type, enabled=False):  # in less than float32 small moves would vanish in the sum
+            up, out = (w + d for w, d in zip((self.up.weight, self.down.weight), moved, strict=True))
+            gate, value = (x.to(up.dtype) @ up.mT).chunk(2, -1)
+            return ((F.silu(gate) * value) @ out.mT).to(x.dtype)

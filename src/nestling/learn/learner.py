@@ -218,7 +218,7 @@ class Learner:
 
 def count_faults(state: Any) -> Tensor | int:
     """How many writes the memories of a state have refused, over all lanes: the sum of its leaves named
-    `faults`, on the device.
+    `faults`, on the device. An `open` window holds older states of the same memories, which do not count again.
     """
     if isinstance(state, Tensor) or state is None:
         return 0
@@ -226,7 +226,8 @@ def count_faults(state: Any) -> Tensor | int:
     children = state.values() if isinstance(state, dict) else state
     total: Tensor | int = 0
     for name, child in zip(names, children, strict=True):
-        total = total + (child.sum() if name == "faults" else count_faults(child))
+        if name != "open":
+            total = total + (child.sum() if name == "faults" else count_faults(child))
     return total
 
 

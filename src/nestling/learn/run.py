@@ -276,7 +276,7 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def describe(config: TrainConfig, model: nn.Module, corpus: stream.Corpus, console: Console) -> None:
+def describe(config: TrainConfig, model: models.LanguageModel, corpus: stream.Corpus, console: Console) -> None:
     """One line: what is going to learn from what."""
     size = sum(len(document.text) for document in corpus.train)
     source = "the embedded corpus" if not config.data else ", ".join(config.data)
@@ -287,3 +287,12 @@ def describe(config: TrainConfig, model: nn.Module, corpus: stream.Corpus, conso
         markup=False,
         soft_wrap=True,
     )
+    periods = sorted({p for p in model.config.periods if p >= config.length})
+    if periods:
+        console.print(
+            f"note: the step size of levels with a period of {', '.join(map(str, periods))} tokens stays as it is, as no "
+            f"update of theirs is seen within --length {config.length}; longer segments train it",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )

@@ -97,7 +97,8 @@ def _plain(reset: Tensor | None, valid: Tensor | None, halo: int) -> tuple[Tenso
 @lru_cache(maxsize=256)
 def _uniform(phase: int, time: int, periods: tuple[int, ...], tile: int, halo: int) -> Layout:
     """All lanes in step: cut one and share it."""
-    cut = _cut((phase,), time, None, None, periods, tile, halo)
+    with torch.inference_mode(False):  # what is kept serves training too
+        cut = _cut((phase,), time, None, None, periods, tile, halo)
     even = cut.ok is not None and bool(cut.ok.all()) and halo == 0
     return cut._replace(ok=None) if even else cut
 

@@ -79,6 +79,8 @@ class LanguageModel(nn.Module):
     Weights start at a standard deviation of 0.02, those that write to the residual stream at 0.02/√(2 · layers).
     """
 
+    config: ModelConfig
+
     def __init__(self, config: ModelConfig, mixers: Sequence[Layer]) -> None:
         super().__init__()
         self.config = config
@@ -136,12 +138,14 @@ class LanguageModel(nn.Module):
         state    what an earlier call returned; None: fresh lanes
         reset    bool `[lane, time]`: the lane starts afresh before this token (ignored at an invalid one)
         valid    bool `[lane, time]`: a token that is not valid changes nothing; its logits mean nothing
-        report   collects what the memories notice, under "blocks.N.mixer"
+        report   collects what the memories notice, under "blocks.N.mixer" and "blocks.N.continuum"
 
         Returns logits `[lane, time, vocab]` and the new state.
         """
         self._check(tokens, state, reset, valid)
         state = self.start(tokens.shape[0]) if state is None else state
+        if torch.is_grad_enabled() and any(leaf.is_inference() for leaf in fast.leaves(state)):
+            state = fast.tree_map(lambda x: x.clone() if x.is_inference() else x, state)
         if tokens.shape[1] == 0:
             return self.head(self.norm(self.embedding(tokens))), state
         if self.window is not None:
@@ -214,6 +218,24 @@ class LanguageModel(nn.Module):
                 f"the state has {len(state.blocks)} blocks and {len(state.position)} lanes; expected {len(self.blocks)} "
                 f"blocks and {tokens.shape[0]} lanes: it was made by another model or for another batch"
             )
+        if state is not None and (state.open is not None or self.learning):
+            self._check_learned(state)
+
+    def _check_learned(self, state: ModelState) -> None:
+        window = None if state.open is None else state.open.tokens.shape[1]
+        if window != self.window or len(state.continuum) != len(self.learning):
+            raise ValueError(
+                f"the state is of a model with {len(state.continuum)} learning blocks and a window of {window} tokens; expected "
+                f"{len(self.learning)} and {self.window}: it was made by a model with other periods"
+            )
+        for number, found in zip(self.learning, state.continuum, strict=True):
+            fits = self.continuum(number).shapes()
+            came = tuple(tuple(tuple(w.shape[1:]) for w in level) for part in found[:2] for level in part)
+            if came != fits:
+                raise ValueError(
+                    f"the state of block {number}'s continuum has weights {came}; expected {fits}: it was made by a model with "
+                    "other periods or widths"
+                )
 
 
 def _advance(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: int) -> Tensor:

@@ -89,10 +89,10 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
     if unknown := sorted(set(overrides) - set(known)):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; expected some of: {', '.join(known)}")
     given = SIZES[size]
-    periods = tuple(overrides.pop("periods", given.periods)) if entry.continuum else ()
+    periods = _periods(overrides.pop("periods", given.periods)) if entry.continuum else ()
     numbers = {"dim": given.dim, "layers": given.layers, "heads": given.heads, "chunk": given.chunk, **overrides}
     for setting, number in (*numbers.items(), ("vocab_size", vocab_size)):
-        if not isinstance(number, int) or number < 1:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{setting} is {number!r}; expected a whole number of at least 1")
     ffn = numbers.pop("ffn", None)
 
@@ -122,6 +122,14 @@ def levels(model: LanguageModel, optimizer: torch.optim.Optimizer | None = None)
     from dataclasses import replace
 
     return [replace(x, rule=type(optimizer).__name__) if x.period.unit == "step" else x for x in found]
+
+
+def _periods(given: Any) -> tuple[int, ...]:
+    """Refuse what is no list of periods; which fit together `Continuum` knows."""
+    whole = isinstance(given, list | tuple) and all(isinstance(p, int) and not isinstance(p, bool) for p in given)
+    if not whole or not given:
+        raise ValueError(f"periods is {given!r}; expected a list of whole numbers of tokens, for example [64, 256]")
+    return tuple(given)
 
 
 def _entry(name: str) -> Entry:

@@ -104,18 +104,18 @@ def _piece(
     """Read one piece, and learn where a window ends with it. tokens `[lane, n]`."""
     assert model.window is not None
     if piece.fresh is not None:
-        state = fast.where(piece.fresh, model.start(len(tokens)), state)
+        state = fast.where(piece.fresh, model.start(len(tokens)), state, keep=("faults",))
     assert state.open is not None
     begins = state.position % model.window == 0
     whole, again = piece.closing & begins, piece.closing & ~begins
     valid = None if piece.mask is None else piece.mask.to(tokens.device)
     gradients: list[Moved] | None = None
     if bool(whole.any()):
-        outer = torch.is_grad_enabled()
+        outer = torch.is_grad_enabled() and _asks(model, state)
         with _differentiating() as copied:
             blocks, delta, own = copied(state.blocks), copied(_deltas(state)), copied(tokens)
             leaves = [_leaves(d) for d in delta]
-            logits, blocks = model.read(own, blocks, leaves, valid=valid, report=report)
+            logits, blocks = model.read(own, blocks, leaves, valid=copied(valid), report=report)
             gradients = _gradients(logits, own, leaves, whole, keep=outer)
         if not outer:
             logits, blocks = logits.detach(), fast.detach(blocks)
@@ -134,14 +134,8 @@ def _piece(
         )
     if report is not None:
         _note(report, model, state.continuum, continuum, piece)
-    opened = state.open.blocks
-    if not bool(piece.closing.all()):
-        started = begins & (piece.length > 0)
-        opened = _choose(started, fast.detach(state.blocks), opened)
-        heard = torch.where(piece.closing.to(heard.device)[:, None], 0, heard)
-    else:
-        heard = torch.zeros_like(heard)
-    opened = _choose(piece.closing, fast.detach(blocks), opened)
+    heard = torch.where(piece.closing.to(heard.device)[:, None], 0, heard)
+    opened = _choose(piece.closing, fast.detach(blocks), state.open.blocks)
     return logits, state._replace(blocks=blocks, position=position, continuum=continuum, open=Open(heard, opened))
 
 
@@ -176,7 +170,8 @@ def _gradients(logits: Tensor, tokens: Tensor, leaves: Sequence[Moved], lanes: T
         targets = targets.masked_fill(~lanes.to(targets.device)[:, None], -100)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     flat = fast.leaves(tuple(leaves))
-    found = iter(torch.autograd.grad(loss, flat, retain_graph=keep))
+    with torch.autocast(logits.device.type, enabled=False):  # the backward's products are of the forward's own dtypes
+        found = iter(torch.autograd.grad(loss, flat, retain_graph=keep))
     return [fast.tree_map(lambda _: next(found).detach(), moved) for moved in leaves]
 
 
@@ -184,8 +179,12 @@ class _Leaf(torch.autograd.Function):
     """The identity; what comes out can be differentiated by, also where nothing behind it asks for a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, asking: Tensor) -> Tensor:
+    def forward(x: Tensor, asking: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
@@ -214,6 +213,11 @@ def _differentiating() -> Iterator[Any]:
             yield usable
 
 
+def _asks(model: LanguageModel, state: ModelState) -> bool:
+    """Whether anybody outside wants a gradient."""
+    return any(p.requires_grad for p in model.parameters()) or any(x.requires_grad for x in fast.leaves(state))
+
+
 def _deltas(state: ModelState) -> list[Moved]:
     return [c.delta for c in state.continuum]
 
@@ -239,13 +243,17 @@ def _hear(heard: Tensor, tokens: Tensor, offset: Tensor, piece: Piece) -> Tensor
 def _place(parts: Sequence[Tensor], cut: Sequence[Piece], shape: tuple[int, int], dim: int) -> Tensor:
     """Put the pieces' `[lane, …, n, …]` (time at `dim`) back in the call's order; zeros where no token was."""
     lanes, time = shape
-    first = parts[0].movedim(dim, 1)
-    out = first.new_zeros(lanes, time + 1, *first.shape[2:])
-    for part, piece in zip(parts, cut, strict=True):
-        index = piece.at if piece.mask is None else torch.where(piece.mask, piece.at, time)
-        rows = torch.arange(lanes)[:, None].expand_as(index)
-        out = out.index_put((rows.to(out.device), index.to(out.device)), part.movedim(dim, 1))
-    return out[:, :time].movedim(1, dim)
+    joined = torch.cat([part.movedim(dim, 1) for part in parts], 1)
+    padded = torch.cat([joined, joined.new_zeros(lanes, 1, *joined.shape[2:])], 1)
+    source = torch.full((lanes, time + 1), joined.shape[1])
+    first = 0
+    for piece in cut:
+        size = piece.at.shape[1]
+        place = piece.at if piece.mask is None else torch.where(piece.mask, piece.at, time)
+        source.scatter_(1, place, torch.arange(first, first + size).expand(lanes, -1))
+        first += size
+    rows = torch.arange(lanes, device=padded.device)[:, None]
+    return padded[rows, source[:, :time].to(padded.device)].movedim(1, dim)
 
 
 def _note(

@@ -84,6 +84,8 @@ class Lanes:
                 raise StreamError(f"{name} is {number}; expected at least {least}")
         if length % align:
             raise StreamError(f"align is {align} and length {length}; expected a length that is a multiple of align")
+        if segment is not None and segment % align:
+            raise StreamError(f"align is {align} and segment {segment}; expected a segment that is a multiple of align")
         if reset not in ("document", "segment", "never"):
             raise StreamError(f"reset is {reset!r}; expected 'document', 'segment' or 'never'")
         if (reset == "segment") != (segment is not None):
