@@ -1,0 +1,71 @@
+"""Newton–Schulz: the nearest semi-orthogonal matrix by products alone (Atlas, §5; Nested Learning, eq. 42–44).
+
+    X ← X / ‖X‖_F,      then  X ← aX + (bA + cA²)X,  A = XXᵀ,  `steps` times
+
+An odd polynomial of X acts on its singular values alone: UΣVᵀ goes to U p(Σ)Vᵀ. Muon's quintic reaches about [0.68, 1.13] in
+five steps and stays there; the cubic (3/2, −1/2, 0) converges to UVᵀ, more slowly. The map knows nothing of X's scale.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Iteration = Literal["quintic", "cubic"] | tuple[float, float, float]
+_COEFFICIENTS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5, 0.0)}
+EPS = 1e-12  # a matrix of a smaller norm has no direction
+
+
+def coefficients_of(iteration: Iteration) -> tuple[float, float, float]:
+    """(a, b, c) of an iteration. Raises ValueError for one that is not known."""
+    if isinstance(iteration, str):
+        if iteration not in _COEFFICIENTS:
+            raise ValueError(
+                f"iteration is {iteration!r}; expected one of: {', '.join(_COEFFICIENTS)}, or three numbers a, b, c"
+            )
+        return _COEFFICIENTS[iteration]
+    if len(iteration) != 3:
+        raise ValueError(f"iteration is {iteration!r}; expected the three numbers a, b, c of aX + (bA + cA²)X")
+    return iteration
+
+
+def newton_schulz(
+    x: Tensor,
+    steps: int = 5,
+    *,
+    iteration: Iteration = "quintic",
+    eps: float = EPS,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Orthogonalize matrices `[…, rows, columns]`; the same shape and dtype back, differentiable.
+
+    steps       iterations; 0 only normalizes
+    iteration   "quintic" (Muon's), "cubic" (convergent), or (a, b, c)
+    eps         a matrix of norm up to eps gives 0, with a gradient of 0: there the map has no limit
+    dtype       of the iterations. Default: that of x, in at least float32. bfloat16 is Muon's choice for slow weights; float16
+                is refused, as the squares of small singular values vanish in it
+    """
+    a, b, c = coefficients_of(iteration)
+    if steps < 0:
+        raise ValueError(f"steps is {steps}; expected at least 0")
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected matrices [..., rows, columns]")
+    if dtype == torch.float16:
+        raise ValueError("dtype is torch.float16, in which A² underflows; expected torch.bfloat16, float32 or float64")
+    with torch.autocast(x.device.type, enabled=False):
+        up = x.to(torch.promote_types(x.dtype, torch.float32))
+        # Squares of very large or small entries leave the range; the largest one divides out, as the map is free of scale.
+        largest = up.detach().abs().amax((-2, -1), keepdim=True)
+        up = up / torch.where(largest > 0, largest, 1.0)
+        norm = torch.linalg.vector_norm(up, dim=(-2, -1), keepdim=True)
+        empty = norm.detach() * largest <= eps  # false for NaN, which goes on to whoever guards
+        up = torch.where(empty, 0.0, up / torch.where(empty, 1.0, norm))
+        y = up if dtype is None else up.to(dtype)
+        if tall := y.shape[-2] > y.shape[-1]:
+            y = y.mT
+        for _ in range(steps):
+            gram = y @ y.mT
+            y = a * y + (b * gram + c * (gram @ gram)) @ y if c else a * y + b * (gram @ y)
+        return (y.mT if tall else y).to(x.dtype)
