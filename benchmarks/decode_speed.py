@@ -177,6 +177,7 @@ def show(rows: list[dict[str, Any]], attention: list[dict[str, Any]], settings: 
 
 
 def main(settings: Settings) -> None:
+    torch.set_flush_denormal(True)  # as training by the command line does
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.quick:

@@ -201,6 +201,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 def main(settings: Settings) -> None:
     if settings.cpu_time:
         settings.threads = 1  # the processor time of several would count those that wait
+    torch.set_flush_denormal(True)  # as training by the command line does
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.quick:
