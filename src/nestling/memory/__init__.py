@@ -9,9 +9,10 @@ from nestling.memory.biases import L2, Bias, DotProduct, Omega
 from nestling.memory.gates import Gates
 from nestling.memory.named import describe, named, names, register
 from nestling.memory.networks import MLP, Matrix, Network
+from nestling.memory.newton_schulz import newton_schulz
 from nestling.memory.report import Report
 from nestling.memory.retentions import Decay, Full, Retention, Softmax
-from nestling.memory.rules import DeltaGradient, Gradient, Momentum, Rule
+from nestling.memory.rules import DeltaGradient, Directed, Gradient, Momentum, Muon, Rule
 from nestling.memory.self_modifying import SelfModifying
 from nestling.memory.spec import Engine, Memory, MemorySpec
 from nestling.memory.state import MemoryState, Tail
@@ -38,6 +39,7 @@ __all__ = [
     "Bias",
     "Decay",
     "DeltaGradient",
+    "Directed",
     "DotProduct",
     "Full",
     "Gates",
@@ -47,6 +49,7 @@ __all__ = [
     "MemorySpec",
     "MemoryState",
     "Momentum",
+    "Muon",
     "Network",
     "Omega",
     "Report",
@@ -58,6 +61,7 @@ __all__ = [
     "describe",
     "named",
     "names",
+    "newton_schulz",
     "register",
     "scan",
 ]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nestling.memory import fused
+from nestling.memory import directed, fused
 from nestling.memory.biases import Bias
 from nestling.memory.coefficients import Coefficients, coefficients, each
 from nestling.memory.gates import Factor
@@ -333,7 +333,8 @@ def scan(
     if tile is not None and tile < 1:
         raise ValueError(f"tile is {tile}; expected at least 1 token")
     halo = spec.bias.window - 1
-    size = tile or (TILE if spec.retention.linear else LINK_TILE)
+    per_token = not spec.retention.linear or (spec.directed is not None and spec.directed.per_token)
+    size = tile or (LINK_TILE if per_token else TILE)
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.period, tile=size, halo=halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return x.v.new_zeros(x.v.shape), x.state
@@ -344,7 +345,7 @@ def scan(
         return _group(spec, x.start, running, groups[first // group_size(count)], cut, first, report is not None)
 
     # What is inside a linear memory that erases nothing is no larger than its inputs: cheaper to keep than to make again.
-    keep = spec.network.depth == 1 and spec.retention.linear and spec.rule.erase == "none"
+    keep = spec.network.depth == 1 and not per_token and spec.rule.erase == "none"
     y, running, notes = by_groups(group, count, running, again=not keep)
     y = back(y, cut, time)
     skipped = ~x.fine if x.valid is None else ~x.fine & x.valid
@@ -470,16 +471,21 @@ def _group(
     linked: tuple[Tensor, ...] | None = None
     queries, keys, values = tiles.q.unbind(2), tiles.k.unbind(2), tiles.v.unbind(2)
     erases = each(tiles.erase, len(queries))
-    matrices = coefficients(
-        tiles.lr,
-        tiles.retention,
-        tiles.momentum,
-        tiles.window,
-        alive=tiles.alive,
-        present=tiles.present,
-        erases=tiles.erase is not None,
-    ).each()
-    for n, c in enumerate(matrices):
+    matrices: list[Coefficients] = []
+    courses: list[directed.Course] = []
+    if spec.directed is not None:
+        courses = directed.courses(spec.directed, tiles, cut, first)
+    else:
+        matrices = coefficients(
+            tiles.lr,
+            tiles.retention,
+            tiles.momentum,
+            tiles.window,
+            alive=tiles.alive,
+            present=tiles.present,
+            erases=tiles.erase is not None,
+        ).each()
+    for n in range(len(queries)):
         if cut.reset is not None:
             fresh = cut.reset[first + n]
             anchor = lanes_where(fresh, start.weights, anchor)
@@ -489,10 +495,15 @@ def _group(
         if linked is None:
             linked = tuple(spec.retention.link(w) for w in anchor)
         found = factors(spec, linked, keys[n], values[n])
-        writes = solve(found, c, weights, momentum, erases[n], halo, cut.begins[first + n][0])
-        outputs.append(read(spec, c, linked, weights, momentum, writes, queries[n]))
-        weights, momentum = advance(c, weights, momentum, writes)
         border = cut.border[first + n]
+        if courses:
+            y, weights, momentum = directed.tile(spec, courses[n], linked, weights, momentum, found, queries[n], border)
+            outputs.append(y)
+        else:
+            c = matrices[n]
+            writes = solve(found, c, weights, momentum, erases[n], halo, cut.begins[first + n][0])
+            outputs.append(read(spec, c, linked, weights, momentum, writes, queries[n]))
+            weights, momentum = advance(c, weights, momentum, writes)
         if bool(border.any()):
             anchor, weights, momentum, broken = border_guard(border, anchor, weights, momentum)
             faults, linked = faults + broken, None

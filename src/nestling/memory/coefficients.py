@@ -91,6 +91,16 @@ class _Decays(torch.autograd.Function):
         return moved.sum(-1) - moved.sum(-2)
 
 
+def spread(lr: Tensor, window: Tensor, present: Tensor | None) -> Tensor:
+    """Γ `[…, L, halo + L]`: the weights of a window in its tokens' steps; arguments as in `coefficients`."""
+    halo, length = window.shape[-1] - 1, lr.shape[-1]
+    lag = torch.arange(length, device=lr.device)[:, None] + halo - torch.arange(halo + length, device=lr.device)
+    band = (lag >= 0) & (lag <= halo)
+    gathered = window.gather(-1, lag.clamp(0, halo).expand(*window.shape[:-1], halo + length))
+    gamma = lr.unsqueeze(-1) * torch.where(band, gathered, 0.0)
+    return gamma if present is None else gamma * present.unsqueeze(-2)
+
+
 def coefficients(
     lr: Tensor,
     retention: Factor | None,
@@ -115,16 +125,7 @@ def coefficients(
         d = products(retention)
         keep = d[..., 0]
     running = d[..., 1:]
-    if window is None:
-        gamma = None
-    else:
-        halo = window.shape[-1] - 1
-        lag = torch.arange(length, device=lr.device)[:, None] + halo - torch.arange(halo + length, device=lr.device)
-        band = (lag >= 0) & (lag <= halo)
-        gathered = window.gather(-1, lag.clamp(0, halo).expand(*window.shape[:-1], halo + length))
-        gamma = lr.unsqueeze(-1) * torch.where(band, gathered, 0.0)
-        if present is not None:
-            gamma = gamma * present.unsqueeze(-2)
+    gamma = None if window is None else spread(lr, window, present)
     if momentum is None and gamma is None and erases:
         return Coefficients(keep, None, None, running, None, None, lr)
     if momentum is None:

@@ -3,6 +3,7 @@
 G_t = Σ_i γ_i ∇_W ℓ(M(k_i; link(A)), v_i)        A: the anchor, weights at the start of token t's chunk
 S_t = μ_t S_{t−1} − η_t G_t
 Z_t = α_t Z_{t−1} − ε_t x_tᵀ(x_t Z_{t−1}) + S_t  x_t: each layer's own input at the anchor
+A directed rule has S_t = μ_t S_{t−1} − G_t and adds η_t D(S_t) in place of S_t, at every token or at a chunk's last one.
 y_t = M(q_t; link(Z_t))                          or link(Z_{t−1}), or link(A): spec.read
 """
 
@@ -65,14 +66,20 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
     gradients, finite = _gradients(spec, x, anchor, keys, values, used, t)
     layers = layer_inputs(spec.network, anchor, x.k[:, :, t, None])
 
+    position = torch.where(alive, state.position + 1, state.position)
+    closing = alive & (position % spec.period == 0)
     live = (fine & alive.to(fine.device)).view(-1, 1, 1, 1)
     before, after, momentum = state.weights, [], []
     for layer, (w, g) in enumerate(zip(before, gradients, strict=True)):
-        step = -x.lr[:, :, t, None, None] * g
+        lr = x.lr[:, :, t, None, None]
+        step = -g if spec.directed else -lr * g
         if spec.rule.momentum:
             assert x.momentum is not None
             step = x.momentum.plain()[:, :, t, None, None] * state.momentum[layer] + step
             momentum.append(torch.where(live, step, state.momentum[layer]))
+        if (rule := spec.directed) is not None:
+            acts = torch.ones_like(closing) if rule.per_token else closing
+            step = torch.where(acts.to(step.device).view(-1, 1, 1, 1), lr * rule.direction(step), 0.0)
         new = w if x.retention is None else x.retention.plain()[:, :, t, None, None] * w
         if x.erase is not None:
             h = layers[layer]
@@ -85,8 +92,6 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
     y = spec.network.apply(at([spec.retention.link(w) for w in read]), q)[:, :, 0]
     y = torch.where(alive.to(y.device).view(-1, 1, 1), y, 0.0)
 
-    position = torch.where(alive, state.position + 1, state.position)
-    closing = alive & (position % spec.period == 0)
     anchors, weights, moved, broken = border_guard(closing, state.anchor, tuple(after), tuple(momentum))
     tail = state.tail
     if tail is not None:

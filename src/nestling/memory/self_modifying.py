@@ -29,7 +29,7 @@ from nestling.memory.inputs import border_guard, check, check_weights, token_gua
 from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.report import Report
 from nestling.memory.retentions import Decay, Retention
-from nestling.memory.rules import DeltaGradient, Rule
+from nestling.memory.rules import DeltaGradient, Directed, Rule
 from nestling.memory.spec import Engine, Example, Memory, Read
 from nestling.memory.state import MemoryState, Weights
 
@@ -143,6 +143,10 @@ class SelfModifying(Memory):
             raise ValueError(
                 f"{self.name}: bias {self.bias} with retention {self.retention} does not fit; expected a bias of one token "
                 "and a retention whose weights are their own dual, Decay() or Full()"
+            )
+        if isinstance(self.rule, Directed):
+            raise ValueError(
+                f"{self.name}: {self.rule} maps the momentum of weights; expected a rule that is linear in it"
             )
         if not self.lr_max > 0:
             raise ValueError(f"{self.name}: lr_max is {self.lr_max}; expected a positive number")

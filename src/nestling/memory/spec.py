@@ -15,7 +15,7 @@ from nestling.memory.inputs import check_weights, prepare
 from nestling.memory.networks import Matrix, Network
 from nestling.memory.report import Report
 from nestling.memory.retentions import Full, Retention
-from nestling.memory.rules import Gradient, Rule
+from nestling.memory.rules import Directed, Gradient, Rule
 from nestling.memory.state import MemoryState, Tail, Weights
 
 Read = Literal["after", "before", "boundary"]
@@ -129,6 +129,11 @@ class MemorySpec(Memory):
                 f"{self.name}: {self.rule} erases along the running weights, but {self.retention} keeps a dual variable "
                 "whose weights are not linear in it: choose Gradient() or Momentum(), or a linear retention"
             )
+        if self.directed is not None and not self.retention.linear:
+            raise ValueError(
+                f"{self.name}: {self.rule} maps the momentum of the weights, but {self.retention} keeps a dual variable: "
+                "choose Gradient() or Momentum(), or a linear retention"
+            )
         self.network.shapes(self.key_dim, self.value_dim)
 
     @property
@@ -146,9 +151,19 @@ class MemorySpec(Memory):
         return self.bias.reads_prediction or self.network.depth > 1
 
     @property
+    def directed(self) -> Directed | None:
+        """The rule, if its steps go along a map of the momentum."""
+        return self.rule if isinstance(self.rule, Directed) else None
+
+    @property
+    def reads_chunk(self) -> bool:
+        """Whether `chunk` has an effect: the anchor matters, or the rule acts at borders."""
+        return self.reads_weights or (isinstance(self.rule, Directed) and not self.rule.per_token)
+
+    @property
     def period(self) -> int:
         """Tokens between two anchors."""
-        return self.chunk if self.reads_weights else GUARD_PERIOD
+        return self.chunk if self.reads_chunk else GUARD_PERIOD
 
     @property
     def gates_used(self) -> frozenset[str]:
@@ -249,7 +264,7 @@ class MemorySpec(Memory):
             "bias": str(self.bias),
             "retention": str(self.retention),
             "rule": str(self.rule),
-            "period": f"{self.chunk} tokens" if self.reads_weights else "every token (chunk has no effect)",
+            "period": f"{self.chunk} tokens" if self.reads_chunk else "every token (chunk has no effect)",
             "read": self.read,
             "gates": ", ".join(sorted(self.gates_used)),
             "state": f"{copies * per_head + tail} numbers per lane and head",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nestling.memory import directed
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail, surely
 from nestling.memory.networks.base import at
 from nestling.memory.state import MemoryState, Weights
@@ -90,14 +91,28 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
         lr = torch.where(live[:, None], lr, 0.0)
         retention = None if retention is None else torch.where(live[:, None], retention, 1.0)
         erase = None if erase is None else torch.where(live[:, None], erase, 0.0)
-    size = lr.unsqueeze(-1)
+    weight = torch.ones_like(lr) if spec.directed else lr  # a directed rule's η stands outside the sum
+    size = weight.unsqueeze(-1)
     if tail is not None:
         lags = torch.ones_like(keys[..., 0]) if x.window is None else x.window[:, :, 0].flip(-1)
-        size = (lr * lags * used[:, None]).unsqueeze(-1)
+        size = (weight * lags * used[:, None]).unsqueeze(-1)
 
+    if alive is None:
+        position = position + 1
+        closing = position % spec.period == 0
+        keep_tail = torch.ones_like(closing)
+    else:
+        keep_tail = alive.cpu()
+        position = torch.where(keep_tail, position + 1, position)
+        closing = keep_tail & (position % spec.period == 0)
     mu = x.momentum.plain() if spec.rule.momentum and x.momentum is not None else None
     acts = live if masked else None
-    after, moved_s = write(found.inputs, found.errors, weights, momentum, size, retention, mu, erase, acts, halo)
+    if spec.directed is not None:
+        assert mu is not None
+        due = torch.ones_like(closing) if spec.directed.per_token else closing
+        after, moved_s = directed.write(spec.directed, found, weights, momentum, size, lr, retention, mu, acts, due)
+    else:
+        after, moved_s = write(found.inputs, found.errors, weights, momentum, size, retention, mu, erase, acts, halo)
 
     if spec.read == "boundary":
         y = spec.network.apply(at(linked), x.q)
@@ -105,15 +120,7 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
         chosen = after if spec.read == "after" else weights
         y = spec.network.apply(at([spec.retention.link(w) for w in chosen]), x.q)
     lost = ~(x.fine & found.finite[:, 0, halo:])
-    if alive is None:
-        position = position + 1
-        closing = position % spec.period == 0
-        keep_tail = torch.ones_like(closing)
-    else:
-        here = alive.cpu()
-        position = torch.where(here, position + 1, position)
-        closing = here & (position % spec.period == 0)
-        keep_tail = here
+    if alive is not None:
         lost = lost & alive.to(lost.device)[:, None]
         y = torch.where(alive.to(y.device).view(-1, 1, 1, 1), y, 0.0)
     faults = state.faults + lost.sum(1)

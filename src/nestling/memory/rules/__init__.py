@@ -1,8 +1,9 @@
 """The update rule: how a memory descends."""
 
-from nestling.memory.rules.base import Erase, Rule
+from nestling.memory.rules.base import Directed, Erase, Rule
 from nestling.memory.rules.delta import DeltaGradient
 from nestling.memory.rules.gradient import Gradient
 from nestling.memory.rules.momentum import Momentum
+from nestling.memory.rules.muon import Muon
 
-__all__ = ["DeltaGradient", "Erase", "Gradient", "Momentum", "Rule"]
+__all__ = ["DeltaGradient", "Directed", "Erase", "Gradient", "Momentum", "Muon", "Rule"]

@@ -8,7 +8,10 @@ G_t is the gradient at the anchor, x_t the layer's own input. A rule says which 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, Protocol
+
+from torch import Tensor
 
 Erase = Literal["none", "with_decay", "after_decay"]
 """ε = 0;  ε = β: erase what stood before the decay;  ε = αβ: decay first, then erase."""
@@ -28,3 +31,31 @@ class Rule(Protocol):
     def step(self, key_dim: int) -> float:
         """Constant factor of the learning rate."""
         ...
+
+
+class Directed(ABC):
+    """A rule whose step goes along a map of the momentum, so that the engine's linear recurrence ends there.
+
+    S_t = μ_t S_{t−1} − Σ_i γ_i G_i        every token
+    W_t = α_t W_{t−1} + η_t D(S_t)         every token, or the last token of each chunk; else W_t = α_t W_{t−1}
+    """
+
+    @property
+    def momentum(self) -> bool:
+        return True
+
+    @property
+    def erase(self) -> Erase:
+        return "none"
+
+    def step(self, key_dim: int) -> float:
+        return 1.0
+
+    @property
+    @abstractmethod
+    def per_token(self) -> bool:
+        """Whether D acts at every token; else at the chunks' last tokens."""
+
+    @abstractmethod
+    def direction(self, s: Tensor) -> Tensor:
+        """D, `[…, in, out]` → the same shape. Differentiable; 0 for S = 0."""

@@ -1,0 +1,48 @@
+"""S ← μS − Σγ∇ℓ, W ← αW + η NS(S): momentum, orthogonalized by Newton–Schulz before it is added (Atlas, eq. 32–33).
+
+Whole directions of S count alike, however small they are: an approximation of the second-order step. As NS knows nothing of
+the scale of S, the step size η stands outside; inside the sum it would only weigh tokens against each other (derived).
+
+Per token, every W_t has its own NS(S_t) (Atlas, eq. 39–41, with the α and η that eq. 41 drops), which costs two orders of
+magnitude more than the gradient. Per chunk, the default, S follows every token, but NS acts at a chunk's last token b alone:
+W_b = α_b W_{b−1} + η_b NS(S_b), and the tokens before read the decayed weights of the chunk's start (our relaxation; equal at
+chunk 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from nestling.memory.newton_schulz import Iteration, coefficients_of, newton_schulz
+from nestling.memory.rules.base import Directed
+
+
+@dataclass(frozen=True)
+class Muon(Directed):
+    """Muon as the inner optimizer, on every weight matrix of a memory.
+
+    per         "chunk": Newton–Schulz at chunk borders, fast;  "token": at every token, exact
+    steps       Newton–Schulz iterations, the paper's κ
+    iteration   "quintic" (Muon's own; singular values in about [0.68, 1.13]) or "cubic" (converges to 1 with more steps)
+    """
+
+    per: Literal["chunk", "token"] = "chunk"
+    steps: int = 5
+    iteration: Iteration = "quintic"
+
+    def __post_init__(self) -> None:
+        if self.per not in ("chunk", "token"):
+            raise ValueError(f"Muon.per is {self.per!r}; expected 'chunk' or 'token'")
+        if self.steps < 0:
+            raise ValueError(f"Muon.steps is {self.steps}; expected at least 0")
+        coefficients_of(self.iteration)
+
+    @property
+    def per_token(self) -> bool:
+        return self.per == "token"
+
+    def direction(self, s: Tensor) -> Tensor:
+        return newton_schulz(s, self.steps, iteration=self.iteration)
