@@ -40,7 +40,7 @@ class Settings:
     """
 
     systems: tuple[str, ...] = ("titans", "ttt_mlp", "omeganet", "gated_deltanet", "linear_attention")
-    models: tuple[str, ...] = ("titans_lmm", "gated_deltanet")
+    models: tuple[str, ...] = ("hope", "titans_lmm", "gated_deltanet")
     size: str = "small"
     early: int = 1_000
     late: int = 100_000
