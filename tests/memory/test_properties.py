@@ -25,9 +25,8 @@ def build(name: str, seed: int, **choices: object) -> tuple[MemorySpec, list[Ten
     spec = nl.memory.named(name, key_dim=4, **choices)
     generator = torch.Generator().manual_seed(seed)
     w0 = [w.double() for w in spec.init(HEADS, generator)]
-    if all(not w.any() for w in w0):
-        w0 = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in w0]
-    return spec, w0
+    empty = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in w0 if not w.any()]
+    return spec, [w if w.any() else empty.pop(0) for w in w0]
 
 
 def leaves(state: MemoryState) -> list[Tensor]:

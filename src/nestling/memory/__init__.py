@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from nestling.memory.biases import L2, Bias, DotProduct, Omega
+from nestling.memory.features import Features, Identity, Polynomial, Powers, Sketch, Unit
 from nestling.memory.gates import Gates
 from nestling.memory.named import describe, named, names, register
-from nestling.memory.networks import MLP, Matrix, Network
+from nestling.memory.networks import MLP, GatedMLP, Matrix, Network
 from nestling.memory.newton_schulz import newton_schulz
 from nestling.memory.report import Report
 from nestling.memory.retentions import Decay, Full, Retention, Softmax
@@ -41,9 +42,12 @@ __all__ = [
     "DeltaGradient",
     "Directed",
     "DotProduct",
+    "Features",
     "Full",
+    "GatedMLP",
     "Gates",
     "Gradient",
+    "Identity",
     "Matrix",
     "Memory",
     "MemorySpec",
@@ -52,12 +56,16 @@ __all__ = [
     "Muon",
     "Network",
     "Omega",
+    "Polynomial",
+    "Powers",
     "Report",
     "Retention",
     "Rule",
     "SelfModifying",
+    "Sketch",
     "Softmax",
     "Tail",
+    "Unit",
     "describe",
     "named",
     "names",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 class Inputs(NamedTuple):
     """Inputs of a scan in the compute dtype, non-finite tokens made harmless.
 
+    q, k     their features, `[lane, head, time, width]`
     fine     bool `[lane, time]`: key, value and gates of the token are finite and legal (the token guard)
     lr       the step size, rule's constant included;  erase: ε_t or None
     """
@@ -92,6 +93,8 @@ def prepare(
         dtype = torch.promote_types(dtype, x.dtype)
     q = q.to(dtype)
     fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
+    own = tuple(w.to(dtype) for w in w0[spec.network.depth :])
+    q, k = spec.features.apply(q, own), spec.features.apply(k, own)
 
     lr = q.new_ones(lanes, heads, time) if gates.lr is None else gates.lr
     retention = factor(gates.retention, gates.log_retention, dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.biases import L2, Bias
+from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Gates
 from nestling.memory.inputs import check_weights, prepare
 from nestling.memory.networks import Matrix, Network
@@ -95,6 +96,7 @@ class MemorySpec(Memory):
     """The five choices of an associative memory.
 
     key_dim, value_dim   sizes per head
+    features             the map φ: the network reads φ(k) and φ(q)
     network              the map M(k; W)
     bias                 the loss on (k, v)
     retention            what is kept
@@ -116,6 +118,7 @@ class MemorySpec(Memory):
     chunk: int = 16
     read: Read = "after"
     name: str = "custom"
+    features: Features = Identity()
 
     def __post_init__(self) -> None:
         for field in ("key_dim", "value_dim", "chunk"):
@@ -134,16 +137,26 @@ class MemorySpec(Memory):
                 f"{self.name}: {self.rule} maps the momentum of the weights, but {self.retention} keeps a dual variable: "
                 "choose Gradient() or Momentum(), or a linear retention"
             )
-        self.network.shapes(self.key_dim, self.value_dim)
+        if getattr(self.network, "leading", False) and self.value_dim > self.key_dim:
+            raise ValueError(
+                f"{self.name}: {self.network} adds the key to its output, but key_dim is {self.key_dim} and value_dim "
+                f"{self.value_dim}: make value_dim no larger, or set residual=False, leading=False"
+            )
+        self.network.shapes(self.width, self.value_dim)
+
+    @property
+    def width(self) -> int:
+        """Features of a key: the network's input dimension."""
+        return self.features.width(self.key_dim)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(in, out) of each weight matrix."""
-        return self.network.shapes(self.key_dim, self.value_dim)
+        """(in, out) of each of w0: the network's weights, then the feature map's own parameters, which stay slow."""
+        return (*self.network.shapes(self.width, self.value_dim), *self.features.shapes(self.key_dim))
 
     def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
         """Shape of each of the state's weights, without the lane."""
-        return tuple((heads, *shape) for shape in self.shapes)
+        return tuple((heads, *shape) for shape in self.network.shapes(self.width, self.value_dim))
 
     @property
     def reads_weights(self) -> bool:
@@ -180,8 +193,10 @@ class MemorySpec(Memory):
         return frozenset(used)
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
-        """Initial (dual) weights, float32, each `[head, in, out]`, first applied first."""
-        return tuple(self.retention.dual(w) for w in self.network.init(self.shapes, heads, generator))
+        """Initial (dual) weights, float32, each `[head, in, out]`, first applied first; then the features' parameters."""
+        weights = self.network.init(self.network.shapes(self.width, self.value_dim), heads, generator)
+        own = self.features.init(self.key_dim, heads, generator)
+        return (*(self.retention.dual(w) for w in weights), *own)
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
         """State of lanes that have read nothing; weights in at least float32."""
@@ -189,13 +204,13 @@ class MemorySpec(Memory):
         live = torch.is_grad_enabled()
         weights = tuple(
             (w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32)).expand(lanes, *w.shape)
-            for w in w0
+            for w in w0[: self.network.depth]
         )
         heads, like = w0[0].shape[0], weights[0]
         tail = None
         if (c := self.bias.window) > 1:
             tail = Tail(
-                like.new_zeros(lanes, heads, c - 1, self.key_dim),
+                like.new_zeros(lanes, heads, c - 1, self.width),
                 like.new_zeros(lanes, heads, c - 1, self.value_dim),
                 torch.zeros(lanes, c - 1, dtype=torch.bool, device=like.device),
             )
@@ -255,11 +270,12 @@ class MemorySpec(Memory):
 
     def describe(self) -> dict[str, str]:
         """The choices in words, with gates used and state size per lane and head."""
-        per_head = sum(i * o for i, o in self.shapes)
+        per_head = sum(i * o for i, o in self.network.shapes(self.width, self.value_dim))
         copies = 3 if self.rule.momentum else 2
-        tail = (self.bias.window - 1) * (self.key_dim + self.value_dim)
+        tail = (self.bias.window - 1) * (self.width + self.value_dim)
         return {
             "name": self.name,
+            "features": str(self.features),
             "network": str(self.network),
             "bias": str(self.bias),
             "retention": str(self.retention),

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from nestling.memory.networks.activation import NAMES, activate, activate_with_slope
 from nestling.memory.networks.base import Linear, Trace
-
-EPS = 1e-6  # inside the layer norm's root
+from nestling.memory.networks.layer_norm import EPS, back, normalize
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,10 @@ class MLP:
     """A multi-layer perceptron without biases.
 
     depth        number of weight matrices, at least 1
-    expansion    hidden width as a multiple of key_dim
+    expansion    hidden width as a multiple of key_dim (leading: of value_dim)
     activation   "gelu" (exact), "gelu_tanh" (the approximation of the TTT code) or "silu"
-    residual     add the input to the output; needs key_dim = value_dim
+    residual     add the input to the output; needs key_dim = value_dim, or:
+    leading      the residual adds the first value_dim inputs alone: those of a feature map that are the key itself
     norm         layer norm (no affine part) of the last layer's output, before the residual
     init_scale   standard deviation of initial entries times √in
     last_std     standard deviation of the last layer's initial entries; None: as the others. Small with a residual: M(x) ≈ x
@@ -38,6 +38,7 @@ class MLP:
     expansion: float = 4.0
     activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
     residual: bool = True
+    leading: bool = False
     norm: bool = True
     init_scale: float = 1.0
     last_std: float | None = None
@@ -49,16 +50,10 @@ class MLP:
             raise ValueError(f"MLP.activation is {self.activation!r}; expected one of: {', '.join(NAMES)}")
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
-        if self.residual and key_dim != value_dim:
-            raise ValueError(
-                f"MLP(residual=True) adds its input to its output, but key_dim is {key_dim} and value_dim {value_dim}: "
-                "make them equal, or set residual=False"
-            )
-        hidden = round(key_dim * self.expansion)
-        if hidden < 1:
-            raise ValueError(f"MLP.expansion {self.expansion} of key_dim {key_dim} gives no hidden unit: raise it")
-        widths = [key_dim, *[hidden] * (self.depth - 1), value_dim]
-        return tuple(pairwise(widths))
+        hidden = widths(
+            "MLP", key_dim, value_dim, expansion=self.expansion, residual=self.residual, leading=self.leading
+        )
+        return tuple(pairwise([key_dim, *[hidden] * (self.depth - 1), value_dim]))
 
     def init(
         self, shapes: Sequence[tuple[int, int]], heads: int, generator: torch.Generator | None
@@ -77,7 +72,7 @@ class MLP:
         z = linear(self.depth - 1, h)
         if self.norm:
             z = F.layer_norm(z, z.shape[-1:], eps=EPS)
-        return x + z if self.residual else z
+        return _passed(x, z) + z if self.residual else z
 
     def trace(self, weights: Sequence[Tensor], k: Tensor) -> Trace:
         inputs, slopes = [k], []
@@ -91,19 +86,35 @@ class MLP:
         products.append(z)
         saved = tuple(slopes)
         if self.norm:
-            centered = z - z.mean(-1, keepdim=True)
-            scale = (centered.square().mean(-1, keepdim=True) + EPS).rsqrt()
-            z = centered * scale
+            z, scale = normalize(z)
             saved = (*saved, z, scale)
-        return Trace(tuple(inputs), tuple(products), k + z if self.residual else z, saved)
+        return Trace(tuple(inputs), tuple(products), _passed(k, z) + z if self.residual else z, saved)
 
     def errors(self, weights: Sequence[Tensor], trace: Trace, error: Tensor) -> tuple[Tensor, ...]:
         slopes = trace.saved[: self.depth - 1]
-        if self.norm:  # backward of the layer norm: remove the parts along 1 and along the normalized output
-            normed, scale = trace.saved[self.depth - 1 :]
-            along = (error * normed).mean(-1, keepdim=True)
-            error = scale * (error - error.mean(-1, keepdim=True) - normed * along)
+        if self.norm:
+            error = back(error, *trace.saved[self.depth - 1 :])
         errors = [error]
         for layer in range(self.depth - 1, 0, -1):
             errors.append((errors[-1] @ weights[layer].mT) * slopes[layer - 1])
         return tuple(reversed(errors))
+
+
+def widths(name: str, key_dim: int, value_dim: int, *, expansion: float, residual: bool, leading: bool) -> int:
+    """The hidden width of a perceptron, or ValueError for dimensions that it cannot join."""
+    if residual and not leading and key_dim != value_dim:
+        raise ValueError(
+            f"{name}(residual=True) adds its input to its output, but key_dim is {key_dim} and value_dim {value_dim}: "
+            "make them equal, or set residual=False (with a feature map: leading=True)"
+        )
+    if residual and key_dim < value_dim:
+        raise ValueError(f"{name}(leading=True) has {key_dim} inputs, fewer than value_dim {value_dim}")
+    hidden = round((value_dim if leading else key_dim) * expansion)
+    if hidden < 1:
+        raise ValueError(f"{name}.expansion {expansion} of key_dim {key_dim} gives no hidden unit: raise it")
+    return hidden
+
+
+def _passed(x: Tensor, z: Tensor) -> Tensor:
+    """What a residual adds to z."""
+    return x if x.shape[-1] == z.shape[-1] else x[..., : z.shape[-1]]

@@ -1,0 +1,14 @@
+"""The feature map φ: what a key and a query become before the network reads them.
+
+The exponential map φ*(q)·φ*(k) = exp(q·k) (Atlas, eq. 22–23) has infinitely many features and stands for a growing cache; it is
+no member of this axis.
+"""
+
+from nestling.memory.features.base import Features
+from nestling.memory.features.identity import Identity
+from nestling.memory.features.polynomial import Polynomial
+from nestling.memory.features.powers import Powers
+from nestling.memory.features.sketch import Sketch
+from nestling.memory.features.unit import Unit
+
+__all__ = ["Features", "Identity", "Polynomial", "Powers", "Sketch", "Unit"]

@@ -1,0 +1,32 @@
+"""What every feature map answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Features(Protocol):
+    """φ, applied to keys and queries before the network. Its own parameters are slow weights and stand behind w0's others.
+
+    The first key_dim features are the key itself, up to a factor: what a residual network passes on.
+    """
+
+    def width(self, key_dim: int) -> int:
+        """Number of features of a key: the network's input dimension."""
+        ...
+
+    def shapes(self, key_dim: int) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each of its own parameters; empty where it has none."""
+        ...
+
+    def init(self, key_dim: int, heads: int, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        """Initial parameters, each `[head, rows, columns]`."""
+        ...
+
+    def apply(self, x: Tensor, own: Sequence[Tensor]) -> Tensor:
+        """φ(x): `[…, head, time, key_dim]` in at least float32 → `[…, head, time, width]`, with the parameters `own`."""
+        ...

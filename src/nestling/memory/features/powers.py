@@ -1,0 +1,38 @@
+"""φ(x) = [x, x∘x, …, x∘…∘x]: element-wise powers, the cheap variant.
+
+NOT the polynomial kernel: products of different entries are missing, so that capacity grows with p·d and not with dᵖ (derived).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Powers:
+    """Every entry's powers up to `degree`; p·d features, no parameters."""
+
+    degree: int = 2
+
+    def __post_init__(self) -> None:
+        if self.degree < 1:
+            raise ValueError(f"Powers.degree is {self.degree}; expected at least 1")
+
+    def width(self, key_dim: int) -> int:
+        return self.degree * key_dim
+
+    def shapes(self, key_dim: int) -> tuple[tuple[int, int], ...]:
+        return ()
+
+    def init(self, key_dim: int, heads: int, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        return ()
+
+    def apply(self, x: Tensor, own: Sequence[Tensor]) -> Tensor:
+        made = [x]
+        for _ in range(self.degree - 1):
+            made.append(made[-1] * x)
+        return torch.cat(made, -1)

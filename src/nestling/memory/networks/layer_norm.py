@@ -1,0 +1,20 @@
+"""The layer norm inside a memory, without gain and shift: values are a learned projection, which can take both up."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+EPS = 1e-6  # inside the root
+
+
+def normalize(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalized z and the scale 1/σ."""
+    centered = z - z.mean(-1, keepdim=True)
+    scale = (centered.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    return centered * scale, scale
+
+
+def back(error: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
+    """The error before the norm: without the parts along 1 and along the normalized output."""
+    along = (error * normed).mean(-1, keepdim=True)
+    return scale * (error - error.mean(-1, keepdim=True) - normed * along)
