@@ -91,6 +91,8 @@ def test_zero_gives_zero_with_a_gradient_of_zero_and_its_neighbors_notice_nothin
 def test_gradients_equal_numerical_ones(shape: tuple[int, ...], iteration: str) -> None:
     x = normal(*shape).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: newton_schulz(x, 3, iteration=iteration), x)
+    assert torch.autograd.gradgradcheck(lambda x: newton_schulz(x, 2, iteration=iteration), x)
+    assert torch.autograd.gradcheck(lambda x: newton_schulz(x, 0), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
