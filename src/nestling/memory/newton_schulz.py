@@ -8,6 +8,7 @@ five steps and stays there; the cubic (3/2, −1/2, 0) converges to UVᵀ, more 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,7 @@ def newton_schulz(
         if tall := y.shape[-2] > y.shape[-1]:
             y = y.mT
         flat = y.reshape(-1, *y.shape[-2:])
-        iterate: Any = _iterate if torch.compiler.is_compiling() else _Iterate.apply
+        iterate: Callable[..., Tensor] = _iterate if torch.compiler.is_compiling() else _Iterate.apply
         y = iterate(flat, steps, a, b, c).view(y.shape)
         return (y.mT if tall else y).to(x.dtype)
 
