@@ -46,8 +46,9 @@ class ShortConvolution(nn.Module):
         if valid is None and reset is not None and surely(~reset[:, 1:]):  # at the call's start or not at all
             tail, reset = torch.where(reset[:, :1, None].to(x.device), 0.0, tail), None
         if reset is None and valid is None:
-            # A copy: a view would keep all of x for as long as the state lives.
-            new = x[:, time - halo :].clone() if time >= halo else torch.cat([tail, x], 1)[:, time:]
+            # A copy: a view would keep all of x for as long as the state lives, and a compiled step notice its strides.
+            kept = x[:, time - halo :] if time >= halo else torch.cat([tail[:, time:], x], 1)
+            new = kept.clone(memory_format=torch.contiguous_format)
             return convolve(x, tail, weight), new
         stream = torch.cat([tail, x], 1)
         at = places(reset, valid, lanes, time, x.device)
