@@ -15,6 +15,7 @@ from nestling.layers.fused import gated_norm, unit_heads
 from nestling.layers.level import Level, Period
 from nestling.layers.norm import EPS
 from nestling.memory import Gates, MemorySpec, MemoryState, Report, SelfModifying
+from nestling.memory.retentions import per_channel
 from nestling.state import register
 
 
@@ -65,24 +66,29 @@ class Memory(Layer):
         self.lr_max = (spec.chunk**-0.5 if anchored else 1.0) if lr_max is None else lr_max
         self.qkv = nn.Linear(dim, self.projections * dim, bias=False)
         self.convolution = ShortConvolution(3 * dim, width)
-        self.kinds = [kind for kind in ("lr", "momentum", "retention") if kind in spec.gates_used]
+        self.channels = spec.shapes[0][0] if per_channel(spec.retention) else 0
+        scalars = ("lr", "momentum", "threshold") if self.channels else ("lr", "momentum", "retention", "threshold")
+        self.kinds = [kind for kind in scalars if kind in spec.gates_used]
         self.lags = spec.bias.window if spec.bias.window > 1 else 0
-        self.gates = nn.Linear(dim, heads * (len(self.kinds) + self.lags)) if self.kinds or self.lags else None
+        columns = len(self.kinds) + self.channels + self.lags
+        self.gates = nn.Linear(dim, heads * columns) if columns else None
         self.gate = nn.Linear(dim, dim, bias=False)
         self.norm = nn.RMSNorm(spec.value_dim, eps=EPS)
         self.out = nn.Linear(dim, dim, bias=False)
         self.initial = nn.ParameterList(nn.Parameter(w) for w in spec.init(heads))
         if self.gates is None:
             return
-        bias = {"lr": -1.0 if anchored else 0.0, "momentum": 0.0, "retention": 4.0}
+        bias = {"lr": -1.0 if anchored else 0.0, "momentum": 0.0, "retention": 4.0, "threshold": 1.0}
         with torch.no_grad():
             self.gates.weight.mul_(0.1)
             view = self.gates.bias.view(heads, -1)
             for column, kind in enumerate(self.kinds):
                 view[:, column] = bias[kind]
+            first = len(self.kinds) + self.channels
+            view[:, len(self.kinds) : first] = bias["retention"]
             if self.lags:  # near the online rule at first
-                view[:, len(self.kinds)] = 3.0
-                view[:, len(self.kinds) + 1 :] = -3.0
+                view[:, first] = 3.0
+                view[:, first + 1 :] = -3.0
 
     def start(self, lanes: int) -> MemoryLayerState:
         return MemoryLayerState(self.convolution.start(lanes), self.spec.start(tuple(self.initial), lanes))
@@ -165,8 +171,13 @@ class Memory(Layer):
         for column, kind in enumerate(self.kinds):
             if kind == "lr":
                 made["lr"] = self.lr_max * raw[..., column].sigmoid()
+            elif kind == "threshold":  # in units of the norm of values whose coordinates have unit scale
+                made["threshold"] = self.spec.value_dim**0.5 * F.softplus(raw[..., column])
             else:
                 made[f"log_{kind}"] = F.logsigmoid(raw[..., column])
+        first = len(self.kinds) + self.channels
+        if self.channels:
+            made["log_retention"] = F.logsigmoid(raw[..., len(self.kinds) : first])
         if self.lags:
-            made["window"] = raw[..., len(self.kinds) :].sigmoid()
+            made["window"] = raw[..., first:].sigmoid()
         return Gates(**made)

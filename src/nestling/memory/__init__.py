@@ -5,15 +5,15 @@ from typing import Any
 
 from torch import Tensor
 
-from nestling.memory.biases import L2, Bias, DotProduct, Omega
+from nestling.memory.biases import KL, L2, Bias, DotProduct, EpsilonInsensitive, Huber, Lp, Omega, Robust
 from nestling.memory.features import Features, Identity, Polynomial, Powers, Sketch, Unit
 from nestling.memory.gates import Gates
 from nestling.memory.named import describe, named, names, register
 from nestling.memory.networks import MLP, GatedMLP, Matrix, Network
 from nestling.memory.newton_schulz import newton_schulz
 from nestling.memory.report import Report
-from nestling.memory.retentions import Decay, Full, Retention, Softmax
-from nestling.memory.rules import DeltaGradient, Directed, Gradient, Momentum, Muon, Rule
+from nestling.memory.retentions import Decay, Full, Lq, LqDual, Retention, Scaled, Softmax
+from nestling.memory.rules import DeltaGradient, Directed, Gradient, Implicit, Momentum, Muon, Rule
 from nestling.memory.self_modifying import SelfModifying
 from nestling.memory.spec import Engine, Memory, MemorySpec
 from nestling.memory.state import MemoryState, Tail
@@ -35,6 +35,7 @@ def scan(
 
 
 __all__ = [
+    "KL",
     "L2",
     "MLP",
     "Bias",
@@ -42,12 +43,18 @@ __all__ = [
     "DeltaGradient",
     "Directed",
     "DotProduct",
+    "EpsilonInsensitive",
     "Features",
     "Full",
     "GatedMLP",
     "Gates",
     "Gradient",
+    "Huber",
     "Identity",
+    "Implicit",
+    "Lp",
+    "Lq",
+    "LqDual",
     "Matrix",
     "Memory",
     "MemorySpec",
@@ -60,7 +67,9 @@ __all__ = [
     "Powers",
     "Report",
     "Retention",
+    "Robust",
     "Rule",
+    "Scaled",
     "SelfModifying",
     "Sketch",
     "Softmax",

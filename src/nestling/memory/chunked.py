@@ -13,7 +13,8 @@ one unit-lower-triangular system for the rows e_i = ε_i p_i,
 
     (I + T) R = diag(η) Δ + diag(ε γ_{t−1}) X W_0        W_t = γ_t W_0 − Σ_i D[t,i] x_iᵀ r_i
 
-A retention with a link keeps its weights in the dual; there each token's weights are made, as no rank-one form exists.
+A retention with a link keeps its weights in the dual; there each token's weights are made, as no rank-one form exists, unless
+the link is a number that stands for the chunk, which goes to the read.
 
 The pieces are public inside `memory/`: `factors`, `solve`, `read`, `advance`, with `coefficients` beside. Between lane and head
 there may be one more dimension, of memories that share their gates (see `self_modifying`).
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nestling.memory import directed, fused
+from nestling.memory import channel, directed, fused
 from nestling.memory.biases import Bias
 from nestling.memory.coefficients import Coefficients, coefficients, each
 from nestling.memory.gates import Factor
@@ -37,7 +38,7 @@ from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_w
 from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import Network, at
 from nestling.memory.report import Report
-from nestling.memory.retentions import Retention
+from nestling.memory.retentions import Retention, Scaled, per_channel
 from nestling.memory.state import MemoryState, Tail, Weights
 from nestling.memory.step import step
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TILE = 64  # tokens per product
-LINK_TILE = 16  # where each token's weights are made
+LINK_TILE = 16  # where each token's weights are made, or each channel's decays
 GROUP = 4  # tiles recomputed together in the backward pass, at least
 
 
@@ -189,8 +190,12 @@ def read(
     momentum: Weights,
     writes: Writes,
     q: Tensor,
+    scales: Weights = (),
 ) -> Tensor:
-    """Answer every query of the tile with its own token's weights."""
+    """Answer every query of the tile with its own token's weights.
+
+    scales  what a scaled retention makes weights of the dual with, in this chunk
+    """
     if spec.read == "boundary":
         return spec.network.apply(at(anchor), q)
     rows = slice(1, None) if spec.read == "after" else slice(None, -1)
@@ -201,7 +206,8 @@ def read(
     def linear(layer: int, h: Tensor) -> Tensor:
         s = momentum[layer] if momentum else None
         x, r = _rows(writes, layer)
-        return fused.read(h, weights[layer], keep, s, carry, x, columns, r)
+        z = fused.read(h, weights[layer], keep, s, carry, x, columns, r)
+        return scales[layer] * z if scales else z
 
     def through_link(layer: int, h: Tensor) -> Tensor:
         moved = torch.einsum("...ti,...ia,...ib->...tab", columns, *_rows(writes, layer))
@@ -212,7 +218,7 @@ def read(
             dual = dual + c.carry[..., rows, None, None] * momentum[layer].unsqueeze(-3)
         return (h.unsqueeze(-2) @ spec.retention.link(dual - moved)).squeeze(-2)
 
-    return spec.network.apply(linear if spec.retention.linear else through_link, q)
+    return spec.network.apply(linear if spec.retention.linear or scales else through_link, q)
 
 
 def advance(c: Coefficients, weights: Weights, momentum: Weights, writes: Writes) -> tuple[Weights, Weights]:
@@ -327,17 +333,19 @@ def scan(
     """Tile by tile; see the module."""
     time = x.q.shape[2]
     if time == 0:
-        return x.v.new_zeros(x.v.shape), x.state
+        return _silence(spec, x), x.state
     if time == 1 and report is None:
         return step(spec, x)
     if tile is not None and tile < 1:
         raise ValueError(f"tile is {tile}; expected at least 1 token")
     halo = spec.bias.window - 1
-    per_token = not spec.retention.linear or (spec.directed is not None and spec.directed.per_token)
+    through_link = not spec.retention.linear and not isinstance(spec.retention, Scaled)
+    channels = per_channel(spec.retention) and x.retention is not None
+    per_token = through_link or channels or (spec.directed is not None and spec.directed.per_token)
     size = tile or (LINK_TILE if per_token else TILE)
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.period, tile=size, halo=halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
-        return x.v.new_zeros(x.v.shape), x.state
+        return _silence(spec, x), x.state
     groups, count = _tiles(spec, x, cut).groups(), cut.tokens.shape[1]
     running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)
 
@@ -359,6 +367,11 @@ def scan(
             report.add(momentum=x.momentum.plain())
         report.count(faults=faults - x.state.faults)
     return y, MemoryState(running.anchor, running.weights, running.momentum, _tail(x, cut), cut.position, faults)
+
+
+def _silence(spec: MemorySpec, x: Inputs) -> Tensor:
+    """Answers to no tokens at all."""
+    return x.v.new_zeros(*x.v.shape[:3], spec.value_dim)
 
 
 def group_size(count: int) -> int:
@@ -422,7 +435,8 @@ def _tiles(spec: MemorySpec, x: Inputs, cut: Layout) -> Tiles:
         alive = present[..., halo:]
         lr = torch.where(alive, lr, 0.0)
         erase = None if erase is None else torch.where(alive, erase, 0.0)
-        retention = None if retention is None else retention.masked(alive)
+        if retention is not None:
+            retention = retention.masked(alive.unsqueeze(-1) if per_channel(spec.retention) else alive)
         momentum = None if momentum is None else momentum.masked(alive)
     keys, values = gather(keys, cut.tokens, cut), gather(values, cut.tokens, cut)
     return Tiles(pick(x.q), keys, values, erase, lr, retention, momentum, window, alive, present)
@@ -469,12 +483,16 @@ def _group(
     halo = spec.bias.window - 1
     outputs, notes = [], list[Weights]()
     linked: tuple[Tensor, ...] | None = None
+    scales: Weights = ()
     queries, keys, values = tiles.q.unbind(2), tiles.k.unbind(2), tiles.v.unbind(2)
     erases = each(tiles.erase, len(queries))
     matrices: list[Coefficients] = []
     courses: list[directed.Course] = []
+    channels: list[channel.Course] = []
     if spec.directed is not None:
         courses = directed.courses(spec.directed, tiles, cut, first)
+    elif per_channel(spec.retention) and tiles.retention is not None:
+        channels = channel.courses(tiles)
     else:
         matrices = coefficients(
             tiles.lr,
@@ -494,16 +512,25 @@ def _group(
             linked = None
         if linked is None:
             linked = tuple(spec.retention.link(w) for w in anchor)
+            if isinstance(spec.retention, Scaled):
+                scales = tuple(spec.retention.scale(w) for w in anchor)
         found = factors(spec, linked, keys[n], values[n])
         border = cut.border[first + n]
         if courses:
             y, weights, momentum = directed.tile(spec, courses[n], linked, weights, momentum, found, queries[n], border)
             outputs.append(y)
+        elif channels:
+            y, weights, momentum = channel.tile(
+                spec, channels[n], linked, weights, momentum, found, queries[n], erases[n]
+            )
+            outputs.append(y)
         else:
             c = matrices[n]
             writes = solve(found, c, weights, momentum, erases[n], halo, cut.begins[first + n][0])
-            outputs.append(read(spec, c, linked, weights, momentum, writes, queries[n]))
+            outputs.append(read(spec, c, linked, weights, momentum, writes, queries[n], scales))
             weights, momentum = advance(c, weights, momentum, writes)
+            if scales and spec.read == "after" and bool(border.any()):
+                outputs[-1] = _closing(spec, cut, first + n, weights, queries[n], outputs[-1])
         if bool(border.any()):
             anchor, weights, momentum, broken = border_guard(border, anchor, weights, momentum)
             faults, linked = faults + broken, None
@@ -512,6 +539,16 @@ def _group(
         if noting:
             notes.append(surprise_and_update(found, tiles.lr[:, :, n], halo))
     return torch.stack(outputs, 2), Running(anchor, weights, momentum, faults), notes
+
+
+def _closing(spec: MemorySpec, cut: Layout, number: int, weights: Weights, q: Tensor, y: Tensor) -> Tensor:
+    """Answers of a tile, where a chunk's last token reads at the scale of the new anchor."""
+    place = torch.arange(cut.size, device=q.device)
+    filled = cut.size if cut.ok is None else cut.ok[:, number, -cut.size :].sum(-1, keepdim=True).to(q.device)
+    last = (place == filled - 1).expand(q.shape[0], -1) & cut.border[number].to(q.device)[:, None]
+    its = torch.where(last[:, None, :, None], q, 0.0).sum(-2, keepdim=True)
+    new = spec.network.apply(at([spec.retention.link(w) for w in weights]), its)
+    return torch.where(last[:, None, :, None], new, y)
 
 
 def surprise_and_update(found: Factors, lr: Tensor, halo: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,10 @@
 
     lr         η  step size                       None: 1
     momentum   μ  share of the old momentum kept  None: 0
-    retention  α  share of the memory kept        None: 1
+    retention  α  share of the memory kept        None: 1.  `[lane, head, time, key_dim]` where each channel has its own
     delta      β  strength of the erasing factor  None: the same as lr
     window     γ  weight of lag 0 … c−1 in a windowed bias, `[lane, head, time, c]`; None: 1
+    threshold  δ  of the Huber and robust biases, at least 0                        None: 1
 
 `log_retention` and `log_momentum` may be given in place of `retention` and `momentum`: a gate that is a sigmoid keeps its
 precision near 1 only as a log-sigmoid. An exact 0 is given in the plain form; a log must be finite.
@@ -28,6 +29,7 @@ class Gates:
     retention: Tensor | None = None
     delta: Tensor | None = None
     window: Tensor | None = None
+    threshold: Tensor | None = None
     log_retention: Tensor | None = None
     log_momentum: Tensor | None = None
 
@@ -52,8 +54,10 @@ class Gates:
 NAMES = tuple(field.name for field in fields(Gates))
 
 
-def check_gates(gates: Gates, *, used: frozenset[str], name: str, shape: tuple[int, int, int], window: int) -> None:
-    """Refuse a gate that the system does not use, a gate given twice, or a wrong shape."""
+def check_gates(
+    gates: Gates, *, used: frozenset[str], name: str, shape: tuple[int, int, int], window: int, channels: int = 0
+) -> None:
+    """Refuse a gate that the system does not use, a gate given twice, or a wrong shape (channels: of the retention)."""
     for pair in ("retention", "momentum"):
         if getattr(gates, pair) is not None and getattr(gates, "log_" + pair) is not None:
             raise ValueError(f"gates.{pair} and gates.log_{pair} are both given: give one of them")
@@ -63,11 +67,12 @@ def check_gates(gates: Gates, *, used: frozenset[str], name: str, shape: tuple[i
                 f"gates.{gate} was given, but {name} has no such gate (it uses: {', '.join(sorted(used)) or 'none'}). "
                 "Leave it out, or choose a rule, retention or bias that reads it."
             )
-        expected = (*shape, window) if gate == "window" else shape
+        last = {"window": window, "retention": channels, "log_retention": channels}.get(gate, 0)
+        expected = (*shape, last) if last else shape
         if tuple(tensor.shape) != expected:
             raise ValueError(
                 f"gates.{gate} has shape {tuple(tensor.shape)}; expected {expected} ([lane, head, time"
-                + (", lag])" if gate == "window" else "])")
+                + (", lag])" if gate == "window" else ", channel])" if last else "])")
             )
 
 

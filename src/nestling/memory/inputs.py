@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nestling.memory.biases import reads_threshold
 from nestling.memory.gates import Factor, Gates, check_gates, factor
+from nestling.memory.retentions import per_channel
+from nestling.memory.rules import Implicit
 from nestling.memory.state import MemoryState, Tail, Weights
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class Inputs(NamedTuple):
 
     q, k     their features, `[lane, head, time, width]`
     fine     bool `[lane, time]`: key, value and gates of the token are finite and legal (the token guard)
+    v        the bias's targets: values, with the threshold as last coordinate where the bias reads one
     lr       the step size, rule's constant included;  erase: ε_t or None
     """
 
@@ -85,7 +89,8 @@ def prepare(
 ) -> Inputs:
     """Check shapes, cast up to at least float32 (C7), find the tokens the guard must skip (C8)."""
     gates = Gates() if gates is None else gates
-    lanes, heads, time = check(spec, w0, q, k, v, gates, state, reset, valid)
+    channels = spec.shapes[0][0] if per_channel(spec.retention) else 0
+    lanes, heads, time = check(spec, w0, q, k, v, gates, state, reset, valid, channels=channels)
     start = spec.start(w0, lanes)
     state = start if state is None else state
     dtype = state.weights[0].dtype
@@ -97,14 +102,19 @@ def prepare(
     q, k = spec.features.apply(q, own), spec.features.apply(k, own)
 
     lr = q.new_ones(lanes, heads, time) if gates.lr is None else gates.lr
+    if isinstance(spec.rule, Implicit):
+        lr = spec.rule.damped(lr, k)
     retention = factor(gates.retention, gates.log_retention, dtype)
     momentum = factor(gates.momentum, gates.log_momentum, dtype)
+    if reads_threshold(spec.bias):
+        limit = q.new_ones(lanes, heads, time) if gates.threshold is None else gates.threshold
+        v = torch.cat([v, limit.unsqueeze(-1)], -1)
     if spec.rule.momentum and momentum is None:
         momentum = factor(torch.zeros_like(lr), None, dtype)
     erase = None
     if spec.rule.erase != "none":
         erase = lr if gates.delta is None else gates.delta
-        if spec.rule.erase == "after_decay" and retention is not None:
+        if spec.rule.erase == "after_decay" and retention is not None and not channels:
             erase = erase * retention.plain()
     lr = lr * spec.rule.step(spec.key_dim)
     return Inputs(start, state, q, k, v, lr, retention, momentum, erase, gates.window, fine, reset, valid)
@@ -125,18 +135,19 @@ def token_guard(tokens: Weights, gates: Gates) -> tuple[Tensor, Weights, Gates]:
     """Which tokens (bool `[lane, time]`) have finite inputs `[lane, head, time, dim]` and legal gates; others made harmless."""
     total = sum(x.sum((1, 3)) for x in tokens)
     assert isinstance(total, Tensor)
-    for name, gate in gates.items():
-        total = total + gate.flatten(3).sum((1, 3)) if name == "window" else total + gate.sum(1)
+    for _, gate in gates.items():
+        total = total + gate.sum((1, 3) if gate.dim() > 3 else 1)
     fine = torch.isfinite(total)
-    for ranged in (gates.retention, gates.momentum):
+    for ranged in (gates.retention, gates.momentum, gates.threshold):
         if ranged is not None:
-            fine = fine & (ranged >= 0).all(1)
+            legal = ranged >= 0
+            fine = fine & (legal.all(-1) if legal.dim() > 3 else legal).all(1)
     if surely(fine):
         return fine, tokens, gates
     per_token = fine[:, None, :, None]
     tokens = tuple(torch.where(per_token, x, 0.0) for x in tokens)
     gates = Gates(
-        **{n: torch.where(per_token if n == "window" else fine[:, None], g, _neutral(n)) for n, g in gates.items()}
+        **{n: torch.where(per_token if g.dim() > 3 else fine[:, None], g, _neutral(n)) for n, g in gates.items()}
     )
     return fine, tokens, gates
 
@@ -155,6 +166,8 @@ def check(
     state: MemoryState | None,
     reset: Tensor | None,
     valid: Tensor | None,
+    *,
+    channels: int = 0,
 ) -> tuple[int, int, int]:
     """Refuse what does not fit, in words. Returns lanes, heads, time."""
     spec.check_weights(w0)
@@ -190,7 +203,14 @@ def check(
                 )
         if bool(state.momentum) != spec.rule.momentum or (state.tail is None) != (spec.bias.window == 1):
             raise ValueError(f"the state does not belong to {spec.name}: its momentum or window tail does not fit")
-    check_gates(gates, used=spec.gates_used, name=spec.name, shape=(lanes, heads, time), window=spec.bias.window)
+    check_gates(
+        gates,
+        used=spec.gates_used,
+        name=spec.name,
+        shape=(lanes, heads, time),
+        window=spec.bias.window,
+        channels=channels,
+    )
     return lanes, heads, time
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, overload
 
-from nestling.memory.biases import L2, DotProduct, Omega
+from nestling.memory.biases import L2, DotProduct, Huber, Lp, Omega
 from nestling.memory.features import Polynomial
 from nestling.memory.networks import MLP, GatedMLP, Matrix
-from nestling.memory.retentions import Decay, Full, Softmax
-from nestling.memory.rules import DeltaGradient, Gradient, Momentum, Muon
+from nestling.memory.retentions import Decay, Full, Lq, Softmax
+from nestling.memory.rules import DeltaGradient, Gradient, Implicit, Momentum, Muon
 from nestling.memory.self_modifying import SelfModifying
 from nestling.memory.spec import MemorySpec
 
@@ -95,6 +95,61 @@ register(
     bias=DotProduct(),
     retention=Decay(),
     rule=Gradient(),
+)
+register(
+    "mamba2_like",
+    equation="W ← αW + Δ kᵀv, α = exp(−aΔ), Δ = lr",
+    source="Miras, Table 1; Nested Learning, eq. 64",
+    notes="Like Mamba-2: our source is not its paper. Equal to retnet on equal gates. What tells them apart is where the gates "
+    "come from: RetNet's α is one number per head and its write has no step; here one step size Δ per token, read from input, "
+    "both writes (lr = Δ) and decays (log_retention = −aΔ), with a > 0 per head. A memory layer reads both gates apart.",
+    network=Matrix(),
+    bias=DotProduct(),
+    retention=Decay(),
+    rule=Gradient(),
+)
+register(
+    "gla",
+    equation="W ← diag(α)W + η kᵀv",
+    source="Miras, Table 1",
+    notes="From the paper's table: every channel of the key has its own α. The classic has no step size: give no lr.",
+    network=Matrix(),
+    bias=DotProduct(),
+    retention=Decay(per_channel=True),
+    rule=Gradient(),
+)
+register(
+    "longhorn",
+    equation="W ← W − β kᵀ(kW − v), β = η/(1 + η‖k‖²), η = lr",
+    source="Titans, eq. 35; Miras, Table 1",
+    notes="From the paper: the implicit step of ½‖kW − v‖², in the erase-and-write form, so that chunk has no effect. Equal to "
+    "deltanet with the damped step. One η per head and token, where Longhorn has one per channel of the value.",
+    network=Matrix(),
+    bias=DotProduct(),
+    retention=Full(),
+    rule=Implicit(),
+)
+register(
+    "rwkv7_like",
+    equation="W ← (diag(α) − β kᵀk)W + η kᵀv, β = delta",
+    source="Miras, Table 1; Atlas, Table 1",
+    notes="Like RWKV-7: our source is not its paper. Channel decay, a delta rule that erases what stood before the decay, with "
+    "a strength of its own (delta; not given: lr). Left out: a removal key apart from the key, and strengths per channel.",
+    network=Matrix(),
+    bias=DotProduct(),
+    retention=Decay(per_channel=True),
+    rule=DeltaGradient("with_decay"),
+)
+register(
+    "comba_like",
+    equation="W ← (αI − β kᵀk)W + η kᵀv, β = delta",
+    source="Titans, appendix C; baseline of Nested Learning's tables",
+    notes="Like Comba: our source is not its paper. Scalar decay plus a rank-one removal with a strength of its own (delta; not "
+    "given: lr) from what stood before the decay; gated_deltanet decays first. Left out: correcting the query by the key.",
+    network=Matrix(),
+    bias=DotProduct(),
+    retention=Decay(),
+    rule=DeltaGradient("with_decay"),
 )
 register(
     "deltanet",
@@ -224,6 +279,31 @@ register(
     network=MLP(),
     bias=L2(),
     retention=Softmax(),
+    rule=Gradient(),
+    chunk=16,
+)
+register(
+    "moneta",
+    equation="A ← αA − η∇‖M(k; W) − v‖₃³, W = A/‖A‖₄²",
+    source="Miras, eq. 24–25; network as in its §5.3",
+    notes="From the paper: p = 3, q = 4, the dual state, smooth sign and modulus, normalizing at the end of chunks (§5.4). Our "
+    "defaults: the printed read-out, a norm over each whole weight matrix, at least 0.001, A of norm 1 at the start, slope "
+    "10 in tanh. The printed read-out shrinks as A grows; LqDual() has the exact one.",
+    network=MLP(),
+    bias=Lp(3.0),
+    retention=Lq(4.0),
+    rule=Gradient(),
+    chunk=16,
+)
+register(
+    "yaad",
+    equation="W ← αW − η∇½‖M(k) − v‖² where ‖M(k) − v‖ ≤ δ, else αW − ηδ∇‖M(k) − v‖₁",
+    source="Miras, eq. 16 and 26; network as in its §5.3",
+    notes="The rule is the paper's, with ½ in the quadratic branch. Our default: one threshold δ per head and token for the test "
+    "and the step (the paper has one per channel). Huber('coordinate') is the continuous alternative.",
+    network=MLP(),
+    bias=Huber("mixture"),
+    retention=Decay(),
     rule=Gradient(),
     chunk=16,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail
 from nestling.memory.networks.base import Network, at
+from nestling.memory.retentions import linked, per_channel
 from nestling.memory.state import MemoryState, Weights
 
 if TYPE_CHECKING:
@@ -80,16 +81,26 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
         if (rule := spec.directed) is not None:
             acts = torch.ones_like(closing) if rule.per_token else closing
             step = torch.where(acts.to(step.device).view(-1, 1, 1, 1), lr * rule.direction(step), 0.0)
-        new = w if x.retention is None else x.retention.plain()[:, :, t, None, None] * w
+        share = None
+        if x.retention is not None:
+            share = (
+                x.retention.plain()[:, :, t, None].mT
+                if per_channel(spec.retention)
+                else x.retention.plain()[:, :, t, None, None]
+            )
+        new = w if share is None else share * w
         if x.erase is not None:
             h = layers[layer]
             strength = erase_strength(x.erase[:, :, t], layer, h.square().sum(-1)) * finite[:, None]
-            new = new - strength[..., None, None] * h[..., :, None] * (h[..., None, :] @ w)
+            seen = new if per_channel(spec.retention) and spec.rule.erase == "after_decay" else w
+            new = new - strength[..., None, None] * h[..., :, None] * (h[..., None, :] @ seen)
         after.append(torch.where(live, new + step, w))
 
     read = {"after": tuple(after), "before": before, "boundary": state.anchor}[spec.read]
     q = x.q[:, :, t, None]
-    y = spec.network.apply(at([spec.retention.link(w) for w in read]), q)[:, :, 0]
+    stands = lanes_where(closing, tuple(after), state.anchor) if spec.read == "after" else state.anchor
+    own = [linked(spec.retention, w, a) for w, a in zip(read, stands, strict=True)]
+    y = spec.network.apply(at(own), q)[:, :, 0]
     y = torch.where(alive.to(y.device).view(-1, 1, 1), y, 0.0)
 
     anchors, weights, moved, broken = border_guard(closing, state.anchor, tuple(after), tuple(momentum))

@@ -23,13 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nestling.memory.biases import L2, Bias
+from nestling.memory.biases import L2, Bias, reads_threshold
 from nestling.memory.gates import Factor, Gates, factor
 from nestling.memory.inputs import border_guard, check, check_weights, token_guard
 from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.report import Report
-from nestling.memory.retentions import Decay, Retention
-from nestling.memory.rules import DeltaGradient, Directed, Rule
+from nestling.memory.retentions import Decay, Retention, per_channel
+from nestling.memory.rules import DeltaGradient, Directed, Implicit, Rule
 from nestling.memory.spec import Engine, Example, Memory, Read
 from nestling.memory.state import MemoryState, Weights
 
@@ -139,14 +139,16 @@ class SelfModifying(Memory):
             )
         if self.read not in ("after", "before", "boundary"):
             raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
-        if self.bias.window > 1 or not self.retention.linear:
+        single = self.bias.window == 1 and not reads_threshold(self.bias)
+        if not single or not self.retention.linear or per_channel(self.retention):
             raise ValueError(
                 f"{self.name}: bias {self.bias} with retention {self.retention} does not fit; expected a bias of one token "
-                "and a retention whose weights are their own dual, Decay() or Full()"
+                "without threshold and a retention whose weights are their own dual, Decay() or Full()"
             )
-        if isinstance(self.rule, Directed):
+        if isinstance(self.rule, Directed | Implicit):
             raise ValueError(
-                f"{self.name}: {self.rule} maps the momentum of weights; expected a rule that is linear in it"
+                f"{self.name}: {self.rule} maps the momentum of weights or damps the step by the key; expected a rule that "
+                "is linear in its gates"
             )
         if not self.lr_max > 0:
             raise ValueError(f"{self.name}: lr_max is {self.lr_max}; expected a positive number")

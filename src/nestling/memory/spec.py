@@ -9,14 +9,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from nestling.memory.biases import L2, Bias
+from nestling.memory.biases import L2, Bias, reads_threshold
 from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Gates
 from nestling.memory.inputs import check_weights, prepare
 from nestling.memory.networks import Matrix, Network
 from nestling.memory.report import Report
-from nestling.memory.retentions import Full, Retention
-from nestling.memory.rules import Directed, Gradient, Rule
+from nestling.memory.retentions import Full, Retention, per_channel
+from nestling.memory.rules import Directed, Gradient, Implicit, Rule
 from nestling.memory.state import MemoryState, Tail, Weights
 
 Read = Literal["after", "before", "boundary"]
@@ -132,6 +132,11 @@ class MemorySpec(Memory):
                 f"{self.name}: {self.rule} erases along the running weights, but {self.retention} keeps a dual variable "
                 "whose weights are not linear in it: choose Gradient() or Momentum(), or a linear retention"
             )
+        if per_channel(self.retention) and (self.network.depth > 1 or self.directed is not None):
+            raise ValueError(
+                f"{self.name}: {self.retention} keeps channels of the key, which {self.network} with {self.rule} cannot: "
+                "choose a network of one layer and a rule that adds what it writes, or Decay()"
+            )
         if self.directed is not None and not self.retention.linear:
             raise ValueError(
                 f"{self.name}: {self.rule} maps the momentum of the weights, but {self.retention} keeps a dual variable: "
@@ -179,17 +184,24 @@ class MemorySpec(Memory):
         return self.chunk if self.reads_chunk else GUARD_PERIOD
 
     @property
+    def target_dim(self) -> int:
+        """Size of what the bias compares a prediction with: the value, and the threshold of biases that read one."""
+        return self.value_dim + reads_threshold(self.bias)
+
+    @property
     def gates_used(self) -> frozenset[str]:
         """Names of the gates that have an effect."""
         used = {"lr"}
         if self.rule.momentum:
             used.add("momentum")
-        if self.rule.erase != "none":
+        if self.rule.erase != "none" and not isinstance(self.rule, Implicit):
             used.add("delta")
         if self.retention.decays:
             used.add("retention")
         if self.bias.window > 1:
             used.add("window")
+        if reads_threshold(self.bias):
+            used.add("threshold")
         return frozenset(used)
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
@@ -211,7 +223,7 @@ class MemorySpec(Memory):
         if (c := self.bias.window) > 1:
             tail = Tail(
                 like.new_zeros(lanes, heads, c - 1, self.width),
-                like.new_zeros(lanes, heads, c - 1, self.value_dim),
+                like.new_zeros(lanes, heads, c - 1, self.target_dim),
                 torch.zeros(lanes, c - 1, dtype=torch.bool, device=like.device),
             )
         return MemoryState(
@@ -272,7 +284,7 @@ class MemorySpec(Memory):
         """The choices in words, with gates used and state size per lane and head."""
         per_head = sum(i * o for i, o in self.network.shapes(self.width, self.value_dim))
         copies = 3 if self.rule.momentum else 2
-        tail = (self.bias.window - 1) * (self.width + self.value_dim)
+        tail = (self.bias.window - 1) * (self.width + self.target_dim)
         return {
             "name": self.name,
             "features": str(self.features),
@@ -305,11 +317,18 @@ class MemorySpec(Memory):
         shape = (lanes, heads, time)
         used = self.gates_used
         made = {"lr": torch.sigmoid(normal(*shape)) / (self.bias.window * self.chunk**0.5)}
+        if self.bias.reads_prediction:  # biases steeper than L2 take smaller steps
+            target = torch.cat([v, torch.ones_like(v[..., :1])], -1) if "threshold" in used else v
+            steep = self.bias.error(torch.zeros_like(v), target).norm(dim=-1).mean() / v.norm(dim=-1).mean()
+            made["lr"] = made["lr"] / steep.clamp_min(1.0)
+        if "threshold" in used:  # near the typical error, so that both parts of the loss are met
+            made["threshold"] = self.value_dim**0.5 * (0.5 + torch.sigmoid(normal(*shape)))
         if "momentum" in used:
             made["momentum"] = torch.sigmoid(normal(*shape))
         if "retention" in used:
-            made["retention"] = torch.sigmoid(normal(*shape) + 4)
-        if "delta" in used and self.reads_weights:
+            kept = (*shape, self.shapes[0][0]) if per_channel(self.retention) else shape
+            made["retention"] = torch.sigmoid(normal(*kept) + 4)
+        if "delta" in used and (self.reads_weights or self.rule.erase == "with_decay"):
             made["delta"] = 0.5 * torch.sigmoid(normal(*shape))
         if "window" in used:
             made["window"] = torch.sigmoid(normal(*shape, self.bias.window))

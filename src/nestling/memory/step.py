@@ -10,6 +10,7 @@ from torch import Tensor
 from nestling.memory import directed
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail, surely
 from nestling.memory.networks.base import at
+from nestling.memory.retentions import Scaled, linked, per_channel
 from nestling.memory.state import MemoryState, Weights
 
 if TYPE_CHECKING:
@@ -27,18 +28,23 @@ def write(
     erase: Tensor | None,
     live: Tensor | None,
     halo: int,
+    shares: Tensor | None = None,
 ) -> tuple[Weights, Weights]:
     """Every layer's weights and momentum after one token.
 
     inputs, errors   factors x_l, δ_l `[lane, …, halo + 1, dim]` of the token and those before it in its window
     size             step of each factor `[lane, …, halo + 1, 1]`, 0 where masked;  gates `[lane, …, 1]`
     live             bool `[lane, 1]`: the token acts, which momentum must know;  None: in all lanes
+    shares           of each channel `[lane, …, in]`, where what the channels keep is erased
     """
     new_weights, new_momentum = [], []
     for layer, (w, h, delta) in enumerate(zip(weights, inputs, errors, strict=True)):
         right = size * delta
         own = h[..., halo:, :]
-        erased = None if erase is None else erase_strength(erase, layer, own.square().sum(-1)).unsqueeze(-1) * (own @ w)
+        seen = own if shares is None else own * shares.unsqueeze(-2)
+        erased = (
+            None if erase is None else erase_strength(erase, layer, own.square().sum(-1)).unsqueeze(-1) * (seen @ w)
+        )
         if erased is not None and mu is None and halo == 0:
             right, erased = right + erased, None
         moved = h.mT @ right
@@ -80,10 +86,13 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
         used = torch.cat([tail.ok, used], 1)
     halo = keys.shape[2] - 1
 
-    linked = tuple(spec.retention.link(w) for w in anchor)
-    found = factors(spec, linked, keys, values)
+    standing = tuple(spec.retention.link(w) for w in anchor)
+    found = factors(spec, standing, keys, values)
     lr = x.lr
     retention = None if x.retention is None else x.retention.plain()
+    shares = None
+    if retention is not None and per_channel(spec.retention):
+        retention = retention[:, :, 0]  # each channel's share stands where a head's would
     erase = x.erase
     live = x.fine if alive is None else x.fine & alive.to(x.fine.device)[:, None]
     masked = not surely(live)
@@ -91,6 +100,8 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
         lr = torch.where(live[:, None], lr, 0.0)
         retention = None if retention is None else torch.where(live[:, None], retention, 1.0)
         erase = None if erase is None else torch.where(live[:, None], erase, 0.0)
+    if erase is not None and per_channel(spec.retention) and spec.rule.erase == "after_decay":
+        shares = retention
     weight = torch.ones_like(lr) if spec.directed else lr  # a directed rule's η stands outside the sum
     size = weight.unsqueeze(-1)
     if tail is not None:
@@ -112,13 +123,18 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
         due = torch.ones_like(closing) if spec.directed.per_token else closing
         after, moved_s = directed.write(spec.directed, found, weights, momentum, size, lr, retention, mu, acts, due)
     else:
-        after, moved_s = write(found.inputs, found.errors, weights, momentum, size, retention, mu, erase, acts, halo)
+        after, moved_s = write(
+            found.inputs, found.errors, weights, momentum, size, retention, mu, erase, acts, halo, shares
+        )
 
     if spec.read == "boundary":
-        y = spec.network.apply(at(linked), x.q)
+        y = spec.network.apply(at(standing), x.q)
     else:
         chosen = after if spec.read == "after" else weights
-        y = spec.network.apply(at([spec.retention.link(w) for w in chosen]), x.q)
+        stands = anchor
+        if isinstance(spec.retention, Scaled) and spec.read == "after":
+            stands = lanes_where(closing, after, anchor)
+        y = spec.network.apply(at([linked(spec.retention, w, a) for w, a in zip(chosen, stands, strict=True)]), x.q)
     lost = ~(x.fine & found.finite[:, 0, halo:])
     if alive is not None:
         lost = lost & alive.to(lost.device)[:, None]

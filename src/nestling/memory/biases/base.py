@@ -27,3 +27,12 @@ class Bias(Protocol):
     def error(self, prediction: Tensor, value: Tensor) -> Tensor:
         """∂ℓ/∂p, `[…, value_dim]`, in closed form."""
         ...
+
+
+def reads_threshold(bias: Bias) -> bool:
+    """Whether the bias reads `gates.threshold`.
+
+    If so, `loss` and `error` take a target `[…, value_dim + 1]`: the value and, as its last coordinate, the threshold. So it
+    goes wherever a value goes: into tiles, across chunk borders and through windows.
+    """
+    return bool(getattr(bias, "reads_threshold", False))

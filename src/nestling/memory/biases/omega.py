@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nestling.memory.biases.base import Bias
+from nestling.memory.biases.base import Bias, reads_threshold
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Omega:
     @property
     def reads_prediction(self) -> bool:
         return self.inner.reads_prediction
+
+    @property
+    def reads_threshold(self) -> bool:
+        return reads_threshold(self.inner)
 
     def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
         return self.inner.loss(prediction, value)

@@ -1,8 +1,9 @@
 """Retention: what a memory keeps of its past."""
 
-from nestling.memory.retentions.base import Retention
+from nestling.memory.retentions.base import Retention, Scaled, linked, per_channel
 from nestling.memory.retentions.decay import Decay
 from nestling.memory.retentions.full import Full
+from nestling.memory.retentions.lq import Lq, LqDual
 from nestling.memory.retentions.softmax import Softmax
 
-__all__ = ["Decay", "Full", "Retention", "Softmax"]
+__all__ = ["Decay", "Full", "Lq", "LqDual", "Retention", "Scaled", "Softmax", "linked", "per_channel"]

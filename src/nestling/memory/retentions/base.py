@@ -7,6 +7,7 @@ For most retentions the link is the identity and Z = W.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from torch import Tensor
@@ -30,3 +31,39 @@ class Retention(Protocol):
     def dual(self, initial: Tensor) -> Tensor:
         """Initial dual variable from a network's initial weights `[head, in, out]`."""
         ...
+
+
+class Scaled(ABC):
+    """A retention whose link is a number per weight matrix, W = scale(Z) Z, taken at the anchor for the whole chunk.
+
+    The chunk's last token reads at the scale of the new anchor, so that chunk 1 is W_t = link(Z_t). Weights inside a chunk are
+    then linear in the dual, and cost about what they cost without a link.
+    """
+
+    @property
+    def linear(self) -> bool:
+        return False
+
+    @property
+    @abstractmethod
+    def decays(self) -> bool: ...
+
+    @abstractmethod
+    def scale(self, dual: Tensor) -> Tensor:
+        """`[…, 1, 1]`."""
+
+    def link(self, dual: Tensor) -> Tensor:
+        return self.scale(dual) * dual
+
+    @abstractmethod
+    def dual(self, initial: Tensor) -> Tensor: ...
+
+
+def per_channel(retention: Retention) -> bool:
+    """Whether `gates.retention` has one share per channel of the key."""
+    return bool(getattr(retention, "per_channel", False))
+
+
+def linked(retention: Retention, dual: Tensor, anchor: Tensor) -> Tensor:
+    """Weights of a token whose chunk has this (dual) anchor."""
+    return retention.scale(anchor) * dual if isinstance(retention, Scaled) else retention.link(dual)

@@ -3,7 +3,8 @@
 from nestling.memory.rules.base import Directed, Erase, Rule
 from nestling.memory.rules.delta import DeltaGradient
 from nestling.memory.rules.gradient import Gradient
+from nestling.memory.rules.implicit import Implicit
 from nestling.memory.rules.momentum import Momentum
 from nestling.memory.rules.muon import Muon
 
-__all__ = ["DeltaGradient", "Directed", "Erase", "Gradient", "Momentum", "Muon", "Rule"]
+__all__ = ["DeltaGradient", "Directed", "Erase", "Gradient", "Implicit", "Momentum", "Muon", "Rule"]

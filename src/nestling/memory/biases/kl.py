@@ -1,0 +1,32 @@
+"""ℓ = KL(softmax(v) ‖ softmax(M(k))): values and predictions as logits of distributions (derived).
+
+    ∂ℓ/∂p = softmax(p) − softmax(v)
+
+Miras uses the divergence to retain (eq. 19–21); as a loss on values it is the cross-entropy less a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KL:
+    """Kullback–Leibler divergence of the predicted distribution from the value's. Steps are bounded: ‖∂ℓ/∂p‖ ≤ √2."""
+
+    @property
+    def window(self) -> int:
+        return 1
+
+    @property
+    def reads_prediction(self) -> bool:
+        return True
+
+    def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
+        log_p, log_v = prediction.log_softmax(-1), value.log_softmax(-1)
+        return (log_v.exp() * (log_v - log_p)).sum(-1)
+
+    def error(self, prediction: Tensor, value: Tensor) -> Tensor:
+        return prediction.softmax(-1) - value.softmax(-1)

@@ -1,0 +1,51 @@
+"""ℓ = ‖M(k) − v‖_p^p (Miras, eq. 10–11; value-less L1, eq. 12), by default with the smooth sign and modulus of its remark 5.
+
+    ∂ℓ/∂p = p · tanh(a e) ∘ (e² + ε)^{(p−1)/2}  →  p · sign(e) ∘ |e|^{p−1}     for a → ∞, ε → 0;  e = M(k) − v
+
+The smooth form is defined by this gradient, as in the paper; its loss is the integral.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nestling.memory.biases.smooth import power, sign, signed_power_integral
+
+
+@dataclass(frozen=True)
+class Lp:
+    """Sum of |e|^p over the coordinates. p = 2 is twice `L2()`.
+
+    p       at least 1; 3 in Moneta. A step grows with |e|^{p−1}: large p asks for a small learning rate
+    slope   a of the smooth sign, for values of unit scale (the paper names none); None: sign and |e| exactly
+    """
+
+    p: float = 3.0
+    slope: float | None = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.p >= 1:
+            raise ValueError(f"Lp.p is {self.p}; expected at least 1, below which the loss is not convex")
+        if self.slope is not None and not self.slope > 0:
+            raise ValueError(f"Lp.slope is {self.slope}; expected a positive number, or None for the exact sign")
+
+    @property
+    def window(self) -> int:
+        return 1
+
+    @property
+    def reads_prediction(self) -> bool:
+        return True
+
+    def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
+        error = prediction - value
+        if self.slope is None:
+            return (error.abs() ** self.p).sum(-1)
+        return self.p * signed_power_integral(error, self.p - 1, self.slope).sum(-1)
+
+    def error(self, prediction: Tensor, value: Tensor) -> Tensor:
+        error = prediction - value
+        size = error.abs() ** (self.p - 1) if self.slope is None else power(error, self.p - 1)
+        return self.p * sign(error, self.slope) * size

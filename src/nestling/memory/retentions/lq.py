@@ -1,0 +1,93 @@
+"""L_q retention (Miras, §5.2 and eq. 24): the dual A is carried, the weights are A over a power of its norm.
+
+    A_t = α_t A_{t−1} − η_t ∇ℓ(W),      W = A / ‖A‖_q^{q−2}                                    "printed"
+                                        W = sign(A) ∘ |A|^{q−1} / ‖A‖_q^{q−2}                  "dual"
+
+"printed" is the paper's read-out, and Moneta's. The power that it lacks is in "dual", the minimizer of
+⟨−A, W⟩ + ½‖W‖_{q'}², 1/q + 1/q' = 1 (derived); both are the identity for q = 2. The norm runs over a whole weight matrix.
+
+The printed read-out shrinks as A grows: it has degree 3 − q, so for q = 4 twice A is half of W, and W has no bound as A goes
+to 0, nor does strong decay let the weights fade. So A starts with norm 1, where W = A, and the norm counts as at least `floor`
+below, under which W fades with A. Inside a chunk the scale stands at its anchor, as the paper normalizes at the end of chunks
+(§5.4; its last token reads the new scale): A is linear there, and "printed" costs about as much as a plain decay. A is what is
+carried, never W: normalizing W again at every chunk would turn its norm n into 1/n each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestling.memory.retentions.base import Scaled
+
+
+def _norm(dual: Tensor, q: float, floor: float) -> Tensor:
+    """‖A‖_q over the last two dimensions, kept, at least `floor`. The largest entry is taken out, so that no power overflows."""
+    size = dual.abs()
+    top = size.detach().amax((-2, -1), keepdim=True).clamp_min(floor)
+    # Under the floor the sum is replaced before the root, whose slope at 0 would be infinite.
+    least = (floor / top) ** q
+    total = ((size / top) ** q).sum((-2, -1), keepdim=True)
+    return top * torch.maximum(total, least) ** (1 / q)
+
+
+@dataclass(frozen=True)
+class Lq(Scaled):
+    """The printed read-out W = A / ‖A‖_q^{q−2}.
+
+    q       at least 2; 4 in Moneta. 2: W = A
+    floor   the least norm that counts
+    """
+
+    q: float = 4.0
+    floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check("Lq", self.q, self.floor)
+
+    @property
+    def decays(self) -> bool:
+        return True
+
+    def scale(self, dual: Tensor) -> Tensor:
+        return _norm(dual, self.q, self.floor) ** (2 - self.q)
+
+    def dual(self, initial: Tensor) -> Tensor:
+        return initial / _norm(initial, self.q, self.floor) if self.q != 2 else initial
+
+
+@dataclass(frozen=True)
+class LqDual:
+    """The read-out of degree 1, W = sign(A) ∘ |A|^{q−1} / ‖A‖_q^{q−2}: twice A is twice W. Taken at every token."""
+
+    q: float = 4.0
+    floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check("LqDual", self.q, self.floor)
+
+    @property
+    def decays(self) -> bool:
+        return True
+
+    @property
+    def linear(self) -> bool:
+        return False
+
+    def link(self, dual: Tensor) -> Tensor:
+        norm = _norm(dual, self.q, self.floor)
+        return dual * (dual.abs() / norm) ** (self.q - 2)
+
+    def dual(self, initial: Tensor) -> Tensor:
+        """The inverse map: |A| ∝ |W|^{1/(q−1)}, so that link(dual(W)) = W (where ‖A‖ is above the floor)."""
+        other = self.q / (self.q - 1)
+        return initial.sign() * initial.abs() ** (1 / (self.q - 1)) * _norm(initial, other, self.floor) ** (2 - other)
+
+
+def _check(name: str, q: float, floor: float) -> None:
+    if not q >= 2:
+        raise ValueError(f"{name}.q is {q}; expected at least 2, the conjugate of an exponent in (1, 2]")
+    if not floor > 0:
+        raise ValueError(f"{name}.floor is {floor}; expected a positive number")

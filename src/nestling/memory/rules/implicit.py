@@ -1,0 +1,35 @@
+"""The implicit step: W_t = argmin_W ½‖kW − v‖² + ‖W − αW_{t−1}‖²/2η (Longhorn; Titans, eq. 35; Miras, Table 1).
+
+    W_t = αW_{t−1} − β kᵀ(kαW_{t−1} − v),      β = η/(1 + η‖k‖²)
+
+The gradient is taken where the step ends, not where it begins: β‖k‖² < 1 for every η, so that no step is too long. With the
+dot-product bias, erasing on the running weights, this is the recurrence of every token, whatever the chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nestling.memory.rules.base import Erase
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """Erases and writes with the same strength η/(1 + η‖k‖²); η is `gates.lr`, any number of at least 0."""
+
+    @property
+    def momentum(self) -> bool:
+        return False
+
+    @property
+    def erase(self) -> Erase:
+        return "after_decay"
+
+    def step(self, key_dim: int) -> float:
+        return 1.0
+
+    def damped(self, lr: Tensor, k: Tensor) -> Tensor:
+        """β of η `[…]` and k `[…, key_dim]`."""
+        return lr / (1 + lr * k.square().sum(-1))

@@ -1,0 +1,156 @@
+"""Links between dual variables and weights: the papers' identities, numerical derivatives, and what may not break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import nestling as nl
+from nestling.memory import L2, Gates, Lq, LqDual, Matrix, MemorySpec, Retention, Softmax
+
+LINKS: list[Retention] = [Lq(), Lq(3.0), Lq(2.0), LqDual(), LqDual(2.5), Softmax()]
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("link", LINKS, ids=str)
+def test_links_have_the_derivatives_that_autograd_takes(link: Retention) -> None:
+    z = normal(0, 2, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(link.link, (z,), eps=1e-6, atol=1e-6)
+
+
+def test_the_exact_lq_read_out_is_stationary_and_the_printed_one_is_not() -> None:
+    """⟨g, W⟩ + ‖W‖_{q'}²/2 with g = −A is stationary at the exact read-out; q' = 4/3 is conjugate to q = 4 (Miras, §5.2)."""
+    a = normal(1, 1, 5, 3)
+    for q, stationary in ((4.0, (True, False)), (2.0, (True, True))):
+        other = q / (q - 1)
+        for link, expected in zip((LqDual(q), Lq(q)), stationary, strict=True):
+            w = link.link(a).detach().requires_grad_()
+            norm = (w.abs() ** other).sum() ** (1 / other)
+            (slope,) = torch.autograd.grad(0.5 * norm**2 - (a * w).sum(), w)
+            assert (float(slope.abs().max()) < 1e-10) == expected
+
+
+def test_degrees_of_the_two_read_outs() -> None:
+    """Printed, q = 4: degree 3 − q = −1, so twice the dual is half the weights. Exact: degree 1."""
+    a = normal(2, 1, 4, 4)
+    torch.testing.assert_close(Lq(4.0).link(2 * a), Lq(4.0).link(a) / 2)
+    torch.testing.assert_close(LqDual(4.0).link(2 * a), 2 * LqDual(4.0).link(a))
+
+
+def test_moneta_starts_where_weights_and_dual_agree() -> None:
+    spec = nl.memory.named("moneta", key_dim=8)
+    for a in spec.init(3, torch.Generator().manual_seed(0)):
+        torch.testing.assert_close(spec.retention.link(a), a)
+        torch.testing.assert_close((a**4).sum((-2, -1)), torch.ones(3))
+    w = normal(3, 2, 5, 4)
+    torch.testing.assert_close(LqDual().link(LqDual().dual(w)), w)
+
+
+@pytest.mark.parametrize("link", [Lq(), LqDual()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lq_stays_finite_and_fades_where_the_dual_does(link: Retention, dtype: torch.dtype) -> None:
+    """A norm of 0, of 1e-30 or of 1e30 gives finite weights and finite slopes; under the floor, less dual is less weight."""
+    base = normal(4, 1, 4, 4).to(dtype)
+    for size in (0.0, 1e-30, 1e-6, 1.0, 1e12):
+        a = (size * base).requires_grad_()
+        w = link.link(a)
+        (slope,) = torch.autograd.grad(w.square().sum(), a)
+        assert torch.isfinite(w).all()
+        assert torch.isfinite(slope).all()
+    assert link.link(1e-6 * base).norm() > link.link(1e-7 * base).norm() > 0
+
+
+def test_moneta_under_strong_decay_neither_explodes_nor_dies() -> None:
+    """The shrinking read-out turned round: decay makes the printed weights grow, up to what the floor allows, and no further."""
+    spec = nl.memory.named("moneta", key_dim=4, chunk=4)
+    w0 = spec.init(2, torch.Generator().manual_seed(0))
+    q, k, v, _ = spec.example(torch.Generator().manual_seed(1), time=400)
+    still = Gates(lr=torch.zeros(2, 2, 400), retention=torch.full((2, 2, 400), 0.9))
+    _, state = spec.scan(w0, q, k, v, still)
+    for n, a in ((100, spec.scan(w0, *(x[:, :, :100] for x in (q, k, v)), still[slice(0, 100)])[1]), (400, state)):
+        assert a.faults.tolist() == [0, 0]
+        for w in a.weights:
+            size = float(spec.retention.link(w).norm())
+            assert size <= 1e3 * w[0].numel(), n  # ‖W‖ ≤ ‖A‖/floor² with ‖A‖ ≤ √n · floor
+    # writes come back at once: the memory is not dead
+    after, _ = spec.scan(w0, *(x[:, :, :40] for x in (q, k, v)), Gates(lr=torch.full((2, 2, 40), 0.1)), state)
+    frozen, _ = spec.scan(w0, *(x[:, :, :40] for x in (q, k, v)), Gates(lr=torch.zeros(2, 2, 40)), state)
+    assert (after[:, :, 20:] - frozen[:, :, 20:]).abs().max() > 0.1
+
+
+def test_moneta_with_p_2_and_q_2_is_the_delta_rule_with_twice_the_step() -> None:
+    """Miras, eq. 24–25: (p, q) = (2, 2), a matrix memory: W_t = αW − 2η kᵀ(kW − v)."""
+    spec = nl.memory.named(
+        "moneta", key_dim=4, network=Matrix(), chunk=1, bias=nl.memory.Lp(2.0, None), retention=Lq(2.0)
+    )
+    w = normal(5, 1, 4, 4)
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(6), lanes=1, heads=1, time=15, dtype=torch.float64)
+    y, _ = spec.scan([w], q, k, v, gates)
+    for t in range(15):
+        key, eta, alpha = k[0, 0, t], gates.lr[0, 0, t], gates.retention[0, 0, t]
+        w = alpha * w - 2 * eta * torch.outer(key, key @ w[0] - v[0, 0, t])
+        torch.testing.assert_close(y[0, 0, t], q[0, 0, t] @ w[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_moneta_is_equations_24_and_25_with_the_norm_at_the_end_of_chunks(chunk: int) -> None:
+    """A is carried; inside a chunk weights are A_t at the anchor's scale, at its end A_t/‖A_t‖²; chunk 1 is the recurrence."""
+    slope, time = 10.0, 14
+    spec = nl.memory.named("moneta", key_dim=4, network=Matrix(), chunk=chunk)
+    a = normal(7, 1, 4, 4)[0]
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(8), lanes=1, heads=1, time=time, dtype=torch.float64)
+    y, state = spec.scan([a[None]], q, k, v, gates)
+    anchor = a
+    for t in range(time):
+        scale = (anchor**4).sum() ** -0.5
+        e = k[0, 0, t] @ (scale * anchor) - v[0, 0, t]
+        g = torch.outer(k[0, 0, t], 3 * torch.tanh(slope * e) * (e**2 + 1e-6))
+        a = gates.retention[0, 0, t] * a - gates.lr[0, 0, t] * g
+        if (t + 1) % chunk == 0:
+            anchor, scale = a, (a**4).sum() ** -0.5
+        torch.testing.assert_close(y[0, 0, t], q[0, 0, t] @ (scale * a), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state.weights[0][0, 0], a)
+
+
+@pytest.mark.parametrize("link", [Lq(), LqDual()], ids=str)
+@pytest.mark.parametrize("read", ["after", "before", "boundary"])
+def test_links_under_momentum_and_a_matrix_memory(link: Retention, read: str) -> None:
+    """Mixtures nobody named: both engines agree, lanes out of step, a reset inside."""
+    spec = MemorySpec(4, 4, Matrix(init_scale=1.0), L2(), link, nl.memory.Momentum(), chunk=5, read=read)
+    w0 = [w.double() for w in spec.init(2, torch.Generator().manual_seed(0))]
+    example = spec.example(torch.Generator().manual_seed(1), time=17, dtype=torch.float64)
+    reset, valid = torch.zeros(2, 17, dtype=torch.bool), torch.ones(2, 17, dtype=torch.bool)
+    reset[1, 8], valid[0, :3] = True, False
+    slow = spec.scan(w0, *example, engine="reference", reset=reset, valid=valid)
+    fast = spec.scan(w0, *example, reset=reset, valid=valid)
+    torch.testing.assert_close(fast[0], slow[0], rtol=1e-8, atol=1e-8)
+    for a, b in zip((*fast[1].weights, *fast[1].momentum), (*slow[1].weights, *slow[1].momentum), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_yaad_is_equation_26() -> None:
+    """Token by token, a matrix memory: the quadratic step near the value, δ sign(e) beyond the threshold; both are met."""
+    spec = nl.memory.named("yaad", key_dim=4, network=Matrix(), chunk=1)
+    w, near = normal(9, 4, 4), 0
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(10), lanes=1, heads=1, time=30, dtype=torch.float64)
+    y, _ = spec.scan([w[None]], q, k, v, gates)
+    for t in range(30):
+        eta, alpha, limit = (g[0, 0, t] for g in (gates.lr, gates.retention, gates.threshold))
+        e = k[0, 0, t] @ w - v[0, 0, t]
+        near += int(e.norm() <= limit)
+        error = e if e.norm() <= limit else limit * e.sign()
+        w = alpha * w - eta * torch.outer(k[0, 0, t], error)
+        torch.testing.assert_close(y[0, 0, t], q[0, 0, t] @ w)
+    assert 0 < near < 30
+
+
+@pytest.mark.parametrize(
+    ("call", "words"), [(lambda: Lq(1.5), "Lq.q is 1.5"), (lambda: LqDual(4, floor=0.0), "LqDual.floor is 0.0")]
+)
+def test_impossible_retentions_are_refused_in_words(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
