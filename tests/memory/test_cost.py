@@ -42,7 +42,21 @@ def test_scan_work_grows_linearly_with_length(time: int) -> None:
     assert flops(2 * time) == 2 * flops(time)
 
 
-@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "omeganet", "swla", "atlas", "self_modifying"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "titans",
+        "gated_deltanet",
+        "omeganet",
+        "swla",
+        "atlas",
+        "self_modifying",
+        "moneta",
+        "yaad",
+        "longhorn",
+        "rwkv7_like",
+    ],
+)
 def test_a_compiled_decode_step_is_one_graph_for_a_thousand_positions(name: str) -> None:
     spec = nl.memory.named(name, key_dim=4, chunk=16)
     w0 = spec.init(2, torch.Generator().manual_seed(0))

@@ -7,9 +7,21 @@ import torch
 from torch import Tensor
 
 import nestling as nl
-from nestling.memory import L2, Gates, Lq, LqDual, Matrix, MemorySpec, Retention, Softmax
+from nestling.memory import L2, Bregman, ElasticNet, Gates, Lq, LqDual, Matrix, MemorySpec, Retention, Softmax
 
-LINKS: list[Retention] = [Lq(), Lq(3.0), Lq(2.0), LqDual(), LqDual(2.5), Softmax()]
+LINKS: list[Retention] = [
+    Lq(),
+    Lq(3.0),
+    Lq(2.0),
+    LqDual(),
+    LqDual(2.5),
+    Softmax(),
+    ElasticNet(),
+    ElasticNet(smooth=True),
+    Bregman("sigmoid"),
+    Bregman("tanh"),
+    Bregman("exp"),
+]
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -116,7 +128,7 @@ def test_moneta_is_equations_24_and_25_with_the_norm_at_the_end_of_chunks(chunk:
     torch.testing.assert_close(state.weights[0][0, 0], a)
 
 
-@pytest.mark.parametrize("link", [Lq(), LqDual()], ids=str)
+@pytest.mark.parametrize("link", LINKS, ids=str)
 @pytest.mark.parametrize("read", ["after", "before", "boundary"])
 def test_links_under_momentum_and_a_matrix_memory(link: Retention, read: str) -> None:
     """Mixtures nobody named: both engines agree, lanes out of step, a reset inside."""
@@ -130,6 +142,68 @@ def test_links_under_momentum_and_a_matrix_memory(link: Retention, read: str) ->
     torch.testing.assert_close(fast[0], slow[0], rtol=1e-8, atol=1e-8)
     for a, b in zip((*fast[1].weights, *fast[1].momentum), (*slow[1].weights, *slow[1].momentum), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_the_elastic_net_minimizes_its_objective() -> None:
+    """⟨−A, W⟩ + ½‖W‖² + γ‖W‖₁ is least at S_γ(A) (Miras, eq. 23): below every perturbation, and exactly 0 inside γ."""
+    a, gamma = normal(11, 1, 6, 5), 0.4
+    w = ElasticNet(gamma).link(a)
+
+    def objective(w: Tensor) -> float:
+        return float(-(a * w).sum() + 0.5 * w.square().sum() + gamma * w.abs().sum())
+
+    assert bool((w[a.abs() <= gamma] == 0).all())
+    assert 0 < int((w == 0).sum()) < w.numel()
+    for seed in range(200):
+        for size in (1e-3, 1e-1, 1.0):
+            assert objective(w + size * normal(100 + seed, 1, 6, 5)) > objective(w)
+    torch.testing.assert_close(ElasticNet(gamma).link(ElasticNet(gamma).dual(a)), a)
+
+
+def test_a_weight_under_the_threshold_comes_back() -> None:
+    """Evidence gathers in A where a cut on W itself would begin anew each time: one token writes nothing, ten do."""
+    spec = MemorySpec(4, 4, Matrix(), nl.memory.DotProduct(), ElasticNet(0.5))
+    k = torch.eye(4)[:1].expand(1, 1, 10, 4)
+    small = torch.full((1, 1, 10), 0.1)
+    y, _ = spec.scan(spec.init(1), k, k, torch.ones(1, 1, 10, 4), Gates(lr=small))
+    assert not y[0, 0, :5].any()
+    torch.testing.assert_close(y[0, 0, -1], torch.full((4,), 0.5))
+
+
+def test_the_smooth_threshold_takes_two_thirds_of_the_exact_one() -> None:
+    z = torch.tensor([50.0, -50.0], dtype=torch.float64)
+    taken = z.abs() - ElasticNet(0.1, smooth=True).link(z).abs()
+    torch.testing.assert_close(taken, torch.full_like(z, 0.1 * 2 / torch.pi), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "back"),
+    [("sigmoid", torch.logit, torch.sigmoid), ("tanh", torch.atanh, torch.tanh), ("exp", torch.log, torch.exp)],
+)
+def test_bregman_in_the_dual_is_mirror_descent_on_the_weights(name, forward, back) -> None:
+    """W_t = g(F'(W_{t−1}) − η∇ℓ(W_{t−1})) as printed (Miras, §5.2), token by token, chunk 1."""
+    spec = MemorySpec(4, 4, Matrix(), L2(), Bregman(name), chunk=1)
+    dual = normal(12, 1, 4, 4)
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(13), lanes=1, heads=1, time=20, dtype=torch.float64)
+    y, _ = spec.scan([dual], q, k, v, Gates(lr=gates.lr))
+    w = back(dual[0])
+    for t in range(20):
+        key = k[0, 0, t]
+        w = back(forward(w) - gates.lr[0, 0, t] * torch.outer(key, key @ w - v[0, 0, t]))
+        torch.testing.assert_close(y[0, 0, t], q[0, 0, t] @ w, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("sigmoid", 0, 1), ("tanh", -1, 1), ("exp", 0, 1.1e13)])
+def test_bregman_stays_finite_and_inside_for_steps_of_a_thousand(name, low: float, high: float) -> None:
+    """In float32 a sigmoid saturates to exactly 0 or 1, from where the primal form never returns; the dual does."""
+    spec = MemorySpec(4, 4, Matrix(), nl.memory.DotProduct(), Bregman(name))
+    k = torch.eye(4)[:1].expand(1, 1, 3, 4)
+    v = torch.tensor([1.0, -1.0, 1.0])[None, None, :, None].expand(1, 1, 3, 4) * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    y, state = spec.scan(spec.init(1), k, k, v, Gates(lr=torch.tensor([[[1e3, 1e3, 1e3]]])))
+    w = spec.retention.link(state.weights[0])
+    assert state.faults.tolist() == [0]
+    assert bool(((w >= low) & (w <= high)).all())
+    torch.testing.assert_close(y[0, 0, 1], spec.retention.link(torch.zeros(4)))  # there and back again
 
 
 def test_yaad_is_equation_26() -> None:
@@ -149,7 +223,13 @@ def test_yaad_is_equation_26() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "words"), [(lambda: Lq(1.5), "Lq.q is 1.5"), (lambda: LqDual(4, floor=0.0), "LqDual.floor is 0.0")]
+    ("call", "words"),
+    [
+        (lambda: Lq(1.5), "Lq.q is 1.5"),
+        (lambda: LqDual(4, floor=0.0), "LqDual.floor is 0.0"),
+        (lambda: ElasticNet(0.0), "threshold is 0.0"),
+        (lambda: Bregman("log"), "Bregman.map is 'log'"),
+    ],
 )
 def test_impossible_retentions_are_refused_in_words(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):

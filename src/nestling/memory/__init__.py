@@ -12,7 +12,7 @@ from nestling.memory.named import describe, named, names, register
 from nestling.memory.networks import MLP, GatedMLP, Matrix, Network
 from nestling.memory.newton_schulz import newton_schulz
 from nestling.memory.report import Report
-from nestling.memory.retentions import Decay, Full, Lq, LqDual, Retention, Scaled, Softmax
+from nestling.memory.retentions import Bregman, Decay, ElasticNet, Full, Lq, LqDual, Retention, Scaled, Softmax
 from nestling.memory.rules import DeltaGradient, Directed, Gradient, Implicit, Momentum, Muon, Rule
 from nestling.memory.self_modifying import SelfModifying
 from nestling.memory.spec import Engine, Memory, MemorySpec
@@ -39,10 +39,12 @@ __all__ = [
     "L2",
     "MLP",
     "Bias",
+    "Bregman",
     "Decay",
     "DeltaGradient",
     "Directed",
     "DotProduct",
+    "ElasticNet",
     "EpsilonInsensitive",
     "Features",
     "Full",

@@ -1,9 +1,23 @@
 """Retention: what a memory keeps of its past."""
 
 from nestling.memory.retentions.base import Retention, Scaled, linked, per_channel
+from nestling.memory.retentions.bregman import Bregman
 from nestling.memory.retentions.decay import Decay
+from nestling.memory.retentions.elastic import ElasticNet
 from nestling.memory.retentions.full import Full
 from nestling.memory.retentions.lq import Lq, LqDual
 from nestling.memory.retentions.softmax import Softmax
 
-__all__ = ["Decay", "Full", "Lq", "LqDual", "Retention", "Scaled", "Softmax", "linked", "per_channel"]
+__all__ = [
+    "Bregman",
+    "Decay",
+    "ElasticNet",
+    "Full",
+    "Lq",
+    "LqDual",
+    "Retention",
+    "Scaled",
+    "Softmax",
+    "linked",
+    "per_channel",
+]
