@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -147,28 +148,33 @@ class MemorySpec(Memory):
                 f"{self.name}: {self.network} adds the key to its output, but key_dim is {self.key_dim} and value_dim "
                 f"{self.value_dim}: make value_dim no larger, or set residual=False, leading=False"
             )
-        self.network.shapes(self.width, self.value_dim)
+        self.shapes  # noqa: B018  refuses dimensions that do not fit
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Features of a key: the network's input dimension."""
         return self.features.width(self.key_dim)
 
-    @property
+    @cached_property
+    def fast_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of each of the network's weights."""
+        return self.network.shapes(self.width, self.value_dim)
+
+    @cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(in, out) of each of w0: the network's weights, then the feature map's own parameters, which stay slow."""
-        return (*self.network.shapes(self.width, self.value_dim), *self.features.shapes(self.key_dim))
+        return (*self.fast_shapes, *self.features.shapes(self.key_dim))
 
     def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
         """Shape of each of the state's weights, without the lane."""
-        return tuple((heads, *shape) for shape in self.network.shapes(self.width, self.value_dim))
+        return tuple((heads, *shape) for shape in self.fast_shapes)
 
     @property
     def reads_weights(self) -> bool:
         """Whether the inner gradient depends on the weights, so that the anchor matters."""
         return self.bias.reads_prediction or self.network.depth > 1
 
-    @property
+    @cached_property
     def directed(self) -> Directed | None:
         """The rule, if its steps go along a map of the momentum."""
         return self.rule if isinstance(self.rule, Directed) else None
@@ -206,7 +212,7 @@ class MemorySpec(Memory):
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         """Initial (dual) weights, float32, each `[head, in, out]`, first applied first; then the features' parameters."""
-        weights = self.network.init(self.network.shapes(self.width, self.value_dim), heads, generator)
+        weights = self.network.init(self.fast_shapes, heads, generator)
         own = self.features.init(self.key_dim, heads, generator)
         return (*(self.retention.dual(w) for w in weights), *own)
 
@@ -282,7 +288,7 @@ class MemorySpec(Memory):
 
     def describe(self) -> dict[str, str]:
         """The choices in words, with gates used and state size per lane and head."""
-        per_head = sum(i * o for i, o in self.network.shapes(self.width, self.value_dim))
+        per_head = sum(i * o for i, o in self.fast_shapes)
         copies = 3 if self.rule.momentum else 2
         tail = (self.bias.window - 1) * (self.width + self.target_dim)
         return {
