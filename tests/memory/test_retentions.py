@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 import nestling as nl
-from nestling.memory import L2, Bregman, ElasticNet, Gates, Lq, LqDual, Matrix, MemorySpec, Retention, Softmax
+from nestling.memory import (
+    L2,
+    MLP,
+    Bregman,
+    Decay,
+    ElasticNet,
+    Gates,
+    Lq,
+    LqDual,
+    Matrix,
+    MemorySpec,
+    Retention,
+    Softmax,
+)
 
 LINKS: list[Retention] = [
     Lq(),
@@ -128,7 +143,7 @@ def test_moneta_is_equations_24_and_25_with_the_norm_at_the_end_of_chunks(chunk:
     torch.testing.assert_close(state.weights[0][0, 0], a)
 
 
-@pytest.mark.parametrize("link", LINKS, ids=str)
+@pytest.mark.parametrize("link", [*LINKS, Decay(toward_initial=True)], ids=str)
 @pytest.mark.parametrize("read", ["after", "before", "boundary"])
 def test_links_under_momentum_and_a_matrix_memory(link: Retention, read: str) -> None:
     """Mixtures nobody named: both engines agree, lanes out of step, a reset inside."""
@@ -142,6 +157,61 @@ def test_links_under_momentum_and_a_matrix_memory(link: Retention, read: str) ->
     torch.testing.assert_close(fast[0], slow[0], rtol=1e-8, atol=1e-8)
     for a, b in zip((*fast[1].weights, *fast[1].momentum), (*slow[1].weights, *slow[1].momentum), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_forgetting_toward_the_initial_state() -> None:
+    """W_t − W_0 = α(W_{t−1} − W_0) − η∇ℓ(anchor), by hand; a share of 0 gives W_0 back and 1 keeps all."""
+    chunk = 3
+    spec = MemorySpec(4, 4, Matrix(), L2(), Decay(toward_initial=True), chunk=chunk)
+    start = normal(14, 4, 4)
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(15), lanes=1, heads=1, time=14, dtype=torch.float64)
+    assert gates.retention is not None
+    gates.retention[..., 6] = 0.0
+    y, _ = spec.scan([start[None]], q, k, v, gates)
+    w = anchor = start
+    for t in range(14):
+        key = k[0, 0, t]
+        step = gates.lr[0, 0, t] * torch.outer(key, key @ anchor - v[0, 0, t])
+        w = start + gates.retention[0, 0, t] * (w - start) - step
+        torch.testing.assert_close(y[0, 0, t], q[0, 0, t] @ w, rtol=1e-10, atol=1e-10)
+        anchor = w if (t + 1) % chunk == 0 else anchor
+    still = torch.zeros(1, 1, 14, dtype=torch.float64)
+    _, state = spec.scan([start[None]], q, k, v, Gates(lr=still, retention=still + 0.9))
+    torch.testing.assert_close(state.weights[0][0, 0], start)
+    plain = MemorySpec(4, 4, Matrix(), L2(), Decay(), chunk=chunk)
+    same = Gates(lr=gates.lr, retention=still + 1)
+    torch.testing.assert_close(
+        spec.scan([start[None]], q, k, v, same)[0], plain.scan([start[None]], q, k, v, same)[0], rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("read", ["after", "before", "boundary"])
+def test_forgetting_toward_the_initial_state_in_a_deep_memory(read: str) -> None:
+    """Engine, step and reference, with the gradients of the initial weights; a reset and an invalid token inside."""
+    spec = MemorySpec(4, 4, MLP(), L2(), Decay(toward_initial=True), nl.memory.Momentum(), chunk=4, read=read)
+    w0 = [w.double().requires_grad_() for w in spec.init(2, torch.Generator().manual_seed(0))]
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(1), time=15, dtype=torch.float64)
+    gates = gates.map(lambda gate: gate.requires_grad_())
+    reset, valid = torch.zeros(2, 15, dtype=torch.bool), torch.ones(2, 15, dtype=torch.bool)
+    reset[1, 6], valid[0, 3] = True, False
+    runs = []
+    for cuts in ("reference", [0, 15], list(range(16))):
+        if cuts == "reference":
+            y, state = spec.scan(w0, q, k, v, gates, engine="reference", reset=reset, valid=valid)
+        else:
+            state, outputs = None, []
+            for first, last in itertools.pairwise(cuts):
+                one = slice(first, last)
+                part = (x[:, :, one] for x in (q, k, v))
+                y, state = spec.scan(w0, *part, gates[one], state, reset=reset[:, one], valid=valid[:, one])
+                outputs.append(y)
+            y = torch.cat(outputs, 2)
+        total = y.square().sum() + sum(w.square().sum() for w in state.weights)
+        gradients = torch.autograd.grad(total, (*w0, *(g for _, g in gates.items())), allow_unused=True)
+        runs.append((y, *state.weights, *state.momentum, *(torch.zeros(()) if g is None else g for g in gradients)))
+    for fast in runs[1:]:
+        for a, b in zip(fast, runs[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
 def test_the_elastic_net_minimizes_its_objective() -> None:
@@ -228,6 +298,8 @@ def test_yaad_is_equation_26() -> None:
         (lambda: Lq(1.5), "Lq.q is 1.5"),
         (lambda: LqDual(4, floor=0.0), "LqDual.floor is 0.0"),
         (lambda: ElasticNet(0.0), "threshold is 0.0"),
+        (lambda: Decay(per_channel=True, toward_initial=True), "choose one"),
+        (lambda: MemorySpec(4, 4, retention=Decay(toward_initial=True), rule=nl.memory.DeltaGradient()), "goes back"),
         (lambda: Bregman("log"), "Bregman.map is 'log'"),
     ],
 )

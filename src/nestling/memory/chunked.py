@@ -38,9 +38,9 @@ from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_w
 from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import Network, at
 from nestling.memory.report import Report
-from nestling.memory.retentions import Retention, Scaled, per_channel
+from nestling.memory.retentions import Retention, Scaled, per_channel, toward_initial
 from nestling.memory.state import MemoryState, Tail, Weights
-from nestling.memory.step import step
+from nestling.memory.step import returning, step
 
 if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
@@ -191,10 +191,12 @@ def read(
     writes: Writes,
     q: Tensor,
     scales: Weights = (),
+    start: Weights = (),
 ) -> Tensor:
     """Answer every query of the tile with its own token's weights.
 
     scales  what a scaled retention makes weights of the dual with, in this chunk
+    start   initial weights, where what is not kept goes back to them
     """
     if spec.read == "boundary":
         return spec.network.apply(at(anchor), q)
@@ -207,6 +209,8 @@ def read(
         s = momentum[layer] if momentum else None
         x, r = _rows(writes, layer)
         z = fused.read(h, weights[layer], keep, s, carry, x, columns, r)
+        if start and keep is not None:
+            z = z + (1 - keep).unsqueeze(-1) * (h @ start[layer])
         return scales[layer] * z if scales else z
 
     def through_link(layer: int, h: Tensor) -> Tensor:
@@ -484,6 +488,7 @@ def _group(
     outputs, notes = [], list[Weights]()
     linked: tuple[Tensor, ...] | None = None
     scales: Weights = ()
+    back_to = start.weights if toward_initial(spec.retention) else ()
     queries, keys, values = tiles.q.unbind(2), tiles.k.unbind(2), tiles.v.unbind(2)
     erases = each(tiles.erase, len(queries))
     matrices: list[Coefficients] = []
@@ -527,8 +532,10 @@ def _group(
         else:
             c = matrices[n]
             writes = solve(found, c, weights, momentum, erases[n], halo, cut.begins[first + n][0])
-            outputs.append(read(spec, c, linked, weights, momentum, writes, queries[n], scales))
+            outputs.append(read(spec, c, linked, weights, momentum, writes, queries[n], scales, back_to))
             weights, momentum = advance(c, weights, momentum, writes)
+            if back_to and c.keep is not None:
+                weights = returning(weights, c.keep[..., -1:], back_to)
             if scales and spec.read == "after" and bool(border.any()):
                 outputs[-1] = _closing(spec, cut, first + n, weights, queries[n], outputs[-1])
         if bool(border.any()):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail
 from nestling.memory.networks.base import Network, at
-from nestling.memory.retentions import linked, per_channel
+from nestling.memory.retentions import linked, per_channel, toward_initial
 from nestling.memory.state import MemoryState, Weights
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
                 else x.retention.plain()[:, :, t, None, None]
             )
         new = w if share is None else share * w
+        if share is not None and toward_initial(spec.retention):
+            new = new + (1 - share) * x.start.weights[layer]
         if x.erase is not None:
             h = layers[layer]
             strength = erase_strength(x.erase[:, :, t], layer, h.square().sum(-1)) * finite[:, None]

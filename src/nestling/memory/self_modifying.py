@@ -28,7 +28,7 @@ from nestling.memory.gates import Factor, Gates, factor
 from nestling.memory.inputs import border_guard, check, check_weights, token_guard
 from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.report import Report
-from nestling.memory.retentions import Decay, Retention, per_channel
+from nestling.memory.retentions import Decay, Retention, per_channel, toward_initial
 from nestling.memory.rules import DeltaGradient, Directed, Implicit, Rule
 from nestling.memory.spec import Engine, Example, Memory, Read
 from nestling.memory.state import MemoryState, Weights
@@ -140,7 +140,7 @@ class SelfModifying(Memory):
         if self.read not in ("after", "before", "boundary"):
             raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
         single = self.bias.window == 1 and not reads_threshold(self.bias)
-        if not single or not self.retention.linear or per_channel(self.retention):
+        if not single or not self.retention.linear or per_channel(self.retention) or toward_initial(self.retention):
             raise ValueError(
                 f"{self.name}: bias {self.bias} with retention {self.retention} does not fit; expected a bias of one token "
                 "without threshold and a retention whose weights are their own dual, Decay() or Full()"

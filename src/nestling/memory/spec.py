@@ -16,7 +16,7 @@ from nestling.memory.gates import Gates
 from nestling.memory.inputs import check_weights, prepare
 from nestling.memory.networks import Matrix, Network
 from nestling.memory.report import Report
-from nestling.memory.retentions import Full, Retention, per_channel
+from nestling.memory.retentions import Full, Retention, per_channel, toward_initial
 from nestling.memory.rules import Directed, Gradient, Implicit, Rule
 from nestling.memory.state import MemoryState, Tail, Weights
 
@@ -137,6 +137,11 @@ class MemorySpec(Memory):
             raise ValueError(
                 f"{self.name}: {self.retention} keeps channels of the key, which {self.network} with {self.rule} cannot: "
                 "choose a network of one layer and a rule that adds what it writes, or Decay()"
+            )
+        if toward_initial(self.retention) and (self.rule.erase != "none" or self.directed is not None):
+            raise ValueError(
+                f"{self.name}: {self.retention} goes back to the initial weights, which {self.rule} does not: choose Gradient() "
+                "or Momentum(), or Decay()"
             )
         if self.directed is not None and not self.retention.linear:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from nestling.memory import directed
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail, surely
 from nestling.memory.networks.base import at
-from nestling.memory.retentions import Scaled, linked, per_channel
+from nestling.memory.retentions import Scaled, linked, per_channel, toward_initial
 from nestling.memory.state import MemoryState, Weights
 
 if TYPE_CHECKING:
@@ -61,6 +61,11 @@ def write(
             new = new - moved
         new_weights.append(new if erased is None else new - own.mT @ erased)
     return tuple(new_weights), tuple(new_momentum)
+
+
+def returning(weights: Weights, share: Tensor, start: Weights) -> Weights:
+    """Weights that keep a share `[…, 1]` of what was, with the rest of the initial ones."""
+    return tuple(w + (1 - share).unsqueeze(-1) * w0 for w, w0 in zip(weights, start, strict=True))
 
 
 def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
@@ -126,6 +131,9 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
         after, moved_s = write(
             found.inputs, found.errors, weights, momentum, size, retention, mu, erase, acts, halo, shares
         )
+
+    if retention is not None and toward_initial(spec.retention):
+        after = returning(after, retention, x.start.weights)
 
     if spec.read == "boundary":
         y = spec.network.apply(at(standing), x.q)

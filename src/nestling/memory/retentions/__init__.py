@@ -1,6 +1,6 @@
 """Retention: what a memory keeps of its past."""
 
-from nestling.memory.retentions.base import Retention, Scaled, linked, per_channel
+from nestling.memory.retentions.base import Retention, Scaled, linked, per_channel, toward_initial
 from nestling.memory.retentions.bregman import Bregman
 from nestling.memory.retentions.decay import Decay
 from nestling.memory.retentions.elastic import ElasticNet
@@ -20,4 +20,5 @@ __all__ = [
     "Softmax",
     "linked",
     "per_channel",
+    "toward_initial",
 ]

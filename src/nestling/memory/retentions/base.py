@@ -64,6 +64,11 @@ def per_channel(retention: Retention) -> bool:
     return bool(getattr(retention, "per_channel", False))
 
 
+def toward_initial(retention: Retention) -> bool:
+    """Whether what is not kept goes back to the initial weights instead of 0."""
+    return bool(getattr(retention, "toward_initial", False))
+
+
 def linked(retention: Retention, dual: Tensor, anchor: Tensor) -> Tensor:
     """Weights of a token whose chunk has this (dual) anchor."""
     return retention.scale(anchor) * dual if isinstance(retention, Scaled) else retention.link(dual)

@@ -12,10 +12,17 @@ from torch import Tensor
 class Decay:
     """Keeps the share `gates.retention` (None: all) of the weights at every token.
 
-    per_channel  the gate has one share per channel of the key, `[lane, head, time, key_dim]`; for memories of one layer
+    per_channel     the gate has one share per channel of the key, `[lane, head, time, key_dim]`; for memories of one layer
+    toward_initial  what is let go returns to the initial weights, W ← αW + (1 − α)W_0 + …: the prior of the global retention
+                    (Miras, §3.2) is W_0 in place of 0, so that forgetting is going back to what was learned slowly (derived)
     """
 
     per_channel: bool = False
+    toward_initial: bool = False
+
+    def __post_init__(self) -> None:
+        if self.per_channel and self.toward_initial:
+            raise ValueError("Decay(per_channel=True, toward_initial=True): choose one of them")
 
     @property
     def decays(self) -> bool:
