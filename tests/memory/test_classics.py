@@ -215,6 +215,15 @@ def test_mixtures_that_cannot_be_are_refused_in_words(call, words: str) -> None:
         call()
 
 
+def test_a_report_of_channel_decay_is_the_channels_average() -> None:
+    spec = nl.memory.named("gla", key_dim=D)
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(0), time=5)
+    report = nl.Report()
+    spec.scan(spec.init(2), q, k, v, gates, report=report.scope("memory"))
+    assert gates.retention is not None
+    torch.testing.assert_close(report["memory"]["retention"], gates.retention.mean(-1))
+
+
 def test_a_scalar_gate_where_channels_are_wanted_is_refused() -> None:
     spec = nl.memory.named("gla", key_dim=D)
     q, k, v, _ = spec.example(torch.Generator().manual_seed(0), time=5)

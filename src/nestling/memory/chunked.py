@@ -366,7 +366,8 @@ def scan(
         surprise, update = series(notes, cut, time)
         report.add(surprise=surprise, update=update, lr=x.lr)
         if x.retention is not None:
-            report.add(retention=x.retention.plain())
+            kept = x.retention.plain()
+            report.add(retention=kept.mean(-1) if kept.dim() > 3 else kept)  # of channels: what they keep on average
         if x.momentum is not None:
             report.add(momentum=x.momentum.plain())
         report.count(faults=faults - x.state.faults)
