@@ -6,8 +6,8 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,22 @@ class TrainResult:
     bits_per_byte: float
 
 
+@contextmanager
+def flushing() -> Iterator[None]:
+    """The smallest numbers become 0, where the processor can do so.
+
+    Gradients of what a memory read long ago fade until they have fewer digits than a float32 should have, and a processor takes
+    many times as long over those.
+    """
+    before = not float(torch.tensor(1e-40) * 1.0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+@flushing()
 def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     """Train, or go on training (`config.resume`), until the budget is spent or Ctrl-C; everything is in the
     run's folder then.
@@ -257,12 +273,7 @@ def open_corpus(data: Sequence[str]) -> stream.Corpus:
 
 
 def open_device(name: str) -> torch.device:
-    """The device, after trying it; raises `SettingError` if there is none of that name here.
-
-    The smallest numbers become 0 from here on, where the processor can do so: gradients of what a memory read long ago fade
-    until they have fewer digits than a float32 should, and a processor takes many times as long over those.
-    """
-    torch.set_flush_denormal(True)
+    """The device, after trying it; raises `SettingError` if there is none of that name here."""
     if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
         raise SettingError(f"device: got {name!r}, but expected cpu, cuda, cuda:1 (and so on), mps or xpu.")
     try:
