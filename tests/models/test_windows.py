@@ -371,6 +371,41 @@ def test_a_model_that_does_not_learn_slowly_keeps_no_graph() -> None:
     assert any(d.any() for d in nl.state.leaves(state.continuum[0].delta))
 
 
+def test_nothing_of_a_graph_is_left_where_no_gradient_is_asked_for() -> None:
+    model, tokens = build((4, 8)), text(17, 2, 10)
+    with torch.no_grad():
+        logits, state = model(tokens)
+    assert not logits.requires_grad
+    assert not any(leaf.requires_grad for leaf in nl.state.leaves(state))
+    _, state = model(tokens)
+    assert state.open is not None
+    assert not any(leaf.requires_grad for leaf in nl.state.leaves(state.open)), "the window's start is a constant"
+    assert any(leaf.requires_grad for leaf in nl.state.leaves(state.blocks))
+
+
+def test_gradients_of_lanes_whose_window_goes_on_are_not_looked_at() -> None:
+    layer = Continuum(4, 3, (2, 4))
+    state = layer.start(2)
+    assert state is not None
+    found = nl.state.tree_map(lambda d: torch.full_like(d, math.nan), state.delta)
+    after = layer.learn(state, found, 1, torch.tensor([True, False]), torch.tensor([2, 1]))
+    assert after.faults.tolist() == [2, 0]
+    total = sum(leaf.sum() for leaf in nl.state.leaves((after.delta, after.pending)))
+    assert isinstance(total, Tensor)
+    total.backward()
+    assert all(level.rate.grad.isfinite().all() for level in layer.levels_), "NaN stays out of the rates too"
+
+
+def test_a_report_counts_the_faults_of_its_own_calls() -> None:
+    model, tokens = build((4, 8)), text(18, 2, 4)
+    _, state = model(tokens, poisoned(model, model.start(2), math.nan))
+    healed = nl.state.tree_map(lambda x: torch.nan_to_num(x) if x.is_floating_point() else x, state)
+    report = nl.memory.Report()
+    model(tokens, healed, report=report)
+    assert healed.continuum[0].faults.any()
+    assert not report["blocks.0.continuum"]["faults"].any()
+
+
 def test_states_of_inference_mode_go_on_in_training() -> None:
     model, tokens = build((4, 8)), text(14, 2, 27)
     with torch.inference_mode():
