@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nestling as nl
-from nestling.memory import Gates, MemorySpec, MemoryState
-from nestling.memory.retentions import per_channel
+from nestling.memory import Gates, Memory
 
 NAMES = nl.memory.names()
 HEADS = 2
 COINCIDE = {("mamba2_like", "retnet")}
 
 
-def build(name: str, seed: int, **choices: object) -> tuple[MemorySpec, list[Tensor]]:
+def build(name: str, seed: int, **choices: object) -> tuple[Memory, list[Tensor]]:
     """A small float64 memory whose initial weights are never all zero, so that nothing hides behind an empty memory."""
     spec = nl.memory.named(name, key_dim=4, **choices)
     generator = torch.Generator().manual_seed(seed)
@@ -31,9 +30,8 @@ def build(name: str, seed: int, **choices: object) -> tuple[MemorySpec, list[Ten
     return spec, [w if w.any() else empty.pop(0) for w in w0]
 
 
-def leaves(state: MemoryState) -> list[Tensor]:
-    tail = [] if state.tail is None else [*state.tail]
-    return [*state.anchor, *state.weights, *state.momentum, *tail, state.position, state.faults]
+def leaves(state: object) -> list[Tensor]:
+    return nl.state.leaves(state)
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-8) -> None:
@@ -44,7 +42,7 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
     assert bool(error <= bound), f"{what}: off by {float(error):.2e}, allowed {bound:.2e}"  # NaN fails
 
 
-def assert_same(a: MemoryState, b: MemoryState, tolerance: float = 1e-8) -> None:
+def assert_same(a: object, b: object, tolerance: float = 1e-8) -> None:
     for number, (x, y) in enumerate(zip(leaves(a), leaves(b), strict=True)):
         assert_close(x, y, f"state leaf {number}", tolerance)
 
@@ -94,7 +92,9 @@ def test_chunked_equals_reference_in_outputs_state_and_every_gradient(name: str,
         y, state = nl.memory.scan(spec, w0, *example, **options, **mask)
         probe = torch.Generator().manual_seed(7)
         total = (y * torch.randn(y.shape, generator=probe, dtype=y.dtype)).sum()
-        for w in (*state.weights, *state.momentum):
+        for w in leaves(state):
+            if not w.is_floating_point() or not w.requires_grad:
+                continue
             total = total + (w * torch.randn(w.shape, generator=probe, dtype=w.dtype)).sum()
         gradients = torch.autograd.grad(total, inputs, allow_unused=True)
         runs.append((y.detach(), state, gradients))
@@ -205,7 +205,7 @@ def test_half_inputs_are_computed_and_kept_in_float32(name: str, dtype: torch.dt
         y, state = nl.memory.scan(spec, w0, *low, gates)
     up, same = nl.memory.scan(spec, w0, *(x.float() for x in low), gates.map(lambda g: g.float()))
     assert y.dtype == dtype
-    assert all(w.dtype == torch.float32 for w in (*state.weights, *state.anchor, *state.momentum))
+    assert all(w.dtype == torch.float32 for w in leaves(state) if w.is_floating_point())
     assert torch.equal(y, up.to(dtype))
     assert_same(state, same, 0.0)
 
@@ -232,15 +232,17 @@ def test_no_system_is_another_under_a_second_name() -> None:
         generator = torch.Generator().manual_seed(29)
         q, k, v, _ = spec.example(generator, heads=HEADS, time=24, dtype=torch.float64)
         shape = (2, HEADS, 24)
-        kept = torch.tensor([0.9, 0.8, 0.95, 0.85]).double().expand(*shape, 4)
-        everything = {
-            "lr": torch.full(shape, 0.3).double(),
-            "momentum": torch.full(shape, 0.5).double(),
-            "retention": kept if per_channel(spec.retention) else kept[..., 0],
-            "window": torch.full((*shape, spec.bias.window), 0.7).double(),
-            "threshold": torch.full(shape, 1.5).double(),
-        }
-        gates = Gates(**{n: g for n, g in everything.items() if n in spec.gates_used})
+        channels = {n: torch.linspace(1, 0.9, c).double() for n, c in spec.gate_channels.items()}
+        neutral = {"lr": 0.3, "momentum": 0.5, "retention": 0.9, "window": 0.7, "threshold": 1.5}
+        gates = Gates(
+            **{
+                n: (x * channels.get(n, torch.ones(1).double())).expand(*shape, spec.gate_channels.get(n, 1))
+                if n in spec.gate_channels
+                else torch.full(shape, x).double()
+                for n, x in neutral.items()
+                if n in spec.gates_used
+            }
+        )
         weights = torch.Generator().manual_seed(31)
         w0 = [torch.randn(HEADS, *s, generator=weights, dtype=torch.float64) for s in spec.shapes]
         outputs[name] = nl.memory.scan(spec, w0, q, k, v, gates)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ from nestling.layers.convolution import ShortConvolution
 from nestling.layers.fused import gated_norm, unit_heads
 from nestling.layers.level import Level, Period
 from nestling.layers.norm import EPS
-from nestling.memory import Gates, MemorySpec, MemoryState, Report, SelfModifying
-from nestling.memory.retentions import per_channel
-from nestling.state import register
+from nestling.memory import Gates, Report
+from nestling.memory import Memory as AnyMemory
+from nestling.state import leaves, register
 
 
 @register
@@ -24,7 +24,7 @@ class MemoryLayerState(NamedTuple):
     """Tail of the convolution `[lane, width − 1, 3 · dim]`, and the memory's own state."""
 
     tail: Tensor
-    memory: MemoryState
+    memory: Any
 
 
 class Memory(Layer):
@@ -50,7 +50,7 @@ class Memory(Layer):
         self,
         dim: int,
         heads: int,
-        spec: MemorySpec | SelfModifying,
+        spec: AnyMemory,
         *,
         width: int = 4,
         lr_max: float | None = None,
@@ -62,15 +62,16 @@ class Memory(Layer):
                 f"key_dim={spec.key_dim}, value_dim={spec.value_dim}: make them equal"
             )
         self.spec, self.heads = spec, heads
-        anchored = spec.reads_weights and spec.rule.step(spec.key_dim) == 1
-        self.lr_max = (spec.chunk**-0.5 if anchored else 1.0) if lr_max is None else lr_max
+        self.growth = spec.growth
+        self.lr_max = (spec.update_period**-0.5 if spec.anchored else 1.0) if lr_max is None else lr_max
         self.qkv = nn.Linear(dim, self.projections * dim, bias=False)
         self.convolution = ShortConvolution(3 * dim, width)
-        self.channels = spec.shapes[0][0] if per_channel(spec.retention) else 0
-        scalars = ("lr", "momentum", "threshold") if self.channels else ("lr", "momentum", "retention", "threshold")
-        self.kinds = [kind for kind in scalars if kind in spec.gates_used]
-        self.lags = spec.bias.window if spec.bias.window > 1 else 0
-        columns = len(self.kinds) + self.channels + self.lags
+        self.kinds = {
+            kind: spec.gate_channels.get(kind, 1)
+            for kind in ("lr", "momentum", "retention", "threshold", "window")
+            if kind in spec.gates_used
+        }
+        columns = sum(self.kinds.values())
         self.gates = nn.Linear(dim, heads * columns) if columns else None
         self.gate = nn.Linear(dim, dim, bias=False)
         self.norm = nn.RMSNorm(spec.value_dim, eps=EPS)
@@ -78,17 +79,16 @@ class Memory(Layer):
         self.initial = nn.ParameterList(nn.Parameter(w) for w in spec.init(heads))
         if self.gates is None:
             return
-        bias = {"lr": -1.0 if anchored else 0.0, "momentum": 0.0, "retention": 4.0, "threshold": 1.0}
+        first = {"lr": -1.0 if spec.anchored else 0.0, "momentum": 0.0, "retention": 4.0, "threshold": 1.0}
         with torch.no_grad():
             self.gates.weight.mul_(0.1)
             view = self.gates.bias.view(heads, -1)
-            for column, kind in enumerate(self.kinds):
-                view[:, column] = bias[kind]
-            first = len(self.kinds) + self.channels
-            view[:, len(self.kinds) : first] = bias["retention"]
-            if self.lags:  # near the online rule at first
-                view[:, first] = 3.0
-                view[:, first + 1 :] = -3.0
+            for kind, part in zip(self.kinds, torch.split(view, list(self.kinds.values()), -1), strict=True):
+                if kind == "window":  # near the online rule at first
+                    part[:, 0] = 3.0
+                    part[:, 1:] = -3.0
+                else:
+                    part[:] = first[kind]
 
     def start(self, lanes: int) -> MemoryLayerState:
         return MemoryLayerState(self.convolution.start(lanes), self.spec.start(tuple(self.initial), lanes))
@@ -103,7 +103,7 @@ class Memory(Layer):
         report: Report | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
         state = self.start(x.shape[0]) if state is None else state
-        if torch.is_grad_enabled() and self.spec.network.depth > 1:
+        if torch.is_grad_enabled() and self.spec.deep:
             # Beside a deep memory one product more is cheap, and keeping what the convolution reads is not.
             mixed, tail = checkpoint(
                 self._mix,
@@ -134,21 +134,19 @@ class Memory(Layer):
 
     def levels(self) -> list[Level]:
         words = self.spec.describe()
-        period = self.spec.chunk if self.spec.reads_weights else 1
-        memory = ["anchor", "weights", *(["momentum"] if self.spec.rule.momentum else []), "position", "faults"]
-        if self.spec.bias.window > 1:
-            memory.append("tail")
+        state = self.spec.start(tuple(self.initial), 0)
+        carried = [part for part, value in zip(state._fields, state, strict=True) if list(leaves(value))]
         return [
             Level(
                 "memory",
-                Period(period, "token"),
+                Period(self.spec.update_period, "token"),
                 words["network"],
                 words["bias"],
                 words["retention"],
                 words["rule"],
                 "tokens",
                 "initialization",
-                state_paths=("tail", *(f"memory.{part}" for part in memory)),
+                state_paths=("tail", *(f"memory.{part}" for part in carried)),
             )
         ]
 
@@ -168,16 +166,14 @@ class Memory(Layer):
         raw = self.gates(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [lane, head, time, gate]
         raw = raw.float() if raw.dtype.itemsize < 4 else raw
         made: dict[str, Tensor] = {}
-        for column, kind in enumerate(self.kinds):
+        for kind, part in zip(self.kinds, torch.split(raw, list(self.kinds.values()), -1), strict=True):
+            part = part if kind in self.spec.gate_channels else part.squeeze(-1)
             if kind == "lr":
-                made["lr"] = self.lr_max * raw[..., column].sigmoid()
+                made["lr"] = self.lr_max * part.sigmoid()
             elif kind == "threshold":  # in units of the norm of values whose coordinates have unit scale
-                made["threshold"] = self.spec.value_dim**0.5 * F.softplus(raw[..., column])
+                made["threshold"] = self.spec.value_dim**0.5 * F.softplus(part)
+            elif kind == "window":
+                made["window"] = part.sigmoid()
             else:
-                made[f"log_{kind}"] = F.logsigmoid(raw[..., column])
-        first = len(self.kinds) + self.channels
-        if self.channels:
-            made["log_retention"] = F.logsigmoid(raw[..., len(self.kinds) : first])
-        if self.lags:
-            made["window"] = raw[..., first:].sigmoid()
+                made[f"log_{kind}"] = F.logsigmoid(part)
         return Gates(**made)

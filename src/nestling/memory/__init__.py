@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nestling.memory import systems
 from nestling.memory.biases import KL, L2, Bias, DotProduct, EpsilonInsensitive, Huber, Lp, Omega, Robust
 from nestling.memory.features import Features, Identity, Polynomial, Powers, Sketch, Unit
 from nestling.memory.gates import Gates
@@ -83,4 +84,5 @@ __all__ = [
     "newton_schulz",
     "register",
     "scan",
+    "systems",
 ]

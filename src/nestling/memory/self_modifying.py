@@ -202,6 +202,14 @@ class SelfModifying(Memory):
         return True
 
     @property
+    def update_period(self) -> int:
+        return self.chunk
+
+    @property
+    def deep(self) -> bool:
+        return self.network.depth > 1
+
+    @property
     def period(self) -> int:
         """Tokens between two anchors of the main memory."""
         return self.chunk

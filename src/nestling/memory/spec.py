@@ -29,7 +29,49 @@ GUARD_PERIOD = 64  # border guard's period where `chunk` plays no part
 
 @runtime_checkable
 class Memory(Protocol):
-    """An associative memory with fast weights. `MemorySpec` is the main one; composites answer the same calls."""
+    """An associative memory with fast weights. `MemorySpec` is the main one; composites answer the same calls.
+
+    They are frozen dataclasses whose fields are their choices; `scan` returns a registered named tuple as the state.
+
+    key_dim, value_dim   sizes per head
+    name                 name of the system, for messages
+    growth               "constant", or "linear" where the state grows with the tokens read
+    """
+
+    key_dim: int
+    value_dim: int
+    name: str
+    growth: Literal["constant", "linear"] = "constant"
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of each of the initial (slow) weights."""
+        ...
+
+    @property
+    def gates_used(self) -> frozenset[str]:
+        """Names of the gates that have an effect."""
+        ...
+
+    @property
+    def gate_channels(self) -> dict[str, int]:
+        """Size of the last dimension of those gates that have more than one number per head and token."""
+        return {}
+
+    @property
+    def update_period(self) -> int:
+        """Tokens between two changes of the weights that gradients read; 1 where every token changes them."""
+        return 1
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the steps of a chunk add up at its anchor at full size, so that they should be smaller in longer chunks."""
+        return False
+
+    @property
+    def deep(self) -> bool:
+        """Whether the network has hidden layers."""
+        return False
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         """Initial (slow) weights, each `[head, in, out]`."""
@@ -195,6 +237,23 @@ class MemorySpec(Memory):
         return self.chunk if self.reads_chunk else GUARD_PERIOD
 
     @property
+    def update_period(self) -> int:
+        return self.chunk if self.reads_chunk else 1
+
+    @property
+    def anchored(self) -> bool:
+        return self.reads_weights and self.rule.step(self.key_dim) == 1
+
+    @property
+    def deep(self) -> bool:
+        return self.network.depth > 1
+
+    @property
+    def gate_channels(self) -> dict[str, int]:
+        found = {"retention": self.width} if per_channel(self.retention) else {}
+        return found | ({"window": self.bias.window} if self.bias.window > 1 else {})
+
+    @property
     def target_dim(self) -> int:
         """Size of what the bias compares a prediction with: the value, and the threshold of biases that read one."""
         return self.value_dim + reads_threshold(self.bias)
@@ -337,10 +396,12 @@ class MemorySpec(Memory):
         if "momentum" in used:
             made["momentum"] = torch.sigmoid(normal(*shape))
         if "retention" in used:
-            kept = (*shape, self.shapes[0][0]) if per_channel(self.retention) else shape
-            made["retention"] = torch.sigmoid(normal(*kept) + 4)
+            made["retention"] = torch.sigmoid(normal(*shape, *self._last("retention")) + 4)
         if "delta" in used and (self.reads_weights or self.rule.erase == "with_decay"):
             made["delta"] = 0.5 * torch.sigmoid(normal(*shape))
         if "window" in used:
-            made["window"] = torch.sigmoid(normal(*shape, self.bias.window))
+            made["window"] = torch.sigmoid(normal(*shape, *self._last("window")))
         return q.to(dtype), k.to(dtype), v.to(dtype), Gates(**{n: g.to(dtype) for n, g in made.items()})
+
+    def _last(self, gate: str) -> tuple[int, ...]:
+        return (self.gate_channels[gate],) if gate in self.gate_channels else ()

@@ -1,0 +1,74 @@
+"""Atlas: windows of tokens, polynomial features, second-order steps."""
+
+from nestling.memory.biases import L2, DotProduct, Omega
+from nestling.memory.features import Polynomial
+from nestling.memory.named import register
+from nestling.memory.networks import MLP, GatedMLP, Matrix
+from nestling.memory.retentions import Decay
+from nestling.memory.rules import Gradient, Muon
+
+register(
+    "omeganet",
+    equation="W ← αW − η Σ_{i>t−c} γ_i ∇½‖M(k_i) − v_i‖²",
+    source="Atlas, eq. 8–10",
+    notes="The rule is the paper's; c = 8 and identity features are our defaults (features=Polynomial(…) "
+    "with MLP(leading=True) is the paper's).",
+    network=MLP(),
+    bias=Omega(L2(), length=8),
+    retention=Decay(),
+    rule=Gradient(),
+    chunk=16,
+)
+register(
+    "dla",
+    equation="W ← αW + η ∇⟨M(φ(k)), v⟩, M(φ) = x + LN(GELU(φW₁)W₂), φ = [x, 1, x^β…] of degree 2",
+    source="Atlas, eq. 19 and Table 1 (deep linear attention)",
+    notes="From the paper: rule, bias and polynomial features; the bias's sign is that of its results, as eq. 19 prints descent "
+    "on +⟨M, v⟩. Derived: feature weights that make the kernel exact. Our defaults: degree 2 of keys reduced to 16, the residual "
+    "adding φ's linear part, layer norm, chunk 16. With Matrix() and no features it is retnet.",
+    features=Polynomial(degree=2, reduce=16),
+    network=MLP(leading=True),
+    bias=DotProduct(),
+    retention=Decay(),
+    rule=Gradient(),
+    chunk=16,
+)
+register(
+    "swla",
+    equation="W ← αW + η Σ_{i>t−c} γ_i φ(k_i)ᵀv_i",
+    source="Atlas, eq. 20 and Table 1 (sliding-window linear attention)",
+    notes="From the paper, with its linear memory, so that chunk has no effect. With γ = 1 a token is written c times (derived). "
+    "Our defaults: c = 8, features of degree 2 of keys reduced to 16. With window 1 and no features it is retnet.",
+    features=Polynomial(degree=2, reduce=16),
+    network=Matrix(),
+    bias=Omega(DotProduct(), length=8),
+    retention=Decay(),
+    rule=Gradient(),
+)
+register(
+    "atlas",
+    equation="S ← μS − Σ_{i>t−c} γ_i ∇½‖M(φ(k_i)) − v_i‖², W ← αW + η NS₅(S) at chunk borders",
+    source="Atlas, eq. 32–33 and 42, appendix D.4",
+    notes="From the paper: objective, momentum, Newton–Schulz of 5 steps, two-layer residual memory, polynomial features. "
+    "Derived: the signs (Table 1 mixes two conventions) and η outside the sum. Our defaults: NS at chunk borders for speed "
+    "(rule=Muon('token') is the exact form), c = 8, degree 2 of keys reduced to 16, the residual adding φ's "
+    "linear part, chunk 16.",
+    features=Polynomial(degree=2, reduce=16),
+    network=MLP(leading=True),
+    bias=Omega(L2(), length=8),
+    retention=Decay(),
+    rule=Muon("chunk"),
+    chunk=16,
+)
+register(
+    "atlas_plus",
+    equation="as atlas, with M(φ) = x + LN((GELU(φW₂) ∘ φW₃)W₁)",
+    source="Atlas, eq. 43 and Table 1 (Atlas++)",
+    notes="As atlas; from the paper: the gated memory.",
+    features=Polynomial(degree=2, reduce=16),
+    network=GatedMLP(leading=True),
+    bias=Omega(L2(), length=8),
+    retention=Decay(),
+    rule=Muon("chunk"),
+    chunk=16,
+)
