@@ -16,7 +16,7 @@ from torch.func import functional_call
 import nestling as nl
 from nestling.layers import Continuum
 from nestling.learn.learner import count_faults
-from nestling.models import LanguageModel, ModelConfig, ModelState
+from nestling.models import Block, LanguageModel, ModelConfig, ModelState
 
 VOCAB = 19
 
@@ -29,7 +29,7 @@ def build(periods: tuple[int, ...], **settings: Any) -> LanguageModel:
         nl.layers.Memory(8, 2, nl.memory.named("gated_deltanet", key_dim=4)),
         nl.layers.Memory(8, 2, nl.memory.named("titans", key_dim=4, chunk=3)),
     ]
-    model = LanguageModel(config, mixers).double()
+    model = LanguageModel(config, [Block(config, mixer, periods or (None,)) for mixer in mixers]).double()
     for block in model.blocks:
         for name, value in settings.items():
             setattr(block.ffn, name, value)

@@ -1,6 +1,20 @@
 """Language models by name and size."""
 
-from nestling.models.lm import LanguageModel, ModelConfig, ModelState
+from nestling.models import zoo
+from nestling.models.block import Block, ModelConfig
+from nestling.models.lm import LanguageModel, ModelState
 from nestling.models.registry import SIZES, build, describe, levels, names, register
 
-__all__ = ["SIZES", "LanguageModel", "ModelConfig", "ModelState", "build", "describe", "levels", "names", "register"]
+__all__ = [
+    "SIZES",
+    "Block",
+    "LanguageModel",
+    "ModelConfig",
+    "ModelState",
+    "build",
+    "describe",
+    "levels",
+    "names",
+    "register",
+    "zoo",
+]

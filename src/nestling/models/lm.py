@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,28 +14,9 @@ from nestling.layers import Continuum, ContinuumState, Layer, Level, Period
 from nestling.layers.continuum import Moved
 from nestling.memory import Report
 from nestling.models import windows
+from nestling.models.block import Block, ModelConfig
 from nestling.models.windows import Open
 from nestling.state import register
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a model was built as.
-
-    ffn      hidden width of a feed-forward network, solved for so that all models of a size have equally many parameters
-    chunk    anchoring period of chunk-wise memories in tokens
-    periods  tokens between two updates of each level of the continuum; empty: feed-forward blocks that only the outer loop moves
-    """
-
-    name: str
-    size: str
-    dim: int
-    layers: int
-    heads: int
-    vocab_size: int
-    ffn: int
-    chunk: int | None = None
-    periods: tuple[int, ...] = ()
 
 
 @register
@@ -54,39 +35,24 @@ class ModelState(NamedTuple):
     open: Open | None = None
 
 
-class Block(nn.Module):
-    """x + mixer(RMSNorm(x)), then a chain of feed-forward levels; with one that no token moves, a transformer's block."""
-
-    def __init__(self, mixer: Layer, dim: int, ffn: int, periods: Sequence[int | None] = (None,)) -> None:
-        super().__init__()
-        self.mixer_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.mixer = mixer
-        self.ffn = Continuum(dim, ffn, periods)
-
-    def forward(self, x: Tensor, state: Any, delta: Moved | None = None, **masks: Any) -> tuple[Tensor, Any]:
-        """As a layer's; delta: what the lanes' own learning adds to the feed-forward weights."""
-        y, state = self.mixer(self.mixer_norm(x), state, **masks)
-        return self.ffn(x + y, delta), state
-
-
 class LanguageModel(nn.Module):
     """`logits, state = model(tokens, state)`; contract C1.
 
     Args:
         config: sizes.
-        mixers: one sequence layer per block.
+        blocks: what the hidden states pass through, in order.
 
     Weights start at a standard deviation of 0.02, those that write to the residual stream at 0.02/√(2 · layers).
     """
 
     config: ModelConfig
 
-    def __init__(self, config: ModelConfig, mixers: Sequence[Layer]) -> None:
+    def __init__(self, config: ModelConfig, blocks: Sequence[Block]) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(mixer, config.dim, config.ffn, config.periods or (None,)) for mixer in mixers)
-        self.learning = [n for n in range(len(mixers)) if self.continuum(n).window is not None]
+        self.blocks = nn.ModuleList(blocks)
+        self.learning = [n for n in range(len(blocks)) if self.continuum(n).window is not None]
         """Blocks with levels that learn from tokens."""
         self.window = min((w for n in self.learning if (w := self.continuum(n).window)), default=None)
         """Tokens between two gradients of the model's loss; None where no level learns from it."""

@@ -1,65 +1,80 @@
-"""Models by name and size. A new architecture is one entry: which sequence layer its blocks have."""
+"""Models by name and size. A new architecture is one entry in a file of `zoo`, which says what its blocks are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 
-from nestling import memory
-from nestling.layers import Attention, Layer, Level, Memory, SelfModifying
-from nestling.models.lm import LanguageModel, ModelConfig
+from nestling.layers import Attention, Level
+from nestling.models.block import Block, ModelConfig
+from nestling.models.lm import LanguageModel
 
 
 @dataclass(frozen=True)
 class Size:
-    """Width, blocks, heads, the anchoring period of chunk-wise memories and the periods of a continuum, in tokens."""
+    """What a size gives every model, in tokens where it is a time.
+
+    chunk    anchoring period of chunk-wise memories
+    periods  of the levels of a continuum
+    window   of sliding-window attention
+    ffn      hidden width of the transformer's feed-forward network, which says how many parameters models of this size have;
+             None: 8/3 of the width, so that its three matrices weigh as much as two of width 4
+    """
 
     dim: int
     layers: int
     heads: int
     chunk: int
     periods: tuple[int, ...]
+    window: int
+    ffn: int | None = None
 
 
 SIZES = {
-    "tiny": Size(32, 2, 4, 4, (4, 8)),
-    "small": Size(192, 4, 4, 64, (64, 256)),
-    "base": Size(384, 8, 6, 16, (64, 256, 1024)),
-    "340M": Size(1024, 24, 16, 64, (512, 2048, 8192)),
-    "760M": Size(1536, 24, 16, 64, (512, 2048, 8192)),
-    "1.3B": Size(2048, 24, 16, 64, (512, 2048, 8192)),
+    "tiny": Size(32, 2, 4, 4, (4, 8), 6, ffn=128),
+    "small": Size(192, 4, 4, 64, (64, 256), 128),
+    "base": Size(384, 8, 6, 16, (64, 256, 1024), 256),
+    "340M": Size(1024, 24, 16, 64, (512, 2048, 8192), 1024),
+    "760M": Size(1536, 24, 16, 64, (512, 2048, 8192), 1024),
+    "1.3B": Size(2048, 24, 16, 64, (512, 2048, 8192), 1024),
 }
-"""tiny is for tests, small (about 2 M parameters) for a laptop; the large ones are the papers' (Miras, Table 5)."""
+"""tiny is for tests (its feed-forward network is wider than usual: gates and initial memories weigh more in narrow models),
+small (about 2 M parameters) for a laptop; the large ones are the papers' (Miras, Table 5), their periods and window ours."""
 
-Mixer = Callable[[ModelConfig], Layer]
+PERSISTENT = 4
+"""Persistent tokens, where a model has them (Titans does not say how many)."""
+
+Setting = Literal["chunk", "periods", "window", "persistent"]
+Make = Callable[[ModelConfig, int], Block]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A named model: what it is in a sentence, its blocks' sequence layer, whether its feed-forward levels learn from tokens."""
+    """A named model: what it is in a sentence, its blocks by number, and the settings it has beside the widths."""
 
     description: str
-    mixer: Mixer
-    continuum: bool
+    block: Make
+    settings: tuple[Setting, ...]
 
 
 _MODELS: dict[str, Entry] = {}
 
 
-def register(name: str, description: str, *, continuum: bool = False) -> Callable[[Mixer], Mixer]:
-    """Decorator: a function from config to a block's sequence layer becomes a named model.
+def register(name: str, description: str, *settings: Setting) -> Callable[[Make], Make]:
+    """Decorator: a function from a config and a block's number to that block becomes a named model.
 
-    continuum: its feed-forward networks are a Continuum Memory System with the size's periods.
+    settings: which of chunk, periods, window and persistent the model has; the others are None (or empty) in its config.
     """
 
-    def add(mixer: Mixer) -> Mixer:
+    def add(block: Make) -> Make:
         if name in _MODELS:
             raise ValueError(f"a model named {name!r} is registered already")
-        _MODELS[name] = Entry(description, mixer, continuum)
-        return mixer
+        _MODELS[name] = Entry(description, block, settings)
+        return block
 
     return add
 
@@ -77,41 +92,33 @@ def describe(name: str) -> str:
 def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: Any) -> LanguageModel:
     """A fresh model.
 
-    overrides: dim, layers, heads, ffn, chunk, periods (of models that have a continuum). Unless ffn is given it is solved
-    for, so that all models of a size have as many parameters as the transformer (to within one hidden unit a block).
+    overrides: dim, layers, heads, ffn, and those of chunk, periods, window and persistent that the model has. Unless ffn is
+    given it is solved for, so that all models of a size have as many parameters as the transformer (to within one hidden unit
+    a feed-forward network), initial memory states included.
 
-    Raises ValueError for what cannot be built.
+    Raises ValueError for what cannot be built, and where the feed-forward networks of a block would have to be narrower than
+    the model.
     """
     entry = _entry(name)
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not known; expected one of: {', '.join(SIZES)}")
-    known = ["dim", "layers", "heads", "ffn", "chunk", *(["periods"] if entry.continuum else [])]
+    known = ["dim", "layers", "heads", "ffn", *entry.settings]
     if unknown := sorted(set(overrides) - set(known)):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; expected some of: {', '.join(known)}")
     given = SIZES[size]
-    periods = _periods(overrides.pop("periods", given.periods)) if entry.continuum else ()
-    numbers = {"dim": given.dim, "layers": given.layers, "heads": given.heads, "chunk": given.chunk, **overrides}
+    own = {"chunk": given.chunk, "periods": given.periods, "window": given.window, "persistent": PERSISTENT}
+    numbers: dict[str, Any] = {"dim": given.dim, "layers": given.layers, "heads": given.heads}
+    numbers |= {setting: own[setting] for setting in entry.settings} | overrides
+    periods = _periods(numbers.pop("periods")) if "periods" in numbers else ()
     for setting, number in (*numbers.items(), ("vocab_size", vocab_size)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"{setting} is {number!r}; expected a whole number of at least 1")
+        least = 0 if setting == "persistent" else 1
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            raise ValueError(f"{setting} is {number!r}; expected a whole number of at least {least}")
     ffn = numbers.pop("ffn", None)
-
-    def config(kind: str, hidden: int) -> ModelConfig:
-        here = periods if kind == name else ()
-        return ModelConfig(kind, size, vocab_size=vocab_size, ffn=hidden, periods=here, **numbers)
-
+    config = ModelConfig(name, size, vocab_size=vocab_size, ffn=1 if ffn is None else ffn, periods=periods, **numbers)
     if ffn is None:
-        dim = numbers["dim"]
-        standard = 8 * round(dim / 3)  # 8/3 of the width: three matrices then weigh as much as two of width 4
-        target = _count(config("transformer", standard))
-        without, one = (_count(config(name, hidden)) for hidden in (1, 2))
-        ffn = 1 + round((target - without) / (one - without))
-        if ffn * max(len(periods), 1) < dim // 2:
-            raise ValueError(
-                f"{name} at size {size} would need a feed-forward width of {ffn} to be as large as the transformer: "
-                "raise dim or give ffn"
-            )
-    return _make(config(name, ffn))
+        config = replace(config, ffn=_solve(config, given.ffn if config.dim == given.dim else None))
+    return _make(config, entry)
 
 
 def levels(model: LanguageModel, optimizer: torch.optim.Optimizer | None = None) -> list[Level]:
@@ -119,8 +126,6 @@ def levels(model: LanguageModel, optimizer: torch.optim.Optimizer | None = None)
     found = model.levels()
     if optimizer is None:
         return found
-    from dataclasses import replace
-
     return [replace(x, rule=type(optimizer).__name__) if x.period.unit == "step" else x for x in found]
 
 
@@ -138,56 +143,35 @@ def _entry(name: str) -> Entry:
     return _MODELS[name]
 
 
-def _make(config: ModelConfig) -> LanguageModel:
-    return LanguageModel(config, [_MODELS[config.name].mixer(config) for _ in range(config.layers)])
+def _make(config: ModelConfig, entry: Entry) -> LanguageModel:
+    return LanguageModel(config, [entry.block(config, number) for number in range(config.layers)])
 
 
-def _count(config: ModelConfig) -> int:
-    """Parameters, without making them: one block on the meta device stands for all."""
-    from dataclasses import replace
-
+def _solve(config: ModelConfig, standard: int | None) -> int:
+    """Hidden width of the feed-forward networks that makes the model as large as the transformer with `standard`."""
+    standard = 8 * round(config.dim / 3) if standard is None else standard
+    target = _transformer(config.dim, config.layers, config.heads, config.vocab_size, standard)
     with torch.device("meta"):
-        one, two = (sum(p.numel() for p in _make(replace(config, layers=layers)).parameters()) for layers in (1, 2))
-    return one + (config.layers - 1) * (two - one)
+        model = _make(replace(config, ffn=1), _entry(config.name))
+    networks = [len(model.continuum(number).periods) for number in range(config.layers)]
+    unit = 3 * config.dim * sum(networks)  # what one hidden unit more in each of them weighs
+    ffn = 1 + round((target - _count(model)) / unit)
+    if ffn * min(networks) < config.dim:
+        raise ValueError(
+            f"{config.name} at size {config.size} would need feed-forward networks of width {ffn}, {ffn * min(networks)} a "
+            f"block, to be as large as the transformer of {target:,} parameters; expected at least the width of the model, "
+            f"{config.dim}: choose a larger dim or size, or give ffn"
+        )
+    return ffn
 
 
-@register("transformer", "Llama-style transformer: causal softmax attention with rotary positions, SwiGLU, RMSNorm.")
-def _transformer(config: ModelConfig) -> Layer:
-    return Attention(config.dim, config.heads)
+@lru_cache(maxsize=64)
+def _transformer(dim: int, layers: int, heads: int, vocab_size: int, ffn: int) -> int:
+    """Parameters of the transformer that sets the size."""
+    config = ModelConfig("transformer", "", dim, layers, heads, vocab_size, ffn)
+    with torch.device("meta"):
+        return _count(LanguageModel(config, [Block(config, Attention(dim, heads)) for _ in range(layers)]))
 
 
-def _spec(system: str, config: ModelConfig, **choices: Any) -> Any:
-    """A named memory at a model's size."""
-    if config.dim % config.heads:
-        raise ValueError(f"dim {config.dim} cannot be split into {config.heads} heads: choose a multiple")
-    chunk = {} if config.chunk is None else {"chunk": config.chunk}
-    return memory.named(system, key_dim=config.dim // config.heads, **chunk, **choices)
-
-
-@register(
-    "hope",
-    "Hope: self-modifying Titans and a continuum of feed-forward levels that learn from the model's own loss "
-    "(Nested Learning, §8.3).",
-    continuum=True,
-)
-def _hope(config: ModelConfig) -> Layer:
-    return SelfModifying(config.dim, config.heads, _spec("self_modifying", config, unit_values=True))
-
-
-def _memory_model(name: str, system: str, description: str) -> None:
-    def mixer(config: ModelConfig) -> Layer:
-        return Memory(config.dim, config.heads, _spec(system, config))
-
-    register(name, description)(mixer)
-
-
-for _name, _system, _description in (
-    ("titans_lmm", "titans", "Titans without attention: deep memory, momentum, decay (Titans, §4.4)."),
-    ("ttt", "ttt_mlp", "TTT-MLP as the sequence layer."),
-    ("deltanet", "deltanet", "DeltaNet: matrix memory, delta rule."),
-    ("gated_deltanet", "gated_deltanet", "Gated DeltaNet: decay, then the delta rule."),
-    ("retnet", "retnet", "RetNet's recurrence with a data-dependent scalar decay."),
-    ("omeganet", "omeganet", "OmegaNet: deep memory trained on a window (Atlas, §3.2), identity features."),
-    ("memora", "memora", "Memora: deep memory on the simplex, KL retention (Miras, eq. 27)."),
-):
-    _memory_model(_name, _system, _description)
+def _count(model: LanguageModel) -> int:
+    return sum(p.numel() for p in model.parameters())

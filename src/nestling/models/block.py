@@ -1,0 +1,66 @@
+"""A model's block: a sequence layer, then feed-forward levels. And the sizes it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from nestling import memory
+from nestling.layers import Continuum, Layer
+from nestling.layers.continuum import Moved
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model was built as. Settings that a model does not have are None, or empty.
+
+    ffn         hidden width of a feed-forward network, solved for so that all models of a size have equally many parameters
+    chunk       anchoring period of chunk-wise memories in tokens
+    periods     tokens between two updates of each level of the continuum; empty: feed-forward blocks that only the outer loop
+                moves
+    window      tokens that sliding-window attention sees, the segment of memory as context
+    persistent  number of persistent tokens
+    """
+
+    name: str
+    size: str
+    dim: int
+    layers: int
+    heads: int
+    vocab_size: int
+    ffn: int
+    chunk: int | None = None
+    periods: tuple[int, ...] = ()
+    window: int | None = None
+    persistent: int | None = None
+
+    def memory(self, system: str, **choices: Any) -> Any:
+        """A named memory, one for each head: `nl.memory.named` at this size."""
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads: choose a multiple")
+        chunk = {} if self.chunk is None else {"chunk": self.chunk}
+        return memory.named(system, key_dim=self.dim // self.heads, **chunk, **choices)
+
+
+class Block(nn.Module):
+    """x + mixer(RMSNorm(x)), then a chain of feed-forward levels; with one that no token moves, a transformer's block.
+
+    Args:
+        config: gives the widths.
+        mixer: the sequence layer.
+        periods: of the feed-forward levels; see `Continuum`.
+    """
+
+    def __init__(self, config: ModelConfig, mixer: Layer, periods: Sequence[int | None] = (None,)) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.mixer = mixer
+        self.ffn = Continuum(config.dim, config.ffn, periods)
+
+    def forward(self, x: Tensor, state: Any, delta: Moved | None = None, **masks: Any) -> tuple[Tensor, Any]:
+        """As a layer's; delta: what the lanes' own learning adds to the feed-forward weights."""
+        y, state = self.mixer(self.mixer_norm(x), state, **masks)
+        return self.ffn(x + y, delta), state
