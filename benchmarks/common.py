@@ -7,7 +7,6 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestling as nl
+from nestling.memory.cost import FLOPS
 
 Run = Callable[[], object]
 
@@ -64,53 +64,10 @@ def interleaved(
     return rounds
 
 
-def _attention(q: Any, k: Any, v: Any, products: int, causal: bool) -> int:
-    lanes, heads, queries, dim = q
-    return int(products * 2 * lanes * heads * queries * k[2] * dim // (2 if causal else 1))
-
-
-def _sdpa(
-    q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, out_shape: Any = None, **_: object
-) -> int:
-    return _attention(q, k, v, 2, causal)
-
-
-def _sdpa_backward(
-    grad: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any,
-    dropout: float = 0.0,
-    causal: bool = False,
-    out_shape: Any = None,
-    **_: object,
-) -> int:
-    return _attention(q, k, v, 5, causal)
-
-
-def _triangular(a: Any, b: Any, *_: object, **__: object) -> int:
-    return int(prod(b) * b[-2])
-
-
-def _added(z: Any, a: Any, b: Any, *_: object, **__: object) -> int:
-    return int(2 * prod(a) * b[-1])
-
-
-FLOPS = {  # what torch.utils.flop_counter does not know
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
-    torch.ops.aten.linalg_solve_triangular: _triangular,
-    torch.ops.aten.baddbmm_: _added,
-}
-
-
 def flops(run: Run) -> int:
     """FLOPs of the matrix products of a run (elementwise work counts nothing), nothing recomputed for a checkpoint.
 
-    Causal attention counts the half below the diagonal, as its kernel skips the rest; its backward counts five products,
-    one of which its kernel computes a second time. A triangular solve of n rows counts n² a column.
+    What `nestling.memory.cost` says of attention and of triangular solves holds here too.
     """
 
     def plain(function: Callable[..., object], *arguments: object, **_: object) -> object:

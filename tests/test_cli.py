@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from nestling import arguments, cli, models
+from nestling import arguments, cli, memory, models
 from nestling.learn import checkpoint, load_run
 from nestling.learn.metrics import draw_curve
 
@@ -115,7 +115,7 @@ def test_help_needs_no_pytorch():
     ("argv", "words"),
     [
         ("trian", r"there is no verb 'trian'\. Did you mean 'train'\?"),
-        ("--lanes 3", r"there is no verb '--lanes'\. There is: train, eval, generate, levels, doctor, demo\."),
+        ("--lanes 3", r"there is no verb '--lanes'\. There is: train, eval, generate, levels, memories, doctor, demo\."),
         ("train --lans 3", r"there is no option --lans\. Did you mean --lanes\? See nestling train --help\."),
         ("train --lerning-rate=3", r"there is no option --lerning-rate\. See nestling train --help\."),
         ("train -m 3", r"there is no option -m\."),
@@ -145,6 +145,8 @@ def test_help_needs_no_pytorch():
         ("generate --count 0", r"count: got 0, but expected at least 1\."),
         ("generate --prompt a --prompt-file b", r"prompt and prompt-file exclude each other"),
         ("generate --prompt --wide", r"--prompt: expected a value after it \(one that begins with -- as --prompt=VALUE\)"),
+        ("memories titan", r"memory: there is none named 'titan'\. Did you mean 'titans'"),
+        ("memories --key-dim 0", r"key_dim is 0, but expected at least 1"),
         ("levels --model titan", r"model: there is none named 'titan'\. Did you mean 'titans_lmm'"),
         ("levels --model gated_deltanet --size tinny", r"size: there is none named 'tinny'\. Did you mean 'tiny'"),
         ("levels --model gated_deltanet --set depth=3", r"has no setting depth; expected some of: .*layers"),
@@ -511,6 +513,34 @@ def test_levels_show_the_nested_system(nestling, trained):
     assert [level["name"] for level in result["levels"]][-1] == "slow weights"
     model = models.build("titans_lmm", "tiny", layers=1)
     assert {name for level in result["levels"] for name in level["params"]} == {n for n, _ in model.named_parameters()}
+
+
+def test_levels_say_choices_in_words(nestling):
+    code, out, _ = nestling("levels", "--model", "titans_lmm")
+    assert code == 0
+    for words in ("MLP of 2 layers, 4× wide, GELU", "squared error (L2)", "gradient descent with momentum"):
+        assert words in out
+    assert "MLP(" not in out
+
+
+def test_memories_are_shown_as_their_choices(nestling):
+    code, out, err = nestling("memories")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 100
+    assert f"{len(memory.names())} memories, at 64 a key" in out
+    for name in memory.names():
+        assert re.search(rf"^│ {name} +│ equation ", out, re.MULTILINE), name
+    code, one, _ = nestling("memories", "yaad", "--key-dim", "8")
+    assert code == 0
+    told = " ".join(one.replace("│", " ").split())
+    for part, words in memory.describe("yaad", key_dim=8).items():
+        assert part == "name" or words in told, part
+    assert memory.describe("yaad", key_dim=8)["state"] == "1024 numbers per lane and head"
+    code, out, _ = nestling("memories", "yaad", "--key-dim", "8", "--json")
+    (found,) = json.loads(out)["memories"]
+    assert found["state_numbers"] == 1024
+    assert found["source"] == memory.describe("yaad")["source"]
+    assert found["flops_per_token"] > 1024
 
 
 def test_doctor_finds_that_everything_works(nestling, tmp_path, monkeypatch):

@@ -50,6 +50,11 @@ VERBS = {
         "nestling.commands.levels:LevelsConfig",
         "nestling.commands.levels:run",
     ),
+    "memories": Verb(
+        "show every memory: its choices, equation, source, cost and state",
+        "nestling.commands.memories:MemoriesConfig",
+        "nestling.commands.memories:run",
+    ),
     "doctor": Verb(
         "check that everything Nestling needs is here and works",
         "nestling.commands.doctor:DoctorConfig",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 import nestling as nl
 from nestling.memory import Decay, Gates, Matrix, MemorySpec
+from nestling.memory.spec import PARTS
 
 NAMES = nl.memory.names()
 TOKEN = 6
@@ -189,12 +192,24 @@ def test_the_reference_refuses_inference_mode() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_system_describes_itself(name: str) -> None:
-    words = nl.memory.describe(name)
+    words = nl.memory.describe(name, key_dim=8)
     assert words["name"] == name
-    assert all(
-        words[part] for part in ("network", "bias", "retention", "rule", "period", "equation", "source", "notes")
-    )
+    for part in (*PARTS, "cost", "equation", "source", "notes"):
+        assert words.get(part), f"{name} does not describe its {part}"
+    for part in ("features", "network", "bias", "retention", "rule"):
+        assert not re.search(r"\b[A-Z]\w*\(", words[part]), (
+            f"{part} is told as Python, {words[part]!r}: give that class a __str__ that says it in words"
+        )
     spec = nl.memory.named(name, key_dim=8)
-    state = spec.start(spec.init(1), 1)
-    kept = (*state.anchor, *state.weights, *state.momentum, *(state.tail or ())[:2])
-    assert spec.describe()["state"] == f"{sum(x.numel() for x in kept)} numbers per lane and head"
+    kept = nl.state.leaves(spec.start(spec.init(1), 1))
+    if spec.growth == "constant":
+        assert words["state"].startswith(f"{sum(x.numel() for x in kept if x.is_floating_point())} numbers per lane")
+
+
+def test_a_cost_is_that_of_its_products() -> None:
+    """Linear attention, one tile of 64 tokens: the prediction at the anchor, the read, Q Kᵀ, its product with V, and Kᵀ V."""
+    spec = nl.memory.named("linear_attention", key_dim=8, value_dim=4)
+    counted = nl.memory.cost(spec, time=64)
+    small, gram, mixed = 64 * 8 * 4, 64 * 64 * 8, 64 * 64 * 4
+    assert counted.flops == 2 * (3 * small + gram + mixed) / 64
+    assert counted.state == 2 * 8 * 4

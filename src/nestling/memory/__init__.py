@@ -7,9 +7,10 @@ from torch import Tensor
 
 from nestling.memory import systems
 from nestling.memory.biases import KL, L2, Bias, DotProduct, EpsilonInsensitive, Huber, Lp, Omega, Robust
+from nestling.memory.cost import Cost, cost
 from nestling.memory.features import Features, Identity, Polynomial, Powers, Sketch, Unit
 from nestling.memory.gates import Gates
-from nestling.memory.named import describe, named, names, register
+from nestling.memory.named import Entry, describe, describe_and_count, entry, named, names, register
 from nestling.memory.networks import MLP, GatedMLP, Matrix, Network
 from nestling.memory.newton_schulz import newton_schulz
 from nestling.memory.report import Report
@@ -41,11 +42,13 @@ __all__ = [
     "MLP",
     "Bias",
     "Bregman",
+    "Cost",
     "Decay",
     "DeltaGradient",
     "Directed",
     "DotProduct",
     "ElasticNet",
+    "Entry",
     "EpsilonInsensitive",
     "Features",
     "Full",
@@ -78,7 +81,10 @@ __all__ = [
     "Softmax",
     "Tail",
     "Unit",
+    "cost",
     "describe",
+    "describe_and_count",
+    "entry",
     "named",
     "names",
     "newton_schulz",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
+from nestling.memory.cost import Cost, cost
 from nestling.memory.spec import Memory, MemorySpec
 
 
@@ -47,9 +48,7 @@ def named(name: str, *, key_dim: int = 64, value_dim: int | None = None, **overr
 
     value_dim defaults to key_dim. Raises ValueError for an unknown name or choice.
     """
-    if name not in _SYSTEMS:
-        raise ValueError(f"memory {name!r} is not known; expected one of: {', '.join(names())}")
-    factory, choices = _SYSTEMS[name].factory, {**_SYSTEMS[name].choices, **overrides}
+    factory, choices = entry(name).factory, {**entry(name).choices, **overrides}
     known = {field.name for field in fields(cast(Any, factory))} - {"name", "key_dim", "value_dim"}
     if unknown := sorted(set(choices) - known):
         raise ValueError(f"{name} has no choice {', '.join(unknown)}; expected some of: {', '.join(sorted(known))}")
@@ -58,9 +57,31 @@ def named(name: str, *, key_dim: int = 64, value_dim: int | None = None, **overr
     )
 
 
-def describe(name: str) -> dict[str, str]:
-    """A named system in words: choices, equation, source, and what is from the paper, derived or our default."""
-    entry = _SYSTEMS.get(name)
-    size = named(name)  # raises for an unknown name
-    assert entry is not None
-    return {**size.describe(), "equation": entry.equation, "source": entry.source, "notes": entry.notes}
+def describe(name: str, **choices: Any) -> dict[str, str]:
+    """A named system in words: choices, equation, source, what is from the paper, derived or our default, and what it costs.
+
+    choices: as in `named`; state and cost are those of this size, 64 a key unless said otherwise.
+    """
+    return describe_and_count(name, **choices)[0]
+
+
+def describe_and_count(name: str, **choices: Any) -> tuple[dict[str, str], Cost]:
+    """`describe`, and the cost in numbers."""
+    spec = named(name, **choices)  # raises for an unknown name
+    own, counted = entry(name), cost(spec)
+    grows = " at that length, and more in a longer text" if spec.growth == "linear" else ""
+    words = {
+        **spec.describe(),
+        "cost": f"{counted.flops:,.0f} FLOPs per token and head: matrix products, counted over {counted.time} tokens{grows}",
+        "equation": own.equation,
+        "source": own.source,
+        "notes": own.notes,
+    }
+    return words, counted
+
+
+def entry(name: str) -> Entry:
+    """The registry's entry of a named system; raises ValueError for an unknown name."""
+    if name not in _SYSTEMS:
+        raise ValueError(f"memory {name!r} is not known; expected one of: {', '.join(names())}")
+    return _SYSTEMS[name]

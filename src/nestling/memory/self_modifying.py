@@ -142,12 +142,12 @@ class SelfModifying(Memory):
         single = self.bias.window == 1 and not reads_threshold(self.bias)
         if not single or not self.retention.linear or per_channel(self.retention) or toward_initial(self.retention):
             raise ValueError(
-                f"{self.name}: bias {self.bias} with retention {self.retention} does not fit; expected a bias of one token "
+                f"{self.name}: bias {self.bias!r} with retention {self.retention!r} does not fit; expected a bias of one token "
                 "without threshold and a retention whose weights are their own dual, Decay() or Full()"
             )
         if isinstance(self.rule, Directed | Implicit):
             raise ValueError(
-                f"{self.name}: {self.rule} maps the momentum of weights or damps the step by the key; expected a rule that "
+                f"{self.name}: {self.rule!r} maps the momentum of weights or damps the step by the key; expected a rule that "
                 "is linear in its gates"
             )
         if not self.lr_max > 0:
@@ -155,7 +155,7 @@ class SelfModifying(Memory):
         for field, network in (("network", self.network), ("others", self.others)):
             if isinstance(network, Matrix) and not (network.identity or network.init_scale):
                 raise ValueError(
-                    f"{self.name}: {field}={network} starts at 0, would generate 0 and so stay 0: use Matrix(identity=True)"
+                    f"{self.name}: {field}={network!r} starts at 0, would generate 0 and so stay 0: use Matrix(identity=True)"
                 )
             network.shapes(self.key_dim, self.key_dim)
 
@@ -341,6 +341,7 @@ class SelfModifying(Memory):
             period += f" (the other memories: {generators.chunk})"
         return {
             "name": self.name,
+            "features": "none: the memories make their keys",
             "network": f"{self.network}; {', '.join(generators.names)}: {self.others}",
             "bias": str(self.bias),
             "retention": str(self.retention),

@@ -24,6 +24,9 @@ Read = Literal["after", "before", "boundary"]
 Engine = Literal["chunked", "reference"]
 Example = tuple[Tensor, Tensor, Tensor, Gates]
 
+PARTS = ("name", "features", "network", "bias", "retention", "rule", "period", "read", "gates", "state")
+"""What every memory's `describe` has in words."""
+
 GUARD_PERIOD = 64  # border guard's period where `chunk` plays no part
 
 
@@ -126,7 +129,7 @@ class Memory(Protocol):
         return y.squeeze(2), new
 
     def describe(self) -> dict[str, str]:
-        """The choices in words."""
+        """The choices in words: name, features, network, bias, retention, rule, period, read, gates, state (`PARTS`)."""
         ...
 
     def example(self, generator: torch.Generator, *, lanes: int = 2, heads: int = 2, time: int = 40) -> Example:
@@ -172,27 +175,27 @@ class MemorySpec(Memory):
             raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
         if self.rule.erase != "none" and not self.retention.linear:
             raise ValueError(
-                f"{self.name}: {self.rule} erases along the running weights, but {self.retention} keeps a dual variable "
+                f"{self.name}: {self.rule!r} erases along the running weights, but {self.retention!r} keeps a dual variable "
                 "whose weights are not linear in it: choose Gradient() or Momentum(), or a linear retention"
             )
         if per_channel(self.retention) and (self.network.depth > 1 or self.directed is not None):
             raise ValueError(
-                f"{self.name}: {self.retention} keeps channels of the key, which {self.network} with {self.rule} cannot: "
+                f"{self.name}: {self.retention!r} keeps channels of the key, which {self.network!r} with {self.rule!r} cannot: "
                 "choose a network of one layer and a rule that adds what it writes, or Decay()"
             )
         if toward_initial(self.retention) and (self.rule.erase != "none" or self.directed is not None):
             raise ValueError(
-                f"{self.name}: {self.retention} goes back to the initial weights, which {self.rule} does not: choose Gradient() "
-                "or Momentum(), or Decay()"
+                f"{self.name}: {self.retention!r} goes back to the initial weights, which {self.rule!r} does not: choose "
+                "Gradient() or Momentum(), or Decay()"
             )
         if self.directed is not None and not self.retention.linear:
             raise ValueError(
-                f"{self.name}: {self.rule} maps the momentum of the weights, but {self.retention} keeps a dual variable: "
+                f"{self.name}: {self.rule!r} maps the momentum of the weights, but {self.retention!r} keeps a dual variable: "
                 "choose Gradient() or Momentum(), or a linear retention"
             )
         if getattr(self.network, "leading", False) and self.value_dim > self.key_dim:
             raise ValueError(
-                f"{self.name}: {self.network} adds the key to its output, but key_dim is {self.key_dim} and value_dim "
+                f"{self.name}: {self.network!r} adds the key to its output, but key_dim is {self.key_dim} and value_dim "
                 f"{self.value_dim}: make value_dim no larger, or set residual=False, leading=False"
             )
         self.shapes  # noqa: B018  refuses dimensions that do not fit

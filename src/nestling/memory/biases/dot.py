@@ -11,6 +11,9 @@ from torch import Tensor
 class DotProduct:
     """ℓ(p, v) = −⟨p, v⟩, so ∂ℓ/∂p = −v: a descent step writes +kᵀv."""
 
+    def __str__(self) -> str:
+        return "dot product"
+
     @property
     def window(self) -> int:
         return 1

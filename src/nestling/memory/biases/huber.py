@@ -30,6 +30,10 @@ class Huber:
         if self.form not in ("coordinate", "norm", "mixture"):
             raise ValueError(f"Huber.form is {self.form!r}; expected 'coordinate', 'norm' or 'mixture'")
 
+    def __str__(self) -> str:
+        tail = {"coordinate": "linear", "norm": "linear in its norm", "mixture": "absolute"}[self.form]
+        return f"squared error, {tail} beyond a threshold (Huber)"
+
     @property
     def window(self) -> int:
         return 1

@@ -23,6 +23,9 @@ class EpsilonInsensitive:
         if not self.epsilon >= 0:
             raise ValueError(f"EpsilonInsensitive.epsilon is {self.epsilon}; expected at least 0")
 
+    def __str__(self) -> str:
+        return f"absolute error beyond {self.epsilon:g}" if self.epsilon else "absolute error (L1)"
+
     @property
     def window(self) -> int:
         return 1

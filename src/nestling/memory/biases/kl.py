@@ -16,6 +16,9 @@ from torch import Tensor
 class KL:
     """Kullback–Leibler divergence of the predicted distribution from the value's. Steps are bounded: ‖∂ℓ/∂p‖ ≤ √2."""
 
+    def __str__(self) -> str:
+        return "KL divergence from softmax(v)"
+
     @property
     def window(self) -> int:
         return 1

@@ -11,6 +11,9 @@ from torch import Tensor
 class L2:
     """ℓ(p, v) = ½‖p − v‖², so ∂ℓ/∂p = p − v."""
 
+    def __str__(self) -> str:
+        return "squared error (L2)"
+
     @property
     def window(self) -> int:
         return 1

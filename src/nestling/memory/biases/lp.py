@@ -31,6 +31,9 @@ class Lp:
         if self.slope is not None and not self.slope > 0:
             raise ValueError(f"Lp.slope is {self.slope}; expected a positive number, or None for the exact sign")
 
+    def __str__(self) -> str:
+        return f"error to the power {self.p:g} (Lp){'' if self.slope is None else ', smooth sign'}"
+
     @property
     def window(self) -> int:
         return 1

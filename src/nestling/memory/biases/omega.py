@@ -28,6 +28,9 @@ class Omega:
         if self.inner.window != 1:
             raise ValueError("Omega around another windowed bias: give the inner bias alone and set Omega.length")
 
+    def __str__(self) -> str:
+        return f"{self.inner}, summed over the last {self.length} tokens (Omega)"
+
     @property
     def window(self) -> int:
         return self.length

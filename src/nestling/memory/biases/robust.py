@@ -16,6 +16,9 @@ EPS = 1e-12  # under the root of ‖e‖², which has no slope at 0
 class Robust:
     """Δ is `gates.threshold`, one per lane, head and token (None: 1), and stands as the last coordinate of the target."""
 
+    def __str__(self) -> str:
+        return "squared error at the worst shift up to a threshold"
+
     @property
     def window(self) -> int:
         return 1

@@ -13,6 +13,9 @@ from torch import Tensor
 class Identity:
     """Keys and queries as they are."""
 
+    def __str__(self) -> str:
+        return "the key itself"
+
     def width(self, key_dim: int) -> int:
         return key_dim
 

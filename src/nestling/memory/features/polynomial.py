@@ -37,6 +37,11 @@ class Polynomial:
         if self.reduce is not None and self.reduce < 1:
             raise ValueError(f"Polynomial.reduce is {self.reduce}; expected at least 1 dimension, or None")
 
+    def __str__(self) -> str:
+        return f"polynomial of degree {self.degree}" + (
+            f", of keys reduced to {self.reduce} dimensions" if self.reduce else ""
+        )
+
     def _reduces(self, key_dim: int) -> bool:
         return self.reduce is not None and self.reduce < key_dim and self.degree > 1
 

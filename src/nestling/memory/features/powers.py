@@ -22,6 +22,9 @@ class Powers:
         if self.degree < 1:
             raise ValueError(f"Powers.degree is {self.degree}; expected at least 1")
 
+    def __str__(self) -> str:
+        return f"each entry's powers up to {self.degree}"
+
     def width(self, key_dim: int) -> int:
         return self.degree * key_dim
 

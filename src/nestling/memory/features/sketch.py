@@ -30,6 +30,9 @@ class Sketch:
         if self.size < 1:
             raise ValueError(f"Sketch.size is {self.size}; expected at least 1 feature a degree")
 
+    def __str__(self) -> str:
+        return f"random sketch of the polynomial of degree {self.degree}, {self.size} features a degree"
+
     def width(self, key_dim: int) -> int:
         return key_dim + 1 + (self.degree - 1) * self.size
 

@@ -19,6 +19,9 @@ class Unit:
 
     inner: Features = Identity()
 
+    def __str__(self) -> str:
+        return "the key at unit norm" if self.inner == Identity() else f"unit norm, then {self.inner}"
+
     def width(self, key_dim: int) -> int:
         return self.inner.width(key_dim)
 

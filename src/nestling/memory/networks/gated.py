@@ -13,7 +13,7 @@ from torch import Tensor
 from nestling.memory.networks.activation import NAMES, activate, activate_with_slope
 from nestling.memory.networks.base import Linear, Trace
 from nestling.memory.networks.layer_norm import EPS, back, normalize
-from nestling.memory.networks.mlp import widths
+from nestling.memory.networks.mlp import widths, words
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class GatedMLP:
     def __post_init__(self) -> None:
         if self.activation not in NAMES:
             raise ValueError(f"GatedMLP.activation is {self.activation!r}; expected one of: {', '.join(NAMES)}")
+
+    def __str__(self) -> str:
+        return words(f"gated MLP, {self.expansion:g}× wide", self)
 
     @property
     def depth(self) -> int:

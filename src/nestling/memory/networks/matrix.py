@@ -23,6 +23,9 @@ class Matrix:
     init_scale: float = 0.0
     identity: bool = False
 
+    def __str__(self) -> str:
+        return "matrix, at first " + ("the identity" if self.identity else "random" if self.init_scale else "0")
+
     @property
     def depth(self) -> int:
         return 1

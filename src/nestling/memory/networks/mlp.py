@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,10 @@ class MLP:
             raise ValueError(f"MLP.depth is {self.depth}; expected at least 1 weight matrix")
         if self.activation not in NAMES:
             raise ValueError(f"MLP.activation is {self.activation!r}; expected one of: {', '.join(NAMES)}")
+
+    def __str__(self) -> str:
+        wide = f", {self.expansion:g}× wide" if self.depth > 1 else ""
+        return words(f"MLP of {self.depth} layer{'s' if self.depth > 1 else ''}{wide}", self)
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         hidden = widths(
@@ -98,6 +102,14 @@ class MLP:
         for layer in range(self.depth - 1, 0, -1):
             errors.append((errors[-1] @ weights[layer].mT) * slopes[layer - 1])
         return tuple(reversed(errors))
+
+
+def words(head: str, network: Any) -> str:
+    """A perceptron in words: `head`, its activation, and what is added to its output."""
+    parts = [head, *([network.activation.upper().replace("_TANH", " (tanh)")] if network.depth > 1 else [])]
+    if network.residual:
+        parts.append("residual of the features' linear part" if network.leading else "residual")
+    return ", ".join([*parts, *(["layer norm"] if network.norm else [])])
 
 
 def widths(name: str, key_dim: int, value_dim: int, *, expansion: float, residual: bool, leading: bool) -> int:

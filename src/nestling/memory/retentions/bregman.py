@@ -30,6 +30,9 @@ class Bregman:
         if self.map not in ("sigmoid", "tanh", "exp"):
             raise ValueError(f"Bregman.map is {self.map!r}; expected 'sigmoid', 'tanh' or 'exp'")
 
+    def __str__(self) -> str:
+        return f"decay of a dual, weights its {self.map} (Bregman)"
+
     @property
     def decays(self) -> bool:
         return True

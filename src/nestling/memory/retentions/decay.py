@@ -24,6 +24,10 @@ class Decay:
         if self.per_channel and self.toward_initial:
             raise ValueError("Decay(per_channel=True, toward_initial=True): choose one of them")
 
+    def __str__(self) -> str:
+        channel = " of each channel" if self.per_channel else ""
+        return f"decay{channel} to {'the initial weights' if self.toward_initial else 0}"
+
     @property
     def decays(self) -> bool:
         return True

@@ -32,6 +32,9 @@ class ElasticNet:
         if not self.threshold > 0:
             raise ValueError(f"ElasticNet.threshold is {self.threshold}; expected a positive number, or choose Decay()")
 
+    def __str__(self) -> str:
+        return f"decay, {'smooth' if self.smooth else 'soft'} threshold {self.threshold:g} (elastic net)"
+
     @property
     def decays(self) -> bool:
         return True

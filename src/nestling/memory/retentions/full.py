@@ -11,6 +11,9 @@ from torch import Tensor
 class Full:
     """Keeps everything; reads no gate."""
 
+    def __str__(self) -> str:
+        return "keeps all"
+
     @property
     def decays(self) -> bool:
         return False

@@ -47,6 +47,9 @@ class Lq(Scaled):
     def __post_init__(self) -> None:
         _check("Lq", self.q, self.floor)
 
+    def __str__(self) -> str:
+        return f"decay of a dual, weights the dual over its L{self.q:g} norm to the power {self.q - 2:g}"
+
     @property
     def decays(self) -> bool:
         return True
@@ -67,6 +70,11 @@ class LqDual:
 
     def __post_init__(self) -> None:
         _check("LqDual", self.q, self.floor)
+
+    def __str__(self) -> str:
+        return (
+            f"decay of a dual, weights its power {self.q - 1:g} over its L{self.q:g} norm to the power {self.q - 2:g}"
+        )
 
     @property
     def decays(self) -> bool:

@@ -19,6 +19,9 @@ from torch import Tensor
 class Softmax:
     """Fast weights on the simplex; the state holds their logits, which keep the share `gates.retention`."""
 
+    def __str__(self) -> str:
+        return "decay of logits, weights their softmax (KL)"
+
     @property
     def decays(self) -> bool:
         return True

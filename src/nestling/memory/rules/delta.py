@@ -27,6 +27,10 @@ class DeltaGradient:
         if self.order not in ("with_decay", "after_decay"):
             raise ValueError(f"DeltaGradient.order is {self.order!r}; expected 'with_decay' or 'after_decay'")
 
+    def __str__(self) -> str:
+        order = "erases what stood before the decay" if self.order == "with_decay" else "decays, then erases"
+        return f"delta gradient descent{' with momentum' if self.with_momentum else ''}: {order}"
+
     @property
     def momentum(self) -> bool:
         return self.with_momentum

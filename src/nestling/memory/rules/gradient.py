@@ -13,6 +13,9 @@ class Gradient:
 
     per_key_dim: bool = False
 
+    def __str__(self) -> str:
+        return "gradient descent" + (", step / key_dim" if self.per_key_dim else "")
+
     @property
     def momentum(self) -> bool:
         return False

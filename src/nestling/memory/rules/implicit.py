@@ -19,6 +19,9 @@ from nestling.memory.rules.base import Erase
 class Implicit:
     """Erases and writes with the same strength η/(1 + η‖k‖²); η is `gates.lr`, any number of at least 0."""
 
+    def __str__(self) -> str:
+        return "implicit step, as strong to erase as to write"
+
     @property
     def momentum(self) -> bool:
         return False

@@ -11,6 +11,9 @@ from nestling.memory.rules.base import Erase
 class Momentum:
     """Gradient descent with momentum; the decay of S (`gates.momentum`) is its own, apart from that of W."""
 
+    def __str__(self) -> str:
+        return "gradient descent with momentum"
+
     @property
     def momentum(self) -> bool:
         return True

@@ -40,6 +40,10 @@ class Muon(Directed):
             raise ValueError(f"Muon.steps is {self.steps}; expected at least 0")
         coefficients_of(self.iteration)
 
+    def __str__(self) -> str:
+        where = "at every token" if self.per_token else "at chunk borders"
+        return f"momentum, orthogonalized {where} by Newton–Schulz ({self.steps} {self.iteration} steps)"
+
     @property
     def per_token(self) -> bool:
         return self.per == "token"
