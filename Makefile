@@ -56,5 +56,6 @@ check-deep: setup ## the property tests with many more, random examples (long)
 bench: setup ## speed and memory of the memory layers beside attention
 	@set -e; for bench in $(BENCH); do $(BIN)/python benchmarks/$$bench.py $(ARGS); done
 
-docs: setup ## run every example of README.md and docs/, and follow their links
+docs: setup ## make docs/papers from the code, run every example of README.md and docs/, and follow their links
+	@$(BIN)/python docs/generate.py
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_docs.py $(ARGS)
