@@ -12,6 +12,7 @@ from nestling.memory.biases import reads_threshold
 from nestling.memory.gates import Factor, Gates, check_gates, factor
 from nestling.memory.retentions import per_channel
 from nestling.memory.rules import Implicit
+from nestling.memory.rules.delta import proximal
 from nestling.memory.state import MemoryState, Tail, Weights
 
 if TYPE_CHECKING:
@@ -252,4 +253,4 @@ def border_guard(
 
 def erase_strength(erase: Tensor, layer: int, square: Tensor) -> Tensor:
     """ε of one layer: as given for the unit-norm key layer, ε/(1 + ε‖x‖²) for hidden inputs x of the given ‖x‖²."""
-    return erase if layer == 0 else erase / (1 + erase * square)
+    return erase if layer == 0 else proximal(erase, square)

@@ -17,6 +17,7 @@ from torch import Tensor
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail
 from nestling.memory.networks.base import Network, at
 from nestling.memory.retentions import linked, per_channel, toward_initial
+from nestling.memory.rules.delta import erasure
 from nestling.memory.state import MemoryState, Weights
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
             h = layers[layer]
             strength = erase_strength(x.erase[:, :, t], layer, h.square().sum(-1)) * finite[:, None]
             seen = new if per_channel(spec.retention) and spec.rule.erase == "after_decay" else w
-            new = new - strength[..., None, None] * h[..., :, None] * (h[..., None, :] @ seen)
+            x_t = h[..., None, :]
+            new = new - erasure(x_t, x_t @ seen, strength[..., None, None])
         after.append(torch.where(live, new + step, w))
 
     read = {"after": tuple(after), "before": before, "boundary": state.anchor}[spec.read]

@@ -9,7 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from nestling.memory.rules.base import Erase
+
+
+def erasure(x: Tensor, read: Tensor, strength: Tensor | float) -> Tensor:
+    """Σ_t β_t x_tᵀ r_t, what W loses along x_t when r_t = x_t W: x `[…, time, in]`, read `[…, time, out]`, strength β a number
+    or `[…, time, 1]` → `[…, in, out]`.
+    """
+    return x.mT @ (strength * read)
+
+
+def proximal(lr: Tensor, square: Tensor) -> Tensor:
+    """η/(1 + η‖x‖²), the strength of the implicit step: smaller than 1/‖x‖² for every η."""
+    return lr / (1 + lr * square)
 
 
 @dataclass(frozen=True)

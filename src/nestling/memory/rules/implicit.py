@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nestling.memory.rules.base import Erase
+from nestling.memory.rules.delta import proximal
 
 
 @dataclass(frozen=True)
@@ -35,4 +36,4 @@ class Implicit:
 
     def damped(self, lr: Tensor, k: Tensor) -> Tensor:
         """β of η `[…]` and k `[…, key_dim]`."""
-        return lr / (1 + lr * k.square().sum(-1))
+        return proximal(lr, k.square().sum(-1))

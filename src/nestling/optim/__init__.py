@@ -1,0 +1,31 @@
+"""Optimizers as associative memories of gradients: drop-in `torch.optim.Optimizer`s (Nested Learning, §3–4 and 7.2)."""
+
+from nestling.optim.adagrad import AdaGradMemory
+from nestling.optim.adam import AdamMemory
+from nestling.optim.base import GradientMemory, Optimizer
+from nestling.optim.deep import DeepMomentum
+from nestling.optim.delta import DeltaMomentum
+from nestling.optim.dgd import DGD
+from nestling.optim.feature import FeatureMomentum
+from nestling.optim.m3 import M3
+from nestling.optim.momentum import PreconditionedMomentum
+from nestling.optim.muon import Muon
+from nestling.optim.preconditioners import Diagonal, Fixed, Identity, Preconditioner
+
+__all__ = [
+    "DGD",
+    "M3",
+    "AdaGradMemory",
+    "AdamMemory",
+    "DeepMomentum",
+    "DeltaMomentum",
+    "Diagonal",
+    "FeatureMomentum",
+    "Fixed",
+    "GradientMemory",
+    "Identity",
+    "Muon",
+    "Optimizer",
+    "PreconditionedMomentum",
+    "Preconditioner",
+]

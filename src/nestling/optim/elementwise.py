@@ -1,0 +1,63 @@
+"""The optimal memory of gradients, element by element (Nested Learning, eq. 100–105): Adam, AdaGrad and their relatives.
+
+    min_m Σ_i (m g_i − P)² + λm²    ⇒    m* = P Σ g_i / (Σ g_i² + λ)                                  (derived; eq. 102)
+
+    P = Σg²     m* = Σg              momentum (eq. 104)
+    P = √Σg²    m* = Σg / √Σg²       Adam's direction (eq. 105), as λ → 0
+
+Sums may forget: as means with shares β that are kept, M ← β₁M + (1−β₁)g and H ← β₂H + (1−β₂)g². A mean over t steps whose
+weights add up to one is M/(1−β^t): Adam's bias correction (derived; the paper has none, and prints sums where Adam has means).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nestling.optim.base import State, every
+
+TARGETS = ("root", "square")
+
+
+def optimum(numerator: Sequence[Tensor], square: Sequence[Tensor], target: str, eps: float) -> tuple[Tensor, ...]:
+    """m* of Σg and Σg²; eps, outside the root, is what keeps entries that were never touched at 0."""
+    if target == "square":
+        return tuple(numerator)
+    root = torch._foreach_sqrt(list(square))
+    torch._foreach_add_(root, eps)
+    return torch._foreach_div(list(numerator), root)
+
+
+def remember(memory: list[Tensor], new: Sequence[Tensor], share: float) -> None:
+    """memory ← share · memory + (1 − share) · new."""
+    torch._foreach_lerp_(memory, list(new), 1 - share)
+
+
+def remember_squares(memory: list[Tensor], new: Sequence[Tensor], share: float) -> None:
+    """memory ← share · memory + (1 − share) · new²."""
+    torch._foreach_mul_(memory, share)
+    torch._foreach_addcmul_(memory, list(new), list(new), value=1 - share)
+
+
+def adam(
+    grads: list[Tensor],
+    states: Sequence[State],
+    betas: tuple[float, float],
+    eps: float,
+    *,
+    target: str = "root",
+    corrected: bool = True,
+) -> list[Tensor]:
+    """Take gradients into "mean" and "square" of every state, and read the optimum; "step" counts."""
+    mean, square = every(states, "mean"), every(states, "square")
+    remember(mean, grads, betas[0])
+    remember_squares(square, grads, betas[1])
+    for state in states:
+        state["step"] += 1
+    if not corrected:
+        return list(optimum(mean, square, target, eps))
+    firsts = torch._foreach_div(mean, [1 - betas[0] ** state["step"] for state in states])
+    seconds = torch._foreach_div(square, [1 - betas[1] ** state["step"] for state in states])
+    return list(optimum(firsts, seconds, target, eps))

@@ -1,0 +1,67 @@
+"""Newton–Schulz of many matrices at once, wherever they live: the output map of Muon, M3 and deep momentum.
+
+The iteration itself is `nestling.memory.newton_schulz`, the same that memories use inside. Matrices of one shape go through it
+together; a sharded matrix is gathered, as orthogonality is a property of the whole, and dealt out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nestling.memory.newton_schulz import newton_schulz
+from nestling.optim.base import rows
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+ADJUSTMENTS = ("original", "match_rms_adamw", "none")
+
+
+def orthogonalized(
+    matrices: Sequence[Tensor],
+    steps: int,
+    coefficients: tuple[float, float, float] = QUINTIC,
+    eps: float = 1e-7,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """NS of every tensor, as the matrix `[out, in]` it acts as; the same shapes back.
+
+    dtype: of the iterations; None: bfloat16 on an accelerator, where it is fast, at least float32 on a CPU.
+    """
+    whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in matrices]
+    by_shape: dict[Any, list[int]] = {}
+    for place, x in enumerate(whole):
+        by_shape.setdefault((rows(x).shape, x.device, x.dtype), []).append(place)
+    made: list[Tensor] = list(whole)
+    for (_, device, kind), places in by_shape.items():
+        inside = dtype
+        if inside is None and device.type != "cpu" and kind != torch.float64:
+            inside = torch.bfloat16
+        stack = torch.stack([rows(whole[place]) for place in places])
+        for place, y in zip(
+            places, newton_schulz(stack, steps, iteration=coefficients, eps=eps, dtype=inside), strict=True
+        ):
+            made[place] = y.view_as(whole[place])
+    return [
+        distribute_tensor(y, x.device_mesh, x.placements) if isinstance(x, DTensor) else y
+        for x, y in zip(matrices, made, strict=True)
+    ]
+
+
+def adjustment(kind: str | None, p: Tensor) -> float:
+    """Factor of NS(m) for a matrix `[m, n]`, whose entries are about 1/√max(m, n) (derived).
+
+    "original" (None): √max(1, m/n), as Muon's author has it;  "match_rms_adamw": 0.2 √max(m, n), the size of AdamW's steps;
+    "none": 1. Raises ValueError for another.
+    """
+    m, n = p.shape[0], p.shape[1:].numel()
+    if kind in (None, "original"):
+        return float(max(1.0, m / max(n, 1)) ** 0.5)
+    if kind == "match_rms_adamw":
+        return float(0.2 * max(m, n) ** 0.5)
+    if kind == "none":
+        return 1.0
+    raise ValueError(f"adjust_lr_fn is {kind!r}; expected one of: {', '.join(ADJUSTMENTS)}")
