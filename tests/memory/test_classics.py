@@ -190,7 +190,8 @@ def test_channel_decay_with_every_rule(bias: nl.memory.Bias, rule: nl.memory.Rul
 def test_a_memory_layer_gives_every_system_its_gates(name: str) -> None:
     """Each gate that the system reads, of the right shape, moved by the layer's own parameters."""
     torch.manual_seed(0)
-    layer = nl.layers.Memory(dim=8, heads=2, spec=nl.memory.named(name, key_dim=4, chunk=4))
+    short = {"global_chunk": 4} if name == "tnt" else {}
+    layer = nl.layers.Memory(dim=8, heads=2, spec=nl.memory.named(name, key_dim=4, chunk=4, **short))
     x = torch.randn(2, 9, 8)
     y, state = layer(x)
     assert torch.isfinite(y).all()

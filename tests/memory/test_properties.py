@@ -19,11 +19,12 @@ from nestling.memory import Gates, Memory
 NAMES = nl.memory.names()
 HEADS = 2
 COINCIDE = {("mamba2_like", "retnet")}
+SHORT = {"tnt": {"global_chunk": 7, "shard": 10}}  # periods that a test's few tokens reach
 
 
 def build(name: str, seed: int, **choices: object) -> tuple[Memory, list[Tensor]]:
     """A small float64 memory whose initial weights are never all zero, so that nothing hides behind an empty memory."""
-    spec = nl.memory.named(name, key_dim=4, **choices)
+    spec = nl.memory.named(name, key_dim=4, **SHORT.get(name, {}), **choices)
     generator = torch.Generator().manual_seed(seed)
     w0 = [w.double() for w in spec.init(HEADS, generator)]
     empty = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in w0 if not w.any()]

@@ -18,6 +18,9 @@ from nestling.memory import Gates, Report
 from nestling.memory import Memory as AnyMemory
 from nestling.state import leaves, register
 
+FIRST = {"lr": 0.0, "momentum": 0.0, "retention": 4.0, "threshold": 1.0, "window": -3.0}
+"""Where the biases of the gates begin."""
+
 
 @register
 class MemoryLayerState(NamedTuple):
@@ -38,7 +41,8 @@ class Memory(Layer):
         dim: width.  heads: number of memories, each of width dim / heads, which must be the spec's key_dim and value_dim.
         spec: any named or made memory.
         width: of the convolution.
-        lr_max: largest inner step. Default: 1, or 1/√chunk where gradients stand at an anchor, as those of a chunk add up.
+        lr_max: largest inner step. Default: 1, or 1/√chunk where gradients stand at an anchor, as those of a chunk add up; for
+            each of the memories of a composite.
 
     Initially α ≈ 0.98 and μ ≈ 0.5 (Titans gives the ranges, not the values). The initial weights are slow parameters.
     """
@@ -63,7 +67,7 @@ class Memory(Layer):
             )
         self.spec, self.heads = spec, heads
         self.growth = spec.growth
-        self.lr_max = (spec.update_period**-0.5 if spec.anchored else 1.0) if lr_max is None else lr_max
+        self.lr_max = spec.largest_steps if lr_max is None else (lr_max,) * len(spec.largest_steps)
         self.qkv = nn.Linear(dim, self.projections * dim, bias=False)
         self.convolution = ShortConvolution(3 * dim, width)
         self.kinds = {
@@ -79,16 +83,16 @@ class Memory(Layer):
         self.initial = nn.ParameterList(nn.Parameter(w) for w in spec.init(heads))
         if self.gates is None:
             return
-        first = {"lr": -1.0 if spec.anchored else 0.0, "momentum": 0.0, "retention": 4.0, "threshold": 1.0}
         with torch.no_grad():
             self.gates.weight.mul_(0.1)
             view = self.gates.bias.view(heads, -1)
-            for kind, part in zip(self.kinds, torch.split(view, list(self.kinds.values()), -1), strict=True):
-                if kind == "window":  # near the online rule at first
-                    part[:, 0] = 3.0
-                    part[:, 1:] = -3.0
-                else:
-                    part[:] = first[kind]
+            for kind, bias in zip(self.kinds, torch.split(view, list(self.kinds.values()), -1), strict=True):
+                users = [part.memory for part in spec.parts if kind in part.memory.gates_used]
+                sizes = [memory.gate_channels.get(kind, 1) for memory in users]
+                for memory, own in zip(users, torch.split(bias, sizes, -1), strict=True):
+                    own[:] = -1.0 if kind == "lr" and memory.anchored else FIRST[kind]
+                    if kind == "window":  # near the online rule at first
+                        own[:, 0] = 3.0
 
     def start(self, lanes: int) -> MemoryLayerState:
         return MemoryLayerState(self.convolution.start(lanes), self.spec.start(tuple(self.initial), lanes))
@@ -133,22 +137,34 @@ class Memory(Layer):
         return self.out(y), MemoryLayerState(tail, memory)
 
     def levels(self) -> list[Level]:
-        words = self.spec.describe()
         state = self.spec.start(tuple(self.initial), 0)
-        carried = [part for part, value in zip(state._fields, state, strict=True) if list(leaves(value))]
+        carried = [field for field, value in zip(state._fields, state, strict=True) if list(leaves(value))]
+        shared = ("tail", *(f"memory.{field}" for field in carried if field != "parts"))
+        parts = self.spec.parts
+        fastest = min(range(len(parts)), key=lambda n: parts[n].memory.update_period)  # what all need belongs to it
         return [
             Level(
-                "memory",
-                Period(self.spec.update_period, "token"),
-                words["network"],
-                words["bias"],
-                words["retention"],
-                words["rule"],
+                part.name,
+                Period(part.memory.update_period, "token"),
+                part.words["network"],
+                part.words["bias"],
+                part.words["retention"],
+                part.words["rule"],
                 "tokens",
                 "initialization",
-                state_paths=("tail", *(f"memory.{part}" for part in carried)),
+                state_paths=(
+                    *(shared if n == fastest else ()),
+                    *((f"memory.parts.{n}",) if "parts" in carried else ()),
+                ),
             )
+            for n, part in enumerate(parts)
         ]
+
+    def _steps(self, share: Tensor) -> Tensor:
+        """Shares of the largest steps."""
+        if len(self.lr_max) == 1:
+            return self.lr_max[0] * share
+        return torch.stack([most * part for most, part in zip(self.lr_max, share.unbind(-1), strict=True)], -1)
 
     def _mix(self, x: Tensor, tail: Tensor, reset: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries, keys and values side by side, and the convolution's new tail."""
@@ -169,7 +185,7 @@ class Memory(Layer):
         for kind, part in zip(self.kinds, torch.split(raw, list(self.kinds.values()), -1), strict=True):
             part = part if kind in self.spec.gate_channels else part.squeeze(-1)
             if kind == "lr":
-                made["lr"] = self.lr_max * part.sigmoid()
+                made["lr"] = self._steps(part.sigmoid())
             elif kind == "threshold":  # in units of the norm of values whose coordinates have unit scale
                 made["threshold"] = self.spec.value_dim**0.5 * F.softplus(part)
             elif kind == "window":

@@ -218,17 +218,15 @@ class Learner:
 
 def count_faults(state: Any) -> Tensor | int:
     """How many writes the memories of a state have refused, over all lanes: the sum of its leaves named
-    `faults`, on the device. An `open` window holds older states of the same memories, which do not count again.
+    `faults`, on the device. A state that has such a leaf counts for all inside it. An `open` window holds older states of the
+    same memories, which do not count again.
     """
     if isinstance(state, Tensor) or state is None:
         return 0
     names = getattr(state, "_fields", None) or (state.keys() if isinstance(state, dict) else [""] * len(state))
-    children = state.values() if isinstance(state, dict) else state
-    total: Tensor | int = 0
-    for name, child in zip(names, children, strict=True):
-        if name != "open":
-            total = total + (child.sum() if name == "faults" else count_faults(child))
-    return total
+    children = list(zip(names, state.values() if isinstance(state, dict) else state, strict=True))
+    own = [child.sum() for name, child in children if name == "faults"]
+    return own[0] if own else sum(count_faults(child) for name, child in children if name != "open")
 
 
 def _settle(leaf: Tensor) -> Tensor:

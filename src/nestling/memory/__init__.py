@@ -17,8 +17,9 @@ from nestling.memory.report import Report
 from nestling.memory.retentions import Bregman, Decay, ElasticNet, Full, Lq, LqDual, Retention, Scaled, Softmax
 from nestling.memory.rules import DeltaGradient, Directed, Gradient, Implicit, Momentum, Muon, Rule
 from nestling.memory.self_modifying import SelfModifying
-from nestling.memory.spec import Engine, Memory, MemorySpec
+from nestling.memory.spec import Engine, Memory, MemorySpec, Part
 from nestling.memory.state import MemoryState, Tail
+from nestling.memory.tnt import Tnt, TntState
 
 
 def scan(
@@ -69,6 +70,7 @@ __all__ = [
     "Muon",
     "Network",
     "Omega",
+    "Part",
     "Polynomial",
     "Powers",
     "Report",
@@ -80,6 +82,8 @@ __all__ = [
     "Sketch",
     "Softmax",
     "Tail",
+    "Tnt",
+    "TntState",
     "Unit",
     "cost",
     "describe",

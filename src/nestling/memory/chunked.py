@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TILE = 64  # tokens per product
+STALE_TILE = 128  # where nothing is read but the anchor
 LINK_TILE = 16  # where each token's weights are made, or each channel's decays
 GROUP = 4  # tiles recomputed together in the backward pass, at least
 
@@ -346,7 +347,7 @@ def scan(
     through_link = not spec.retention.linear and not isinstance(spec.retention, Scaled)
     channels = per_channel(spec.retention) and x.retention is not None
     per_token = through_link or channels or (spec.directed is not None and spec.directed.per_token)
-    size = tile or (LINK_TILE if per_token else TILE)
+    size = tile or (LINK_TILE if per_token else STALE_TILE if spec.read == "boundary" else TILE)
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.period, tile=size, halo=halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return _silence(spec, x), x.state

@@ -13,7 +13,7 @@ precision near 1 only as a log-sigmoid. An exact 0 is given in the plain form; a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -55,9 +55,9 @@ NAMES = tuple(field.name for field in fields(Gates))
 
 
 def check_gates(
-    gates: Gates, *, used: frozenset[str], name: str, shape: tuple[int, int, int], window: int, channels: int = 0
+    gates: Gates, *, used: frozenset[str], name: str, shape: tuple[int, int, int], channels: Mapping[str, int]
 ) -> None:
-    """Refuse a gate that the system does not use, a gate given twice, or a wrong shape (channels: of the retention)."""
+    """Refuse a gate that the system does not use, a gate given twice, or a wrong shape (channels: size of a last dimension)."""
     for pair in ("retention", "momentum"):
         if getattr(gates, pair) is not None and getattr(gates, "log_" + pair) is not None:
             raise ValueError(f"gates.{pair} and gates.log_{pair} are both given: give one of them")
@@ -67,12 +67,12 @@ def check_gates(
                 f"gates.{gate} was given, but {name} has no such gate (it uses: {', '.join(sorted(used)) or 'none'}). "
                 "Leave it out, or choose a rule, retention or bias that reads it."
             )
-        last = {"window": window, "retention": channels, "log_retention": channels}.get(gate, 0)
-        expected = (*shape, last) if last else shape
+        last = channels.get(gate.removeprefix("log_"))
+        expected = shape if last is None else (*shape, last)
         if tuple(tensor.shape) != expected:
             raise ValueError(
                 f"gates.{gate} has shape {tuple(tensor.shape)}; expected {expected} ([lane, head, time"
-                + (", lag])" if gate == "window" else ", channel])" if last else "])")
+                + ("])" if last is None else ", lag])" if gate == "window" else ", channel])")
             )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
 
     class Sized(Protocol):
-        """What the checks ask of any memory with a `MemoryState`."""
+        """What the checks ask of any memory."""
 
         @property
         def name(self) -> str: ...
@@ -30,12 +30,19 @@ if TYPE_CHECKING:
         @property
         def value_dim(self) -> int: ...
         @property
+        def gates_used(self) -> frozenset[str]: ...
+        @property
+        def gate_channels(self) -> dict[str, int]: ...
+        @property
+        def shapes(self) -> tuple[tuple[int, int], ...]: ...
+
+    class Stateful(Sized, Protocol):
+        """What they ask of one with a `MemoryState`."""
+
+        @property
         def bias(self) -> Bias: ...
         @property
         def rule(self) -> Rule: ...
-        @property
-        def gates_used(self) -> frozenset[str]: ...
-        def check_weights(self, w0: Sequence[Tensor]) -> None: ...
         def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]: ...
 
 
@@ -90,8 +97,7 @@ def prepare(
 ) -> Inputs:
     """Check shapes, cast up to at least float32 (C7), find the tokens the guard must skip (C8)."""
     gates = Gates() if gates is None else gates
-    channels = spec.shapes[0][0] if per_channel(spec.retention) else 0
-    lanes, heads, time = check(spec, w0, q, k, v, gates, state, reset, valid, channels=channels)
+    lanes, heads, time = check(spec, w0, q, k, v, gates, state, reset, valid)
     start = spec.start(w0, lanes)
     state = start if state is None else state
     dtype = state.weights[0].dtype
@@ -115,7 +121,7 @@ def prepare(
     erase = None
     if spec.rule.erase != "none":
         erase = lr if gates.delta is None else gates.delta
-        if spec.rule.erase == "after_decay" and retention is not None and not channels:
+        if spec.rule.erase == "after_decay" and retention is not None and not per_channel(spec.retention):
             erase = erase * retention.plain()
     lr = lr * spec.rule.step(spec.key_dim)
     return Inputs(start, state, q, k, v, lr, retention, momentum, erase, gates.window, fine, reset, valid)
@@ -157,21 +163,19 @@ def _neutral(gate: str) -> float:
     return 1.0 if gate in ("retention", "momentum") else 0.0
 
 
-def check(
+def check_call(
     spec: Sized,
     w0: Sequence[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gates: Gates,
-    state: MemoryState | None,
+    position: Tensor | None,
     reset: Tensor | None,
     valid: Tensor | None,
-    *,
-    channels: int = 0,
 ) -> tuple[int, int, int]:
-    """Refuse what does not fit, in words. Returns lanes, heads, time."""
-    spec.check_weights(w0)
+    """Refuse what does not fit, in words; position: the state's. Returns lanes, heads, time."""
+    check_weights(spec.name, spec.shapes, w0)
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [lane, head, time, key_dim]")
     lanes, heads, time, _ = q.shape
@@ -190,11 +194,29 @@ def check(
             raise ValueError(
                 f"{name} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {(lanes, time)} ([lane, time])"
             )
+    if position is not None and position.shape[0] != lanes:
+        raise ValueError(
+            f"state holds {position.shape[0]} lanes, q has {lanes}: take or repeat lanes with nl.state first"
+        )
+    check_gates(gates, used=spec.gates_used, name=spec.name, shape=(lanes, heads, time), channels=spec.gate_channels)
+    return lanes, heads, time
+
+
+def check(
+    spec: Stateful,
+    w0: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    state: MemoryState | None,
+    reset: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[int, int, int]:
+    """`check_call`, and that the state is this memory's."""
+    position = None if state is None else state.position
+    lanes, heads, time = check_call(spec, w0, q, k, v, gates, position, reset, valid)
     if state is not None:
-        if state.position.shape[0] != lanes:
-            raise ValueError(
-                f"state holds {state.position.shape[0]} lanes, q has {lanes}: take or repeat lanes with nl.state first"
-            )
         shapes = spec.state_shapes(heads)
         for layer, (w, shape) in enumerate(zip(state.weights, shapes, strict=False)):
             if len(state.weights) != len(shapes) or tuple(w.shape[1:]) != shape:
@@ -204,14 +226,6 @@ def check(
                 )
         if bool(state.momentum) != spec.rule.momentum or (state.tail is None) != (spec.bias.window == 1):
             raise ValueError(f"the state does not belong to {spec.name}: its momentum or window tail does not fit")
-    check_gates(
-        gates,
-        used=spec.gates_used,
-        name=spec.name,
-        shape=(lanes, heads, time),
-        window=spec.bias.window,
-        channels=channels,
-    )
     return lanes, heads, time
 
 

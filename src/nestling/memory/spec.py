@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -72,9 +72,23 @@ class Memory(Protocol):
         return False
 
     @property
+    def largest_steps(self) -> tuple[float, ...]:
+        """Largest inner step that a layer should take, for each channel of the gate `lr`."""
+        return (self.update_period**-0.5 if self.anchored else 1.0,)
+
+    @property
     def deep(self) -> bool:
         """Whether the network has hidden layers."""
         return False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The memories a composite is made of, or itself alone.
+
+        A gate of a composite has those of its parts side by side in its last dimension, in this order; its state has the field
+        `parts` with their states.
+        """
+        return (Part("memory", self, self.describe()),)
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         """Initial (slow) weights, each `[head, in, out]`."""
@@ -137,6 +151,14 @@ class Memory(Protocol):
         ...
 
 
+class Part(NamedTuple):
+    """One of the memories of a composite: its name there, and its choices in words."""
+
+    name: str
+    memory: Memory
+    words: dict[str, str]
+
+
 @dataclass(frozen=True)
 class MemorySpec(Memory):
     """The five choices of an associative memory.
@@ -148,7 +170,7 @@ class MemorySpec(Memory):
     retention            what is kept
     rule                 how it descends
     chunk                period of the anchor in tokens: gradients of a chunk are taken at the weights of its start.
-                         Without effect where the gradient does not read the weights
+                         Without effect where the gradient does not read the weights, unless these are read at the boundary
     read                 token t is answered "after" its own write, "before" it, or from the chunk's start ("boundary")
     name                 name of the system, for messages
 
@@ -231,8 +253,9 @@ class MemorySpec(Memory):
 
     @property
     def reads_chunk(self) -> bool:
-        """Whether `chunk` has an effect: the anchor matters, or the rule acts at borders."""
-        return self.reads_weights or (isinstance(self.rule, Directed) and not self.rule.per_token)
+        """Whether `chunk` has an effect: the anchor matters or is what is read, or the rule acts at borders."""
+        at_borders = isinstance(self.rule, Directed) and not self.rule.per_token
+        return self.reads_weights or self.read == "boundary" or at_borders
 
     @property
     def period(self) -> int:

@@ -1,0 +1,97 @@
+"""TNT at speed: projections in chunk form, and each memory by its own engine with all of a call's shards side by side.
+
+Equal to its reference for lanes at any positions, resets and invalid tokens anywhere, and any split of a stream: which token
+begins a shard is counted from the lane's own position 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestling.memory.gates import Gates
+from nestling.memory.norm import l2_norm
+from nestling.memory.projection import project
+from nestling.memory.report import Report
+from nestling.memory.shards import pack, unfold
+from nestling.memory.tnt import Call, Tnt, TntState
+
+
+def scan(spec: Tnt, x: Call, *, tile: int | None = None, report: Report | None = None) -> tuple[Tensor, TntState]:
+    """Memory by memory."""
+    time = x.q.shape[2]
+    if time == 0:
+        return x.v.new_zeros(x.v.shape), x.state
+    alive, before, position = places(x.state.position, x.reset, x.valid, time)
+    begins = {s: _some(alive & (before % s == 0)) for s in spec.shards if s is not None}
+
+    asked: dict[int | None, Tensor] = dict.fromkeys(spec.shards, x.q)
+    projections = []
+    counts = _some(~(x.fine & alive.to(x.fine.device)))
+    for shard, p in zip(spec.lengths, x.state.projection, strict=True):
+        read, p = project(p, x.q, x.k, begins[shard], None if counts is None else ~counts)
+        projections.append(p)
+        asked[shard] = l2_norm(read) if spec.projection == "normalized" else read
+
+    skipped = (~x.fine & alive.to(x.fine.device)).sum(1)
+    parts: list[Any] = []
+    total, faults = None, x.state.faults + skipped
+    names = [part.name for part in spec.parts] if report is not None else []
+    for n, own in enumerate(spec.shards):
+        options: dict[str, Any] = {"tile": tile}
+        if report is not None:
+            options["report"] = report.scope(names[n])
+        y, new = _read(spec, x, n, asked[own], x.reset if own is None else begins[own], options)
+        total = y if total is None else total + y
+        parts.append(new)
+        faults = faults + new.faults - x.state.parts[n].faults - skipped
+    assert total is not None
+    if report is not None:
+        report.count(faults=faults - x.state.faults)
+    return total, TntState(tuple(parts), tuple(projections), position, faults)
+
+
+def places(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens count and the lane's position before each (bool and int64 `[lane, time]`, CPU), and after the call."""
+    alive = torch.ones(len(position), time, dtype=torch.bool) if valid is None else valid.cpu()
+    rank = alive.long().cumsum(1) - alive.long()
+    before = position[:, None] + rank
+    after = position + alive.sum(1)
+    if reset is not None:
+        last = torch.where(reset.cpu() & alive, rank, -1).cummax(1).values
+        before = torch.where(last < 0, before, rank - last)
+        after = torch.where(last[:, -1] < 0, after, alive.sum(1) - last[:, -1])
+    return alive, before, after
+
+
+def _read(spec: Tnt, x: Call, n: int, q: Tensor, begins: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Any]:
+    """One memory: in rows of a shard if its shards make several, else in a row, reset where they begin."""
+    memory, shard, w0, state = spec.memories[n], spec.shards[n], x.w0[n], x.state.parts[n]
+    if shard is not None and begins is not None and q.shape[2] > 1 and "report" not in options:
+        packing = pack(begins, x.valid, shard)
+        if packing is not None:
+
+            def run(inputs: Any, state: Any, **masks: Any) -> tuple[Tensor, Any]:
+                q, k, v, gates = inputs
+                return memory.scan(w0, q, k, v, Gates(**gates), state, **masks, **options)
+
+            start = memory.start(w0, len(begins) * (packing.rows - 1))
+            inputs = (q, x.k, x.v, dict(x.gates[n].items()))
+            return unfold(run, packing, start, state, _first(begins, x.valid), inputs)
+    return memory.scan(w0, q, x.k, x.v, x.gates[n], state, reset=begins, valid=x.valid, **options)
+
+
+def _first(begins: Tensor, valid: Tensor | None) -> Tensor:
+    """Whether a shard begins at the lane's first valid token, bool `[lane]`."""
+    if valid is None:
+        return begins[:, 0]
+    alive = valid.cpu()
+    return (begins & alive & (alive.cumsum(1) == 1)).any(1)
+
+
+def _some(mask: Tensor) -> Tensor | None:
+    """The mask, or None where looking is free and nothing is set."""
+    free = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    return mask if not free or bool(mask.any()) else None
