@@ -1,0 +1,191 @@
+"""Shards side by side, and the projection of queries onto a shard's keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import nestling as nl
+from nestling.memory import shards
+from nestling.memory.projection import project, step
+
+CASE = st.fixed_dictionaries(
+    {
+        "time": st.integers(1, 60),
+        "shard": st.integers(1, 20),
+        "begins": st.floats(0, 0.6),
+        "valid": st.sampled_from([None, 0.3, 0.9]),
+        "seed": st.integers(0, 10_000),
+    }
+)
+
+
+def shard_starts(case: dict, lanes: int = 3) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Which tokens begin a shard, given random resets, invalid tokens and lanes anywhere; which are there; tokens read before."""
+    g = torch.Generator().manual_seed(case["seed"])
+    time, shard = case["time"], case["shard"]
+    valid = None if case["valid"] is None else torch.rand(lanes, time, generator=g) < case["valid"]
+    reset = torch.rand(lanes, time, generator=g) < 0.3 * case["begins"]
+    position = torch.randint(0, 3 * shard, (lanes,), generator=g)
+    begins = torch.zeros(lanes, time, dtype=torch.bool)
+    for lane in range(lanes):
+        at = int(position[lane])
+        for t in range(time):
+            if valid is None or valid[lane, t]:
+                at = 0 if reset[lane, t] else at
+                begins[lane, t] = at % shard == 0
+                at += 1
+    return begins, valid, position % shard
+
+
+@given(case=CASE)
+def test_every_token_has_one_place_and_every_part_of_a_shard_one_row(case: dict) -> None:
+    begins, valid, _ = shard_starts(case)
+    lanes, time = begins.shape
+    there = torch.ones_like(begins) if valid is None else valid
+    found = shards.pack(begins, valid, case["shard"])
+    if found is None:  # a row for each lane at most
+        assert int(there.sum(1).max()) <= case["shard"] or not begins[:, 1:].any()
+        return
+    assert found.size <= case["shard"]
+    tokens = torch.arange(1, time + 1).expand(lanes, time)
+    rows = found.put((tokens * there)[:, None, :, None])[:, 0, :, 0]
+    filled = torch.ones_like(rows, dtype=torch.bool) if found.valid is None else found.valid
+    rows = rows.masked_fill(~filled, 0).view(lanes, found.rows, found.size)
+    resets = torch.zeros_like(filled) if found.reset is None else found.reset
+    resets = resets.view(rows.shape)
+    for lane in range(lanes):
+        part = torch.where(
+            there[lane], begins[lane].long().cumsum(0), -1
+        )  # which part of which shard a token belongs to
+        seen = sorted(t for t in rows[lane].flatten().tolist() if t)
+        assert seen == (torch.nonzero(there[lane])[:, 0] + 1).tolist()
+        for number, row in enumerate(rows[lane]):
+            run = row[row > 0] - 1
+            assert bool((row[: len(run)] > 0).all()), "filled from the front"
+            own = part[run]
+            new = torch.cat([torch.ones(1, dtype=torch.bool), own[1:] != own[:-1]])[: len(run)]
+            for p in own.unique():
+                assert run[own == p].tolist() == torch.nonzero(part == p)[:, 0].tolist(), "whole and in order"
+            assert resets[lane, number, : len(run)].tolist() == [bool(x) and n > 0 for n, x in enumerate(new.tolist())]
+            if 0 in own.tolist():
+                assert number == 0, "what goes on from the state is in the row that has it"
+                assert int(own[0]) == 0
+            if len(run) and int(part.max()) in own.tolist():
+                assert int(found.ends[lane]) == number
+                assert int(own[-1]) == int(part.max()), "the row ends with the lane's last token"
+    back = found.back(found.put(tokens[:, None, :, None].double()))[:, 0, :, 0]
+    assert torch.equal(back, tokens * there)
+
+
+@pytest.mark.parametrize("phase", [0, 3, 15])
+def test_a_call_as_long_as_whole_shards_leaves_no_place_empty(phase: int) -> None:
+    """Wherever lanes stand: what the call begins with and what it ends with make a shard together."""
+    begins = (torch.arange(64) + phase) % 16 == 0
+    found = shards.pack(begins[None], None, 16)
+    assert found is not None
+    assert (found.rows, found.size, found.valid) == (4, 16, None)
+    assert (found.token is None) == (phase == 0)
+
+
+@given(case=CASE, projection=st.sampled_from(["normalized", "none"]))
+def test_packed_and_unpacked_reading_agree(case: dict, projection: str) -> None:
+    """Outputs, state and gradients, from states that have read something."""
+    spec = nl.memory.named("tnt", key_dim=4, chunk=3, shard=case["shard"], global_=None, projection=projection)
+    g = torch.Generator().manual_seed(case["seed"])
+    w0 = [torch.randn(2, *s, generator=g, dtype=torch.float64).requires_grad_() for s in spec.shapes]
+    time, lanes = case["time"], 3
+    before = spec.example(g, lanes=lanes, time=12, dtype=torch.float64)
+    state = spec.scan(w0, *before, valid=torch.rand(lanes, 12, generator=g) < 0.5)[1]
+    inputs = spec.example(g, lanes=lanes, time=time, dtype=torch.float64)
+    masks = {
+        "reset": torch.rand(lanes, time, generator=g) < 0.3 * case["begins"],
+        "valid": None if case["valid"] is None else torch.rand(lanes, time, generator=g) < case["valid"],
+    }
+    runs = []
+    for packed in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not packed:
+                patch.setattr("nestling.memory.tnt_chunked.pack", lambda *_: None)
+            y, new = spec.scan(w0, *inputs, state, **masks)
+        total = y.square().sum() + sum(x.square().sum() for x in nl.state.leaves(new) if x.requires_grad)
+        runs.append((y, *nl.state.leaves(new), *torch.autograd.grad(total, w0, retain_graph=True)))
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_long_call_takes_as_many_steps_as_a_shard_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes TNT quick: the local memory reads the call's shards at once, also when lanes are out of step."""
+    spec = nl.memory.named("tnt", key_dim=4, chunk=4, shard=16, global_chunk=32)
+    calls = []
+    scan = nl.memory.MemorySpec.scan
+
+    def noting(self: nl.memory.MemorySpec, w0: object, q: Tensor, *rest: object, **options: object) -> object:
+        calls.append((self.read, tuple(q.shape[::2])))
+        return scan(self, w0, q, *rest, **options)
+
+    monkeypatch.setattr(nl.memory.MemorySpec, "scan", noting)
+    w0 = spec.init(2)
+    example = spec.example(torch.Generator().manual_seed(0), lanes=2, time=128)
+    _, state = spec.scan(w0, *example, valid=torch.arange(128) < torch.tensor([[5], [11]]))
+    calls.clear()
+    spec.scan(w0, *example, state)
+    assert calls == [("boundary", (2, 128)), ("after", (2 * 8, 16))]
+
+
+def test_orthonormal_keys_project_on_their_span_and_at_last_change_nothing() -> None:
+    g = torch.Generator().manual_seed(1)
+    k = torch.linalg.qr(torch.randn(6, 6, generator=g, dtype=torch.float64))[0].view(1, 1, 6, 6)
+    q = torch.randn(1, 1, 6, 6, generator=g, dtype=torch.float64)
+    y, p = project(torch.zeros(1, 1, 6, 6, dtype=torch.float64), q, 3 * k, None, None)
+    for t in range(6):
+        span = k[0, 0, : t + 1]
+        torch.testing.assert_close(y[0, 0, t], q[0, 0, t] @ span.mT @ span)
+    torch.testing.assert_close(y[0, 0, 5], q[0, 0, 5])
+    torch.testing.assert_close(p[0, 0], torch.eye(6).double())
+
+
+@given(case=CASE)
+def test_the_chunk_form_is_the_running_sum(case: dict) -> None:
+    """Also over tiles, with shards, resets and tokens that do not count; symmetric, positive, blind to the keys' scale."""
+    case = case | {"time": 3 * case["time"]}
+    begins, valid, _ = shard_starts(case)
+    lanes, time = begins.shape
+    g = torch.Generator().manual_seed(case["seed"])
+    q, k = (torch.randn(lanes, 2, time, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    half = torch.randn(lanes, 2, 4, 4, generator=g, dtype=torch.float64)
+    p = start = half @ half.mT
+    y, end = project(start, q, k, begins, valid)
+    scaled, _ = project(start, q, k * torch.linspace(0.1, 9, time)[:, None], begins, valid)
+    torch.testing.assert_close(scaled, y, rtol=1e-8, atol=1e-8)  # but for the norm's ε
+    there = torch.ones_like(begins) if valid is None else valid
+    for t in range(time):
+        p = step(p, k[:, :, t], begins[:, t], there[:, t])
+        torch.testing.assert_close(y[:, :, t], (q[:, :, t, None] @ p)[:, :, 0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(end, p, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(end, end.mT)
+    assert torch.linalg.eigvalsh(end).min() > -1e-9
+
+
+def test_the_projection_is_the_sum_of_projectors_and_grows_with_the_shard() -> None:
+    """For n unit keys the trace is n: why the read input is normalized."""
+    k = F.normalize(torch.randn(1, 1, 500, 4, generator=torch.Generator().manual_seed(2)), dim=-1).double()
+    y, p = project(torch.zeros(1, 1, 4, 4, dtype=torch.float64), k, k, None, None)
+    assert float(p.diagonal(0, -2, -1).sum()) == pytest.approx(500, rel=1e-6)
+    assert float(y[..., -1, :].norm()) > 50 * float(y[..., 0, :].norm())
+
+
+def test_a_query_of_half_precision_meets_a_projection_of_single_precision() -> None:
+    spec = nl.memory.named("tnt", key_dim=4, chunk=4, shard=4096, global_=None)
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(3), time=300)
+    low = [x.bfloat16() for x in (q, k, v)]
+    y, state = spec.scan(spec.init(2, torch.Generator().manual_seed(4)), *low, gates)
+    assert y.dtype == torch.bfloat16
+    (p,) = state.projection
+    assert p.dtype == torch.float32
+    unit = F.normalize(low[1].double(), dim=-1)
+    torch.testing.assert_close(p.double(), unit.mT @ unit, rtol=1e-5, atol=1e-4)
