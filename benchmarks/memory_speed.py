@@ -61,7 +61,7 @@ def clock(settings: Settings) -> Callable[[], float]:
 def layer(name: str, chunk: int, settings: Settings) -> Any:
     """The memory layer of a system, or None where the library has no layer for it."""
     spec = nl.memory.named(name, key_dim=settings.dim // settings.heads, chunk=chunk)
-    if isinstance(spec, nl.memory.MemorySpec):
+    if isinstance(spec, nl.memory.MemorySpec | nl.memory.Tnt):
         return nl.layers.Memory(settings.dim, settings.heads, spec)
     own = getattr(nl.layers, "".join(word.title() for word in name.split("_")), None)
     return None if own is None else own(settings.dim, settings.heads, spec)

@@ -9,7 +9,7 @@
 Shards are independent, which is what makes small local chunks affordable; see `shards`. Nothing is seen by nobody where C_G
 divides S_i: with S_i < C_G the earlier shards of the current global chunk are.
 
-Two misprints of the paper are read as its text and appendices have them: the local rule (eq. 6, 14) starts from the anchor, not
+Three places of the paper are read as its text and appendices have them: the local rule (eq. 6, 14) starts from the anchor, not
 from W_{t−1}, which would write a token up to C_i times; the first token of a shard is written and read, not skipped; P runs over
 the shard, not the chunk (eq. 7, 15).
 """
@@ -31,7 +31,7 @@ from nestling.memory.projection import Projecting
 from nestling.memory.report import Report
 from nestling.memory.spec import Engine, Example, Memory, Part, Read
 from nestling.memory.state import Weights
-from nestling.state import register
+from nestling.state import leaves, register
 
 GLOBAL_CHUNK = 2048  # in all experiments of the paper
 
@@ -347,16 +347,16 @@ class Tnt(Memory):
         parts = self.parts
         words = {
             kind: "; ".join(f"{part.name}: {part.words[kind]}" for part in parts)
-            for kind in ("network", "bias", "retention", "rule", "period", "read")
+            for kind in ("features", "network", "bias", "retention", "rule", "period", "read")
         }
-        numbers = sum(int(part.words["state"].split()[0]) for part in parts) + len(self.lengths) * self.key_dim**2
+        carried = leaves(self.start(self.init(1), 1))
         asked = {"normalized": "q P of unit norm", "literal": "q P", "none": "q"}[self.projection]
         return {
             "name": self.name,
             **words,
             "projection": f"local memories are asked with {asked}",
             "gates": ", ".join(sorted(self.gates_used)) or "none",
-            "state": f"{numbers} numbers per lane and head",
+            "state": f"{sum(x.numel() for x in carried if x.is_floating_point())} numbers per lane and head",
         }
 
     def example(
