@@ -88,4 +88,7 @@ def net(dtype=torch.float32):
 
 
 def loss_of(model, tokens, targets):
-    return torch.nn.functional.cross_entropy(model(tokens).float().flatten(0, 1), targets.flatten())
+    logits = model(tokens).flatten(0, 1)
+    return torch.nn.functional.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
+    )

@@ -7,9 +7,13 @@ from nestling.optim.deep import DeepMomentum
 from nestling.optim.delta import DeltaMomentum
 from nestling.optim.dgd import DGD
 from nestling.optim.feature import FeatureMomentum
+from nestling.optim.inventory import memories
+from nestling.optim.levels import from_levels, groups, split
 from nestling.optim.m3 import M3
 from nestling.optim.momentum import PreconditionedMomentum
 from nestling.optim.muon import Muon
+from nestling.optim.named import describe, make, names
+from nestling.optim.periodic import Periodic
 from nestling.optim.preconditioners import Diagonal, Fixed, Identity, Preconditioner
 
 __all__ = [
@@ -26,6 +30,14 @@ __all__ = [
     "Identity",
     "Muon",
     "Optimizer",
+    "Periodic",
     "PreconditionedMomentum",
     "Preconditioner",
+    "describe",
+    "from_levels",
+    "groups",
+    "make",
+    "memories",
+    "names",
+    "split",
 ]

@@ -105,6 +105,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """What it remembers, in words, fast to slow."""
         return []
 
+    def wait(self, group: dict[str, Any]) -> None:
+        """Called in place of a step for a group that `Periodic` lets wait, with the gradients of that step."""
+
     def _begin(self, group: dict[str, Any]) -> None:
         """Called once per step and group, whether or not any of its parameters has a gradient."""
 

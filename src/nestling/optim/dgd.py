@@ -99,6 +99,16 @@ class DGD(Optimizer):
         self.capture.clear()
         return loss
 
+    def wait(self, group: dict[str, Any]) -> None:
+        """Keep what the layers have seen for the step that takes all gradients of the period."""
+        for p in group["params"]:
+            seen = self.capture.seen.pop(p, None)
+            if seen is not None:
+                state = self._state_of(group, p)
+                for name, value in vars(seen).items():
+                    if value is not None:
+                        state[f"seen_{name}"] = state[f"seen_{name}"] + value if f"seen_{name}" in state else value
+
     def _start(self, group: dict[str, Any], p: Tensor) -> State:
         return {"momentum": blank(p)} if group["momentum"] else {}
 
@@ -110,7 +120,20 @@ class DGD(Optimizer):
             torch._foreach_mul_(momentum, group["momentum"])
             torch._foreach_add_(momentum, grads)
             grads = momentum
-        return [self._delta(group, p, g) for p, g in zip(params, grads, strict=True)]
+        found = []
+        for p, g, state in zip(params, grads, states, strict=True):
+            self._recall(p, state)
+            found.append(self._delta(group, p, g))
+        return found
+
+    def _recall(self, p: Tensor, state: State) -> None:
+        """Add what was seen while waiting."""
+        kept = {name: state.pop(name) for name in list(state) if name.startswith("seen_")}
+        if kept:
+            seen = self.capture.seen.setdefault(p, Seen())
+            for name, value in kept.items():
+                now = getattr(seen, name[5:])
+                setattr(seen, name[5:], value if now is None else now + value)
 
     def _delta(self, group: dict[str, Any], p: Tensor, g: Tensor) -> Tensor:
         """(W − W_new)/η."""

@@ -1,0 +1,152 @@
+"""Groups of parameters from a model's levels: which decay, which are hidden matrices, and how often each moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from nestling.optim import named
+from nestling.optim.periodic import Periodic
+
+
+class Level(Protocol):
+    """What is read of a level (`nestling.layers.Level`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def params(self) -> tuple[str, ...]: ...
+
+
+def split(module: nn.Module) -> list[dict[str, Any]]:
+    """The parameters of any module in two groups for `Muon` and `M3`: hidden matrices ("matrix": None), and the rest (False).
+
+    Hidden matrices are the weights of linear layers and convolutions, but not those shared with an embedding, nor an output
+    layer as wide as one.
+    """
+    hidden = hidden_matrices(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    inside: list[nn.Parameter] = []
+    outside: list[nn.Parameter] = []
+    for p in module.parameters():
+        (inside if id(p) in hidden else outside).append(p)
+    return [{"params": ps, "matrix": m} for ps, m in ((inside, None), (outside, False)) if ps]
+
+
+def hidden_matrices(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> set[int]:
+    """The ids of weights that map hidden states to hidden states."""
+    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    shared, words = {id(m.weight) for m in embeddings}, {m.num_embeddings for m in embeddings}
+    return {
+        id(m.weight)
+        for m in module.modules()
+        if isinstance(m, kinds)
+        and id(m.weight) not in shared
+        and not (isinstance(m, nn.Linear) and m.out_features in words)
+    }
+
+
+def groups(
+    module: nn.Module,
+    levels: Iterable[Level],
+    *,
+    weight_decay: float = 0.1,
+    every: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """One group per level, kind and frequency, with the names of its parameters; each carries its level's name as "level".
+
+    Decay is for the weights of linear maps alone. Gains, biases and embeddings have none, and neither have convolutions and
+    initial memories, which start at something other than zero for a reason.
+
+    every: steps between two updates, by the name of a level or a pattern of parameters' names ("blocks.0.*"), the last that
+    fits counting. Raises ValueError unless every parameter belongs to one level, and for a pattern that fits nothing.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} - embeddings
+    hidden = hidden_matrices(module)
+    left, found = dict(module.named_parameters()), []
+    patterns, fitting = dict(every or {}), set()
+    for level in levels:
+        mine = [(name, left.pop(name)) for name in level.params if name in left]
+        if len(mine) != len(level.params):
+            raise ValueError(f"level {level.name!r} claims a parameter that is not there, or that another level has.")
+        kinds: dict[tuple[int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
+        for name, weight in mine:
+            fits = [p for p in patterns if p == level.name or fnmatchcase(name, p)]
+            fitting.update(fits)
+            steps = patterns[fits[-1]] if fits else 1
+            kinds.setdefault((steps, id(weight) not in linear, id(weight) not in hidden), []).append((name, weight))
+        for (steps, plain, outer), members in sorted(kinds.items(), key=lambda item: item[0]):
+            group = {"params": members, "weight_decay": weight_decay * (not plain), "level": level.name}
+            found.append(group | {"matrix": None if not outer else False, "every": steps})
+    if left:
+        raise ValueError(f"no level claims {', '.join(left)}.")
+    if unused := [p for p in patterns if p not in fitting]:
+        raise ValueError(f"every: {unused[0]!r} is no level and fits no parameter's name")
+    return found
+
+
+def from_levels(
+    model: nn.Module,
+    optimizer: str = "adamw",
+    *,
+    every: Mapping[str, int] | None = None,
+    horizon: float | None = None,
+    weight_decay: float = 0.1,
+    **settings: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer over the levels of a model that has `levels()`, as those of `nestling.models` do.
+
+    optimizer       by name, see `nestling.optim.names()`
+    every           steps between two updates of what a pattern names; see `groups`. None: all at every step
+    horizon         outer steps that every group's momentum reaches back, p/(1−β); None: the share β that the optimizer has, of
+                    each group's own updates
+    weight_decay    of linear maps alone
+    settings        lr, and whatever else the optimizer takes
+
+    Returns the optimizer itself where all groups move at every step, else a `Periodic` round it.
+    Raises ValueError for names, patterns and settings that are not known.
+    """
+    if not callable(getattr(model, "levels", None)):
+        raise TypeError(
+            f"from_levels got {type(model).__name__}, which has no levels(); use split(module) for its groups"
+        )
+    made = groups(model, model.levels(), weight_decay=weight_decay, every=every)  # type: ignore[operator]
+    slow = any(group["every"] > 1 for group in made)
+    for group in made:
+        if not named.takes_matrices(optimizer):
+            del group["matrix"]
+        if not slow:
+            del group["every"]
+    found = named.make(optimizer, model, _joined(made), **settings)
+    if horizon is not None:
+        _reach(found, horizon)
+    return Periodic(found) if slow else found
+
+
+def _joined(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with equal settings as one."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for group in made:
+        key = tuple(sorted((name, value) for name, value in group.items() if name != "params"))
+        if key in found:
+            found[key]["params"] += group["params"]
+        else:
+            found[key] = group
+    return list(found.values())
+
+
+def _reach(optimizer: torch.optim.Optimizer, horizon: float) -> None:
+    """Give every group the share of momentum that reaches `horizon` outer steps back."""
+    if not horizon >= 1:
+        raise ValueError(f"horizon is {horizon}; expected at least 1 step")
+    for group in optimizer.param_groups:
+        share = max(0.0, 1 - group.get("every", 1) / horizon)
+        names = [name for name in ("momentum", "betas", "adam_betas") if name in group]
+        if not names:
+            raise ValueError(f"horizon: {type(optimizer).__name__} has no momentum to set")
+        for name in names:
+            group[name] = share if name == "momentum" else (share, group[name][1])
