@@ -127,7 +127,7 @@ def test_help_needs_no_pytorch():
         ("train --lanes two", r"--lanes: got 'two', but expected a whole number\."),
         ("train --lanes 2.5", r"--lanes: got '2\.5', but expected a whole number\."),
         ("train --carry never", r"--carry: got 'never', but expected a whole number or None\."),
-        ("train --lr fast", r"--lr: got 'fast', but expected a number\."),
+        ("train --lr fast", r"--lr: got 'fast', but expected a number or None\."),
         ("train --schedule linear", r"--schedule: got 'linear', but expected one of 'cosine', 'trapezoid', 'constant'"),
         ("train --resume=yes", r"there is no run here"),
         ("train --set dim", r"--set: got 'dim', but expected NAME=VALUE, for example dim=128\."),

@@ -30,6 +30,8 @@ class LevelsConfig:
     """Which model."""
     size: str = "tiny"
     """How large."""
+    optimizer: str = "adamw"
+    """What moves its slow weights, whose memories are levels too."""
     overrides: Overrides = field(default_factory=dict)
     """Settings of the model that differ from its size's, for example --set dim=128 layers=4."""
     json: bool = False
@@ -45,9 +47,9 @@ def run(config: LevelsConfig) -> int:
 
     from nestling import models
     from nestling.config import override
-    from nestling.learn import adamw
     from nestling.learn.checkpoint import read_record
     from nestling.learn.folder import find_checkpoint, read_config
+    from nestling.learn.optimizer import from_config
     from nestling.learn.run import build_model, parameters
 
     if config.run is not None and (config.run / "checkpoint.json").exists():
@@ -56,10 +58,12 @@ def run(config: LevelsConfig) -> int:
     elif config.run is not None:
         settings = read_config(config.run)
     else:
-        settings = TrainConfig(model=config.model, size=config.size, overrides=config.overrides)
+        settings = TrainConfig(
+            model=config.model, size=config.size, overrides=config.overrides, optimizer=config.optimizer
+        )
     with torch.device("meta"):  # names and sizes are all that is asked for
         model = build_model(settings)
-    levels = models.levels(model, adamw(model))
+    levels = models.levels(model, from_config(settings, model))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if config.json:
         rows = [dataclasses.asdict(level) | {"period": str(level.period)} for level in levels]

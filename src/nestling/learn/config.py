@@ -13,13 +13,13 @@ from nestling.config import SettingError
 from nestling.learn.schedule import Shape
 
 
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+def parse_overrides(pairs: list[str], option: str = "--set", example: str = "dim=128") -> dict[str, Any]:
     """`["dim=128", "norm=layer"]` as a mapping; a value is JSON where it can be read as JSON, text otherwise."""
     overrides = {}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
+        name, equals, text = pair.rpartition("=") if option == "--every" else pair.partition("=")
         if not equals or not name:
-            raise SettingError(f"--set: got {pair!r}, but expected NAME=VALUE, for example dim=128.")
+            raise SettingError(f"{option}: got {pair!r}, but expected NAME=VALUE, for example {example}.")
         try:
             overrides[name.replace("-", "_")] = json.loads(text)
         except ValueError:
@@ -27,21 +27,27 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     return overrides
 
 
-Overrides = Annotated[
-    dict[str, Any],
-    tyro.constructors.PrimitiveConstructorSpec(
+def _pairs(option: str, example: str, metavar: str = "NAME=VALUE") -> tuple[Any, Any]:
+    """How an option that takes a mapping is read and shown."""
+    spec = tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
-        metavar="NAME=VALUE",
-        instance_from_str=parse_overrides,
+        metavar=metavar,
+        instance_from_str=lambda words: parse_overrides(words, f"--{option}", example),
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [f"{name}={json.dumps(item)}" for name, item in value.items()],
-    ),
-    tyro.conf.arg(name="set", help_behavior_hint=""),
-]
+    )
+    return spec, tyro.conf.arg(name=option, help_behavior_hint="")
+
+
+Overrides = Annotated[dict[str, Any], *_pairs("set", "dim=128")]
+Settings = Annotated[dict[str, Any], *_pairs("optimizer-set", "momentum=0.95")]
+Every = Annotated[dict[str, int], *_pairs("every", "blocks.0.*=4", "PATTERN=STEPS")]
 Minutes = Annotated[float | None, tyro.conf.arg(metavar="MINUTES", help_behavior_hint="")]
 Tokens = Annotated[int | None, tyro.conf.arg(metavar="TOKENS", help_behavior_hint="")]
 Steps = Annotated[int | None, tyro.conf.arg(metavar="STEPS")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+Rate = Annotated[float | None, tyro.conf.arg(metavar="RATE", help_behavior_hint="")]
+Horizon = Annotated[float | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 
 DEFAULT_MINUTES = 3.0
@@ -83,8 +89,16 @@ class TrainConfig:
     carry: Steps = 64
     """A lane's memory starts afresh at a new document, and at the latest after so many steps (None: only there)."""
 
-    lr: float = 2e-3
-    """Full learning rate of the slow weights."""
+    optimizer: str = "adamw"
+    """What moves the slow weights: adamw, sgd, muon, m3, dgd and others; a wrong name lists them all."""
+    optimizer_set: Settings = field(default_factory=dict)
+    """Settings of the optimizer, for example --optimizer-set momentum=0.9 slow_weight=0.3."""
+    every: Every = field(default_factory=dict)
+    """Slow weights that move every so many steps, by their accumulated gradient, for example --every blocks.0.*=4."""
+    horizon: Horizon = None
+    """Steps that momentum reaches back, the same for weights of every period (default: the optimizer's own)."""
+    lr: Rate = None
+    """Full learning rate of the slow weights (default: the optimizer's own, 2e-3 for adamw)."""
     schedule: Shape = "cosine"
     """How the learning rate goes down after the warm-up."""
     warmup: int = 50
@@ -127,8 +141,14 @@ class TrainConfig:
                 raise SettingError(f"{name}: got {getattr(self, name)!r}, but expected one of {', '.join(choices)}.")
 
     def resolved(self) -> TrainConfig:
-        """The same settings with the default budget written out."""
-        return replace(self, minutes=DEFAULT_MINUTES) if self.minutes is None and self.tokens is None else self
+        """The same settings with the default budget and learning rate written out; raises `SettingError`."""
+        from nestling import optim
+
+        if self.optimizer not in optim.names():
+            known = ", ".join(optim.names())
+            raise SettingError(f"optimizer: there is none named {self.optimizer!r}; expected one of {known}.")
+        minutes = DEFAULT_MINUTES if self.minutes is None and self.tokens is None else self.minutes
+        return replace(self, minutes=minutes, lr=optim.default_lr(self.optimizer) if self.lr is None else self.lr)
 
     @property
     def folder(self) -> Path:
@@ -144,6 +164,7 @@ _LEAST = {
     "carry": 1,
     "warmup": 0,
     "weight_decay": 0,
+    "horizon": 1,
     "checkpoint_every": 1,
     "eval_documents": 0,
     "threads": 1,

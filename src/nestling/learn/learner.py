@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestling import optim
 from nestling import state as fast
 from nestling.learn.checkpoint import Checkpoint, load_model, model_tensors, random_state, set_random_state
 from nestling.learn.evaluation import masks, token_nats
@@ -67,7 +68,8 @@ class Learner:
 
     Args:
         model: anything that keeps contract C1, on the device it is to run on.
-        optimizer: over the model's slow weights; each group's `lr` at this moment is its full learning rate.
+        optimizer: over the model's slow weights; each group's `lr` at this moment is its full learning rate. Or the name
+            of one, with the settings of `nestling.optim.from_levels`.
         stream: an endless iterator of batches `[lane, time]` with `state_dict`/`load_state_dict`.
         schedule: multiplier of the learning rate as a function of the tokens read before the step.
         clip: largest global gradient norm; the gradient is scaled down to it.
@@ -81,7 +83,7 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | str,
         stream: Lanes,
         *,
         schedule: Callable[[int], float] = lambda tokens: 1.0,
@@ -92,7 +94,7 @@ class Learner:
         bytes_per_token: float = 1.0,
     ) -> None:
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = optim.from_levels(model, optimizer) if isinstance(optimizer, str) else optimizer
         self.stream = stream
         self.schedule = schedule
         self.clip = clip
@@ -102,8 +104,8 @@ class Learner:
         self.bytes_per_token = bytes_per_token
         self.state: Any = None
         self.progress = Progress()
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for group in optimizer.param_groups:
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
     def step(self) -> StepResult:

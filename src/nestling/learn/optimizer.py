@@ -1,15 +1,16 @@
-"""The optimizer of the slow weights: AdamW [Loshchilov & Hutter 2019] with one group of parameters per level and kind.
+"""The optimizer of the slow weights: the outer loop's memories, with one group of parameters per level and kind.
 
-m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²
-w ← w − lr · (m̂ / (√v̂ + ε) + λ w)          λ only for matrices
+The default is AdamW [Loshchilov & Hutter 2019]: m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², w ← w − lr(m̂/(√v̂ + ε) + λw), λ for
+matrices alone. All of `nestling.optim` can stand in its place, at any frequency.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from nestling import models
+from nestling import models, optim
+from nestling.config import SettingError
+from nestling.learn.config import TrainConfig
 
 
 def adamw(
@@ -22,25 +23,27 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW over the levels of `model` (see `models.levels`); every group carries its level's name as `level`.
 
-    Decay (λ = `weight_decay`) is for the weights of linear maps alone. Gains, biases and embeddings have none, and neither
-    have convolutions and initial memories, which start at something other than zero for a reason.
-
-    Raises ValueError unless every parameter belongs to exactly one level.
+    Which weights decay (λ = `weight_decay`): see `nestling.optim.groups`. Raises ValueError unless every parameter belongs to
+    exactly one level.
     """
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    matrices -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    left = dict(model.named_parameters())
-    groups = []
-    for level in models.levels(model):
-        named = [(name, left.pop(name)) for name in level.params if name in left]
-        if len(named) != len(level.params):
-            raise ValueError(
-                f"adamw: level {level.name!r} claims a parameter that is not there, or that another level has."
-            )
-        for decays in (True, False):
-            members = [(name, weight) for name, weight in named if (id(weight) in matrices) == decays]
-            if members:
-                groups.append({"params": members, "weight_decay": weight_decay * decays, "level": level.name})
-    if left:
-        raise ValueError(f"adamw: no level claims {', '.join(left)}.")
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    found = optim.from_levels(model, "adamw", lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+    assert isinstance(found, torch.optim.AdamW)
+    return found
+
+
+def from_config(config: TrainConfig, model: models.LanguageModel) -> torch.optim.Optimizer:
+    """The optimizer that a run's settings name, over the levels of its model; raises `SettingError`."""
+    settings = dict(config.optimizer_set)
+    if config.lr is not None:
+        settings["lr"] = config.lr
+    try:
+        return optim.from_levels(
+            model,
+            config.optimizer,
+            every=config.every,
+            horizon=config.horizon,
+            weight_decay=config.weight_decay,
+            **settings,
+        )
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"optimizer: {error}") from error

@@ -26,7 +26,7 @@ from nestling.learn.evaluation import Score, bits_per_byte, evaluate, passages
 from nestling.learn.interrupt import Interrupt
 from nestling.learn.learner import Learner
 from nestling.learn.metrics import MetricsLog, draw_curve, read_metrics
-from nestling.learn.optimizer import adamw
+from nestling.learn.optimizer import from_config
 from nestling.learn.schedule import Schedule
 
 EVAL_BYTES = 8192
@@ -92,7 +92,7 @@ def _train(config: TrainConfig, saved: Checkpoint | None, device: torch.device, 
     model = build_model(config).to(device)
     align = model.window if model.window is not None and config.length % model.window == 0 else 1
     lanes = stream.Lanes(corpus.train, tokenizer, config.lanes, config.length, seed=config.seed, align=align)
-    optimizer = adamw(model, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = from_config(config, model)
     budget = Budget(**saved.numbers["budget"]) if saved else Budget(tokens=config.tokens, minutes=config.minutes)
     schedule = Schedule(shape=config.schedule, warmup=config.warmup * config.lanes * config.length)
     learner = Learner(

@@ -12,7 +12,7 @@ from nestling.optim.levels import from_levels, groups, split
 from nestling.optim.m3 import M3
 from nestling.optim.momentum import PreconditionedMomentum
 from nestling.optim.muon import Muon
-from nestling.optim.named import describe, make, names
+from nestling.optim.named import default_lr, describe, make, names
 from nestling.optim.periodic import Periodic
 from nestling.optim.preconditioners import Diagonal, Fixed, Identity, Preconditioner
 
@@ -33,6 +33,7 @@ __all__ = [
     "Periodic",
     "PreconditionedMomentum",
     "Preconditioner",
+    "default_lr",
     "describe",
     "from_levels",
     "groups",

@@ -144,6 +144,9 @@ class DeepMomentum(Optimizer):
                 f"{self.bias} of the {'gradient' if self.keys == 'gradient' else 'rows'}",
                 f"decay {group['momentum']}",
                 "gradient descent" + ("" if self.output == "identity" else ", read through Newton–Schulz"),
-                tensors=tuple(f"weight{n}" for n in range(self.network.depth)),
+                tensors=(
+                    *(f"weight{n}" for n in range(self.network.depth)),
+                    *self.preconditioner.start(torch.empty(0)),
+                ),
             )
         ]

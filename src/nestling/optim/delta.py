@@ -99,6 +99,6 @@ class DeltaMomentum(Optimizer):
                 f"L2 to {self.preconditioner}",
                 f"decay {group['momentum']}",
                 f"delta rule, {group['form']}, erasing {group['erase']}",
-                tensors=("momentum",),
+                tensors=("momentum", *self.preconditioner.start(torch.empty(0))),
             )
         ]

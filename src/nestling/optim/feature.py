@@ -81,6 +81,8 @@ class FeatureMomentum(Optimizer):
         return found.view_as(g)
 
     def memories(self) -> list[GradientMemory]:
+        widths = {rows(p).shape[1] for group in self.param_groups for p in group["params"]}
+        own = max(len(self.features.shapes(width)) for width in widths)
         return [
             GradientMemory(
                 "momentum",
@@ -88,6 +90,6 @@ class FeatureMomentum(Optimizer):
                 "dot product with the gradient",
                 f"decay {self.param_groups[0]['momentum']}",
                 "gradient descent",
-                tensors=("momentum",),
+                tensors=("momentum", *(f"own{n}" for n in range(own))),
             )
         ]

@@ -55,6 +55,7 @@ def groups(
     *,
     weight_decay: float = 0.1,
     every: Mapping[str, int] | None = None,
+    matrices: bool = True,
 ) -> list[dict[str, Any]]:
     """One group per level, kind and frequency, with the names of its parameters; each carries its level's name as "level".
 
@@ -62,13 +63,19 @@ def groups(
     initial memories, which start at something other than zero for a reason.
 
     every: steps between two updates, by the name of a level or a pattern of parameters' names ("blocks.0.*"), the last that
-    fits counting. Raises ValueError unless every parameter belongs to one level, and for a pattern that fits nothing.
+    fits counting. matrices: say of every group whether it has hidden matrices, as `Muon` and `M3` read it ("matrix").
+
+    Raises ValueError unless every parameter belongs to one level, and for a pattern that fits nothing.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} - embeddings
     hidden = hidden_matrices(module)
     left, found = dict(module.named_parameters()), []
-    patterns, fitting = dict(every or {}), set()
+    patterns: dict[str, int] = dict(every or {})
+    fitting: set[str] = set()
+    for pattern, steps in patterns.items():
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"every: {pattern!r} has {steps!r}; expected a whole number of steps, at least 1")
     for level in levels:
         mine = [(name, left.pop(name)) for name in level.params if name in left]
         if len(mine) != len(level.params):
@@ -78,10 +85,13 @@ def groups(
             fits = [p for p in patterns if p == level.name or fnmatchcase(name, p)]
             fitting.update(fits)
             steps = patterns[fits[-1]] if fits else 1
-            kinds.setdefault((steps, id(weight) not in linear, id(weight) not in hidden), []).append((name, weight))
+            kind = (steps, id(weight) not in linear, matrices and id(weight) not in hidden)
+            kinds.setdefault(kind, []).append((name, weight))
         for (steps, plain, outer), members in sorted(kinds.items(), key=lambda item: item[0]):
-            group = {"params": members, "weight_decay": weight_decay * (not plain), "level": level.name}
-            found.append(group | {"matrix": None if not outer else False, "every": steps})
+            group: dict[str, Any] = {"params": members, "weight_decay": weight_decay * (not plain), "level": level.name}
+            if matrices:
+                group["matrix"] = False if outer else None
+            found.append(group | {"every": steps})
     if left:
         raise ValueError(f"no level claims {', '.join(left)}.")
     if unused := [p for p in patterns if p not in fitting]:
@@ -105,7 +115,7 @@ def from_levels(
     horizon         outer steps that every group's momentum reaches back, p/(1−β); None: the share β that the optimizer has, of
                     each group's own updates
     weight_decay    of linear maps alone
-    settings        lr, and whatever else the optimizer takes
+    settings        lr (default: `named.default_lr`), and whatever else the optimizer takes
 
     Returns the optimizer itself where all groups move at every step, else a `Periodic` round it.
     Raises ValueError for names, patterns and settings that are not known.
@@ -114,29 +124,17 @@ def from_levels(
         raise TypeError(
             f"from_levels got {type(model).__name__}, which has no levels(); use split(module) for its groups"
         )
-    made = groups(model, model.levels(), weight_decay=weight_decay, every=every)  # type: ignore[operator]
+    matrices = named.takes_matrices(optimizer)
+    made = groups(model, model.levels(), weight_decay=weight_decay, every=every, matrices=matrices)  # type: ignore[operator]
     slow = any(group["every"] > 1 for group in made)
     for group in made:
-        if not named.takes_matrices(optimizer):
-            del group["matrix"]
         if not slow:
             del group["every"]
-    found = named.make(optimizer, model, _joined(made), **settings)
+    settings = {"lr": named.default_lr(optimizer), **settings}
+    found = named.make(optimizer, model, made, **settings)
     if horizon is not None:
         _reach(found, horizon)
     return Periodic(found) if slow else found
-
-
-def _joined(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups with equal settings as one."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for group in made:
-        key = tuple(sorted((name, value) for name, value in group.items() if name != "params"))
-        if key in found:
-            found[key]["params"] += group["params"]
-        else:
-            found[key] = group
-    return list(found.values())
 
 
 def _reach(optimizer: torch.optim.Optimizer, horizon: float) -> None:

@@ -61,6 +61,6 @@ class PreconditionedMomentum(Optimizer):
                 f"dot product with {self.preconditioner}",
                 f"decay {share}",
                 "gradient descent",
-                tensors=("momentum",),
+                tensors=("momentum", *self.preconditioner.start(torch.empty(0))),
             )
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -42,37 +42,46 @@ def _ours(kind: type[Optimizer], **defaults: Any) -> Maker:
     return make
 
 
-_MAKERS: dict[str, tuple[Maker, str]] = {
-    "adamw": (_adamw, "AdamW of PyTorch"),
-    "sgd": (_sgd, "SGD of PyTorch with momentum 0.9"),
-    "muon": (_ours(Muon, adjust_lr_fn="match_rms_adamw"), "Muon on hidden matrices, Adam on the rest"),
-    "m3": (_ours(M3), "M3, multi-scale momentum Muon, on hidden matrices, Adam on the rest"),
-    "dgd": (
+class Entry(NamedTuple):
+    """How it is made, what it is in a phrase, and the learning rate that small models train well with (ours)."""
+
+    make: Maker
+    about: str
+    lr: float
+
+
+_ENTRIES = {
+    "adamw": Entry(_adamw, "AdamW of PyTorch", 2e-3),
+    "sgd": Entry(_sgd, "SGD of PyTorch with momentum 0.9", 0.1),
+    "muon": Entry(_ours(Muon, adjust_lr_fn="match_rms_adamw"), "Muon on hidden matrices, Adam on the rest", 2e-3),
+    "m3": Entry(_ours(M3), "M3, multi-scale momentum Muon, on hidden matrices, Adam on the rest", 2e-3),
+    "dgd": Entry(
         _dgd,
         "delta gradient descent with momentum 0.9 and coupling 0.1; SGD for weights used behind their layers",
+        0.1,
     ),
-    "delta_momentum": (_ours(DeltaMomentum), "momentum with the delta rule"),
-    "deep_momentum": (_ours(DeepMomentum), "momentum that is a network"),
-    "feature_momentum": (_ours(FeatureMomentum), "momentum in features of the gradient"),
-    "preconditioned_momentum": (_ours(PreconditionedMomentum), "heavy-ball momentum"),
-    "adam_memory": (_ours(AdamMemory, betas=(0.9, 0.95)), "Adam, as the optimal memory of gradients"),
-    "adagrad_memory": (_ours(AdaGradMemory), "AdaGrad, as the optimal memory of gradients"),
+    "delta_momentum": Entry(_ours(DeltaMomentum), "momentum with the delta rule", 0.1),
+    "deep_momentum": Entry(_ours(DeepMomentum), "momentum that is a network", 0.3),
+    "feature_momentum": Entry(_ours(FeatureMomentum), "momentum in features of the gradient", 0.1),
+    "preconditioned_momentum": Entry(_ours(PreconditionedMomentum), "heavy-ball momentum", 0.1),
+    "adam_memory": Entry(_ours(AdamMemory, betas=(0.9, 0.95)), "Adam, as the optimal memory of gradients", 2e-3),
+    "adagrad_memory": Entry(_ours(AdaGradMemory), "AdaGrad, as the optimal memory of gradients", 2e-2),
 }
 
 
 def names() -> list[str]:
     """All optimizers by name."""
-    return sorted(_MAKERS)
+    return sorted(_ENTRIES)
 
 
 def describe(name: str) -> str:
     """One of them in a phrase. Raises ValueError for one that is not known."""
-    return _maker(name)[1]
+    return _entry(name).about
 
 
 def make(name: str, module: nn.Module, groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     """The named optimizer over groups of a module's parameters. Raises ValueError for what it does not know."""
-    maker = _maker(name)[0]
+    maker = _entry(name).make
     try:
         return maker(module, groups, **settings)
     except TypeError as error:  # a setting that it does not have
@@ -84,7 +93,12 @@ def takes_matrices(name: str) -> bool:
     return name in ("muon", "m3")
 
 
-def _maker(name: str) -> tuple[Maker, str]:
-    if name not in _MAKERS:
+def default_lr(name: str) -> float:
+    """The learning rate where none is given."""
+    return _entry(name).lr
+
+
+def _entry(name: str) -> Entry:
+    if name not in _ENTRIES:
         raise ValueError(f"optimizer {name!r} is not known; expected one of: {', '.join(names())}")
-    return _MAKERS[name]
+    return _ENTRIES[name]
