@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     script = tmp_path / "example.py"
     script.write_text("\n".join(blocks), "utf-8")
     monkeypatch.chdir(tmp_path)
+    registry = import_module("nestling.memory.named")
+    monkeypatch.setattr(registry, "_SYSTEMS", dict(registry._SYSTEMS))  # what a page registers goes with it
     runpy.run_path(str(script))
 
 

@@ -1,0 +1,284 @@
+"""The contracts that every memory keeps, as checks for any memory: `nestling.testing.check(spec)`.
+
+    from nestling import testing
+    testing.check(nl.memory.named("my_memory", key_dim=4))
+
+The oracle is the token-by-token reference with autograd gradients. A check raises AssertionError with what differs, and by how
+much. Each is a function by itself (`CHECKS`), so that a test suite can draw its own cases; sizes should be small, as the oracle
+is slow. The tests of every registered memory are these.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from nestling import state as fast
+from nestling.memory import Memory
+from nestling.memory.spec import Example, Read
+
+HEADS = 2
+READS: tuple[Read, ...] = ("after", "before", "boundary")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to read: `time` tokens with this chunk, tile and read, inputs by `seed`, with random resets and gaps or without."""
+
+    time: int = 40
+    chunk: int = 16
+    tile: int | None = None
+    read: Read = "after"
+    seed: int = 0
+    masks: bool = False
+
+
+Made = tuple[Memory, list[Tensor]]
+
+
+def check(spec: Memory, *, cases: int = 6, seed: int = 0) -> None:
+    """Every contract, on `cases` random cases where there are cases. Raises AssertionError at the first that does not hold.
+
+    spec: with a small key_dim and value_dim, 4 say: the oracle takes its time.
+    """
+    for case in random_cases(cases, seed):
+        chunked_equals_reference(spec, case)
+        splitting_changes_nothing(spec, case, share=(case.seed % 97) / 96)
+    for alone in CHECKS:
+        alone(spec)
+    for read in READS:
+        causal_and_apart(spec, read)
+    for dtype in (torch.bfloat16, torch.float16):
+        half_is_computed_in_float32(spec, dtype)
+
+
+def random_cases(number: int, seed: int) -> Iterator[Case]:
+    """Short and long, chunks longer than the text, tiles, masks: the first and the last are the awkward ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(options: Any) -> Any:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    for turn in range(number):
+        yield Case(
+            time=1 if turn == 0 else pick(range(2, 41)),
+            chunk=64 if turn == 1 else pick((1, 2, 5, 16)),
+            tile=pick((None, 1, 3, 7)),
+            read=READS[turn % 3],
+            seed=pick(range(10_000)),
+            masks=turn % 2 == 1,
+        )
+
+
+def small(spec: Memory, seed: int, **choices: Any) -> Made:
+    """The memory with other choices, and float64 initial weights that are never all zero, behind which much would hide."""
+    made = cast(Memory, replace(cast(Any, spec), **choices))
+    generator = torch.Generator().manual_seed(seed)
+    w0 = [w.double() for w in made.init(HEADS, generator)]
+    empty = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in w0 if not w.any()]
+    return made, [w if w.any() else empty.pop(0) for w in w0]
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-8) -> None:
+    """max|a − b| ≤ tolerance · max(1, max|b|); NaN fails."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    actual, expected = actual.detach(), expected.detach()
+    error = (actual.double() - expected.double()).abs().amax() if actual.numel() else torch.zeros(())
+    bound = tolerance * max(1.0, float(expected.double().abs().amax()) if expected.numel() else 0.0)
+    assert bool(error <= bound), f"{what}: off by {float(error):.2e}, allowed {bound:.2e}"
+
+
+def assert_same(a: object, b: object, tolerance: float = 1e-8) -> None:
+    """Of two states, leaf by leaf."""
+    for number, (x, y) in enumerate(zip(fast.leaves(a), fast.leaves(b), strict=True)):
+        assert_close(x, y, f"state leaf {number}", tolerance)
+
+
+def cut(x: Example, first: int, last: int) -> Example:
+    """Tokens `first` to `last` of an example."""
+    q, k, v, gates = x
+    part = slice(first, last)
+    return q[:, :, part], k[:, :, part], v[:, :, part], gates[part]
+
+
+def masks(seed: int, lanes: int, time: int, wanted: bool) -> dict[str, Any]:
+    """Random resets and tokens that are not valid."""
+    if not wanted:
+        return {"reset": None, "valid": None}
+    generator = torch.Generator().manual_seed(seed + 1)
+    return {
+        "reset": torch.rand(lanes, time, generator=generator) < 0.1,
+        "valid": torch.rand(lanes, time, generator=generator) < 0.8,
+    }
+
+
+def inputs(spec: Memory, seed: int, time: int, lanes: int = 2, dtype: torch.dtype = torch.float64) -> Example:
+    """The memory's own example."""
+    generator = torch.Generator().manual_seed(seed)
+    example: Example = cast(Any, spec).example(generator, lanes=lanes, heads=HEADS, time=time, dtype=dtype)
+    return example
+
+
+def run(made: Memory, w0: list[Tensor], example: Example, state: Any = None, **options: Any) -> tuple[Tensor, Any]:
+    """`made.scan` over an example."""
+    q, k, v, gates = example
+    return made.scan(w0, q, k, v, gates, state, **options)
+
+
+def chunked_equals_reference(spec: Memory, case: Case) -> None:
+    """The fast engine is the definition: outputs, state and every gradient (C4)."""
+    made, w0 = small(spec, case.seed, chunk=case.chunk, read=case.read)
+    example = inputs(made, case.seed, case.time)
+    if example[3].retention is not None:
+        example[3].retention[0, 0, case.time // 2] = 0.0  # a gate of exactly 0 is legal
+    mask = masks(case.seed, 2, case.time, case.masks)
+    given = [*w0, *example[:3], *(gate for _, gate in example[3].items())]
+    for x in given:
+        x.requires_grad_()
+    runs = []
+    for engine, tile in (("reference", None), ("chunked", case.tile)):
+        y, state = run(made, w0, example, engine=engine, tile=tile, **mask)
+        probe = torch.Generator().manual_seed(7)
+        total = (y * torch.randn(y.shape, generator=probe, dtype=y.dtype)).sum()
+        for w in fast.leaves(state):
+            if not w.is_floating_point() or not w.requires_grad:
+                continue
+            total = total + (w * torch.randn(w.shape, generator=probe, dtype=w.dtype)).sum()
+        runs.append((y.detach(), state, torch.autograd.grad(total, given, allow_unused=True)))
+    (y, state, gradients), (fast_y, fast_state, fast_gradients) = runs
+    assert_close(fast_y, y, "outputs")
+    assert_same(fast_state, state)
+    for number, (slow, quick) in enumerate(zip(gradients, fast_gradients, strict=True)):
+        zero = torch.zeros_like(given[number])
+        assert_close(zero if quick is None else quick, zero if slow is None else slow, f"gradient {number}")
+
+
+def splitting_changes_nothing(spec: Memory, case: Case, share: float) -> None:
+    """Reading A + B is reading A, then B, at the split `share` and token by token (C2)."""
+    made, w0 = small(spec, case.seed, chunk=case.chunk, read=case.read)
+    time = case.time
+    example = inputs(made, case.seed, time)
+    mask = masks(case.seed, 2, time, case.masks)
+    whole, end = run(made, w0, example, **mask)
+    at = round(share * time)
+    for bounds in ([0, at, time], list(range(time + 1))):
+        state, outputs = None, []
+        for first, last in itertools.pairwise(bounds):
+            part = {n: None if m is None else m[:, first:last] for n, m in mask.items()}
+            y, state = run(made, w0, cut(example, first, last), state, **part)
+            outputs.append(y)
+        assert_close(torch.cat(outputs, 2), whole, f"outputs of the split at {bounds[1]}")
+        assert_same(state, end)
+
+
+def dropping_the_state_is_noticed(spec: Memory) -> None:
+    """The state matters: what is read after a split depends on what stood before it."""
+    made, w0 = small(spec, 3, chunk=4)
+    example = inputs(made, 3, 20)
+    whole, _ = run(made, w0, example)
+    forgetful, _ = run(made, w0, cut(example, 9, 20))
+    assert (whole[:, :, 9:] - forgetful).abs().max() > 1e-3, "the state has no effect"
+
+
+def lanes_are_read_as_if_alone(spec: Memory) -> None:
+    """Lanes at different positions do not see each other (C3)."""
+    made, w0 = small(spec, 5, chunk=6)
+    example = inputs(made, 5, 25, lanes=3)
+    valid = torch.ones(3, 25, dtype=torch.bool)
+    for lane, skipped in enumerate((0, 4, 11)):
+        valid[lane, :skipped] = False
+    y, state = run(made, w0, example, valid=valid)
+    for lane, skipped in enumerate((0, 4, 11)):
+        q, k, v = (x[lane : lane + 1] for x in example[:3])
+        gates = example[3].map(lambda g, lane=lane: g[lane : lane + 1])  # type: ignore[misc]
+        alone, end = run(made, w0, cut((q, k, v, gates), skipped, 25))
+        assert_close(y[lane : lane + 1, :, skipped:], alone, f"lane {lane}")
+        for x, z in zip(fast.leaves(state), fast.leaves(end), strict=True):
+            assert_close(x[lane : lane + 1], z, f"state of lane {lane}")
+        assert not y[lane, :, :skipped].any(), "an invalid token is answered with zeros"
+    assert state.position.tolist() == [25, 21, 14], "the position counts valid tokens"
+
+
+def causal_and_apart(spec: Memory, read: Read) -> None:
+    """A later token never reaches an earlier output or another lane, and always its own (C3)."""
+    made, w0 = small(spec, 11, chunk=5, read=read)
+    q, k, v, gates = inputs(made, 11, 18)
+    y, _ = made.scan(w0, q, k, v, gates)
+    for token in (2, 7, 17):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[0, :, token] = 3 * x[0, :, token] + 1
+        z, _ = made.scan(w0, changed[0], changed[1], changed[2], gates)
+        assert torch.equal(z[0, :, :token], y[0, :, :token]), f"token {token} reaches an earlier output"
+        assert torch.equal(z[1], y[1]), f"token {token} reaches another lane"
+        assert not torch.equal(z[0, :, token:], y[0, :, token:]), f"token {token} has no effect"
+
+
+def all_modes_are_equal(spec: Memory) -> None:
+    """With gradients, without, and in inference mode (C1)."""
+    made, w0 = small(spec, 13, chunk=4)
+    example = inputs(made, 13, 21)
+    for x in example[:3]:
+        x.requires_grad_()
+    y, state = run(made, w0, example)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            z, other = run(made, w0, example)
+        assert torch.equal(y.detach(), z), f"outputs differ under {mode.__name__}"
+        for a, b in zip(fast.leaves(state), fast.leaves(other), strict=True):
+            assert torch.equal(a.detach(), b), f"states differ under {mode.__name__}"
+
+
+def float32_is_within_its_tolerance(spec: Memory) -> None:
+    """Chunked = reference to 1e-4 in float32 (C4)."""
+    made, w0 = small(spec, 17, chunk=16)
+    example = inputs(made, 17, 40, dtype=torch.float32)
+    y, _ = run(made, [w.float() for w in w0], example, engine="reference")
+    z, _ = run(made, [w.float() for w in w0], example)
+    assert_close(z, y, "float32", 1e-4)
+
+
+def half_is_computed_in_float32(spec: Memory, dtype: torch.dtype) -> None:
+    """Half inputs, autocast or not, are computed and kept in float32 (C7)."""
+    made, w0 = small(spec, 19, chunk=8)
+    example = inputs(made, 19, 24, dtype=torch.float32)
+    low = [x.to(dtype) for x in example[:3]]
+    gates = example[3].map(lambda g: g.to(dtype))
+    w0 = [w.float() for w in w0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = made.scan(w0, low[0], low[1], low[2], gates)
+    up, same = made.scan(w0, low[0].float(), low[1].float(), low[2].float(), gates.map(lambda g: g.float()))
+    assert y.dtype == dtype, f"outputs are {y.dtype}, expected the query's {dtype}"
+    assert all(w.dtype == torch.float32 for w in fast.leaves(state) if w.is_floating_point()), (
+        "the state is not float32"
+    )
+    assert torch.equal(y, up.to(dtype)), "computed otherwise than in float32"
+    assert_same(state, same, 0.0)
+
+
+def no_tokens_is_the_start(spec: Memory) -> None:
+    """Nothing read, or nothing valid, is the start state (C1)."""
+    made, w0 = small(spec, 23)
+    example = inputs(made, 23, 3)
+    for engine in ("chunked", "reference"):
+        y, state = run(made, w0, cut(example, 0, 0), engine=engine)
+        assert y.shape == (2, HEADS, 0, made.value_dim), f"no tokens are answered with shape {tuple(y.shape)}"
+        assert_same(state, made.start(w0, 2), 0.0)
+    y, state = run(made, w0, example, valid=torch.zeros(2, 3, dtype=torch.bool))
+    assert not y.any(), "invalid tokens are answered with zeros"
+    assert_same(state, made.start(w0, 2), 0.0)
+
+
+CHECKS: tuple[Callable[[Memory], None], ...] = (
+    dropping_the_state_is_noticed,
+    lanes_are_read_as_if_alone,
+    all_modes_are_equal,
+    float32_is_within_its_tolerance,
+    no_tokens_is_the_start,
+)
+"""Those that need no case."""

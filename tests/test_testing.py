@@ -1,0 +1,83 @@
+"""Every check can fail: a memory that breaks one contract is found out by that check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import nestling as nl
+from nestling import testing
+from nestling.memory import MemorySpec
+
+
+@dataclass(frozen=True)
+class Broken(MemorySpec):
+    """A memory with one defect, named by `defect`."""
+
+    defect: str = "none"
+
+    def scan(self, w0: Any, q: Any, k: Any, v: Any, gates: Any = None, state: Any = None, **options: Any) -> Any:
+        if self.defect == "forgets the state":
+            state = None
+        if self.defect == "mixes lanes":
+            v = v + v.mean(0, keepdim=True)
+        if self.defect == "looks ahead":
+            v = v + v.mean(2, keepdim=True)
+        if self.defect == "half weights" and q.dtype in (torch.bfloat16, torch.float16):
+            v = (v * 1.01).to(v.dtype)
+        y, new = super().scan(w0, q, k, v, gates, state, **options)
+        if self.defect == "fast path drifts" and options.get("engine", "chunked") == "chunked":
+            y = y + 1e-3 * q.sum()
+        if self.defect == "wrong gradient" and options.get("engine", "chunked") == "chunked":
+            y = y.detach()
+        if self.defect == "wrong without gradients" and not torch.is_grad_enabled():
+            y = y + 1e-9
+        if self.defect == "remembers nothing":
+            y = v
+        if self.defect == "counts nothing":
+            new = new._replace(position=torch.zeros_like(new.position))
+        return y, new
+
+
+def case(**choices: Any) -> testing.Case:
+    return testing.Case(time=9, chunk=4, **choices)
+
+
+@pytest.mark.parametrize(
+    ("defect", "check", "words"),
+    [
+        ("fast path drifts", lambda m: testing.chunked_equals_reference(m, case()), "outputs: off by"),
+        ("wrong gradient", lambda m: testing.chunked_equals_reference(m, case()), "gradient 0: off by"),
+        ("forgets the state", lambda m: testing.splitting_changes_nothing(m, case(), 0.5), "outputs of the split at 4"),
+        ("remembers nothing", testing.dropping_the_state_is_noticed, "no effect"),
+        ("mixes lanes", testing.lanes_are_read_as_if_alone, "lane 0: off by"),
+        ("mixes lanes", lambda m: testing.causal_and_apart(m, "after"), "another lane"),
+        ("looks ahead", lambda m: testing.causal_and_apart(m, "after"), "an earlier output"),
+        ("wrong without gradients", testing.all_modes_are_equal, "no_grad"),
+        ("fast path drifts", testing.float32_is_within_its_tolerance, "float32: off by"),
+        ("half weights", lambda m: testing.half_is_computed_in_float32(m, torch.bfloat16), "otherwise than in float32"),
+        ("counts nothing", testing.lanes_are_read_as_if_alone, "position"),
+    ],
+)
+def test_a_defect_is_found(defect: str, check: Any, words: str) -> None:
+    check(Broken(4, 4))
+    with pytest.raises(AssertionError, match=words):
+        check(Broken(4, 4, defect=defect))
+
+
+def test_one_call_checks_all() -> None:
+    nl.testing.check(Broken(4, 4), cases=3)
+    with pytest.raises(AssertionError, match="off by"):
+        nl.testing.check(Broken(4, 4, defect="fast path drifts"), cases=1)
+
+
+def test_cases_have_every_read_both_masks_and_the_shortest_text() -> None:
+    found = list(testing.random_cases(6, 0))
+    assert {c.read for c in found} == set(testing.READS)
+    assert {c.masks for c in found} == {True, False}
+    assert found[0].time == 1
+    assert found[1].chunk > found[1].time
+    assert list(testing.random_cases(6, 0)) == found
