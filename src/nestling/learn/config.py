@@ -82,6 +82,9 @@ class TrainConfig:
     resume: bool = False
     """Go on with the run in --out, with its own settings; `--resume FOLDER` is short for `--out FOLDER --resume`."""
 
+    continual: bool = False
+    """Read a changing stream: every path of --data in turn (default: packages of the embedded corpus), the slow weights moving
+    every 4 steps unless --every says otherwise. What was forgotten is measured after every part."""
     lanes: int = 8
     """Texts read side by side, each with a memory of its own."""
     length: int = 256

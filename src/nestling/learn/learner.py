@@ -20,7 +20,7 @@ from nestling import optim
 from nestling import state as fast
 from nestling.learn.checkpoint import Checkpoint, load_model, model_tensors, random_state, set_random_state
 from nestling.learn.evaluation import masks, token_nats
-from nestling.stream import Lanes
+from nestling.stream import Lanes, Parts
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Learner:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | str,
-        stream: Lanes,
+        stream: Lanes | Parts,
         *,
         schedule: Callable[[int], float] = lambda tokens: 1.0,
         clip: float = 1.0,

@@ -12,6 +12,9 @@ from nestling import models, optim
 from nestling.config import SettingError
 from nestling.learn.config import TrainConfig
 
+CONTINUAL_PERIOD = 4
+"""Steps between two updates of the slow weights on a stream that does not end (ours)."""
+
 
 def adamw(
     model: models.LanguageModel,
@@ -40,7 +43,7 @@ def from_config(config: TrainConfig, model: models.LanguageModel) -> torch.optim
         return optim.from_levels(
             model,
             config.optimizer,
-            every=config.every,
+            every=config.every or ({"*": CONTINUAL_PERIOD} if config.continual else {}),
             horizon=config.horizon,
             weight_decay=config.weight_decay,
             **settings,

@@ -21,6 +21,7 @@ from nestling.learn import checkpoint, folder
 from nestling.learn.budget import Budget
 from nestling.learn.checkpoint import Checkpoint
 from nestling.learn.config import TrainConfig
+from nestling.learn.continual import Retained
 from nestling.learn.display import Display, clock
 from nestling.learn.evaluation import Score, bits_per_byte, evaluate, passages
 from nestling.learn.interrupt import Interrupt
@@ -86,19 +87,24 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
 
 def _train(config: TrainConfig, saved: Checkpoint | None, device: torch.device, console: Console) -> TrainResult:
     """The run from `saved` on; a new run makes its folder and owns it, one that is resumed is owned by the caller."""
-    corpus = open_corpus(config.data)
+    parts = stream.parts_of(config.data) if config.continual else ()
+    corpus = stream.joined(parts) if parts else open_corpus(config.data)
     tokenizer = stream.ByteTokenizer()
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     align = model.window if model.window is not None and config.length % model.window == 0 else 1
-    lanes = stream.Lanes(corpus.train, tokenizer, config.lanes, config.length, seed=config.seed, align=align)
+
+    def lanes_of(documents: Sequence[stream.Document]) -> stream.Lanes:
+        return stream.Lanes(documents, tokenizer, config.lanes, config.length, seed=config.seed, align=align)
+
+    reading = stream.Parts([lanes_of(p.corpus.train) for p in parts]) if parts else lanes_of(corpus.train)
     optimizer = from_config(config, model)
     budget = Budget(**saved.numbers["budget"]) if saved else Budget(tokens=config.tokens, minutes=config.minutes)
     schedule = Schedule(shape=config.schedule, warmup=config.warmup * config.lanes * config.length)
     learner = Learner(
         model,
         optimizer,
-        lanes,
+        reading,
         schedule=lambda tokens: schedule(tokens, budget.progress(tokens), budget.total),
         clip=config.clip,
         carry=config.carry,
@@ -113,21 +119,32 @@ def _train(config: TrainConfig, saved: Checkpoint | None, device: torch.device, 
         checkpoint.clean(out / "checkpoints")
         spent = saved.numbers["seconds"] if saved else 0.0
         describe(config, model, corpus, console)
-        seconds, interrupted = _learn(learner, budget, config, out, spent, console)
+        retained = Retained(tuple(p.name for p in parts), saved.numbers["continual"] if saved and parts else [])
+        seconds, interrupted = _learn(learner, budget, config, out, spent, console, parts, retained)
         scores: list[Score] = []
         if interrupted is None:
             scores, interrupted = _measure(model, corpus, config, console)
         held_out = bits_per_byte(scores) if interrupted is None else math.nan
+        if parts and interrupted is None:
+            retained.save(out / "continual.json")
+            retained.tell(console)
         result = TrainResult(out, learner.progress.step, learner.progress.tokens, seconds, interrupted, held_out)
         _report(result, len(scores), config, model, console)
     return result
 
 
 def _learn(
-    learner: Learner, budget: Budget, config: TrainConfig, out: Path, spent: float, console: Console
+    learner: Learner,
+    budget: Budget,
+    config: TrainConfig,
+    out: Path,
+    spent: float,
+    console: Console,
+    parts: Sequence[stream.Part],
+    retained: Retained,
 ) -> tuple[float, int | None]:
     """The loop: step, watch the clock, write, show, keep. Returns the seconds of learning so far and the signal
-    that stopped it, or None.
+    that stopped it, or None. Every one of the `parts` has an equal share of the budget, and is measured at its end.
     """
     now = learner.progress
     log = MetricsLog(out / "metrics.jsonl", now.step)
@@ -140,12 +157,44 @@ def _learn(
     def keep() -> None:
         log.sync()  # first, so that no checkpoint is ahead of its metrics
         numbers = {"budget": budget.state_dict(), "seconds": seconds, "config": to_json(config)}
+        if parts:
+            numbers["continual"] = retained.rows
         checkpoint.save(out / "checkpoints", learner.checkpoint(numbers))
 
+    def look_back() -> int | None:
+        """A part is over: measure all, outside the budget, and turn to the next. The signal that cut it short, or None."""
+        nonlocal start
+        began = time.monotonic()
+        row = []
+        display.note(
+            f"step {now.step}: {parts[len(retained.rows)].name} is read; measuring what is known of every part"
+        )
+        for part in parts:
+            scores, interrupted = _measure(learner.model, part.corpus, config, None)
+            if interrupted is not None:
+                return interrupted
+            row.append(bits_per_byte(scores))
+        retained.add(row)
+        if len(retained.rows) < len(parts):
+            assert isinstance(learner.stream, stream.Parts)
+            learner.stream.turn(len(retained.rows))
+        start += time.monotonic() - began
+        return None
+
+    def behind() -> bool:
+        """Whether the part that is being read has had its share."""
+        return bool(parts) and budget.progress(now.tokens) >= (len(retained.rows) + 1) / len(parts)
+
+    stopped: int | None = None
     with closing(log), Interrupt() as stop, Display(budget.progress(now.tokens), console) as display:
         if now.step == 0:
             keep()  # from the first moment there is something to go on from
-        while not complete() and stop.requested is None:
+        while stop.requested is None:
+            while stopped is None and len(retained.rows) < len(parts) and behind():
+                stopped = look_back()
+                keep()
+            if complete() or stopped is not None:
+                break
             result = learner.step()
             seconds = time.monotonic() - start
             recalibrated = budget.observe(now.tokens, seconds)
@@ -172,16 +221,19 @@ def _learn(
 
             if recalibrated or complete() or stop.requested or now.step % config.checkpoint_every == 0:
                 keep()
-    return seconds, stop.requested
+    return seconds, stopped or stop.requested
 
 
 def _measure(
-    model: nn.Module, corpus: stream.Corpus, config: TrainConfig, console: Console
+    model: nn.Module, corpus: stream.Corpus, config: TrainConfig, console: Console | None
 ) -> tuple[list[Score], int | None]:
-    """The held-out documents read with the memory running, and the signal that cut it short, or None."""
+    """The held-out documents read with the memory running, and the signal that cut it short, or None. console: where to show
+    that it goes on.
+    """
     documents = corpus.heldout[: config.eval_documents]
     scores: list[Score] = []
-    with Interrupt() as stop, console.status(f"measuring on {len(documents)} held-out documents"):
+    shown = nullcontext() if console is None else console.status(f"measuring on {len(documents)} held-out documents")
+    with Interrupt() as stop, shown:
         for score in evaluate(
             model, passages(documents, stream.ByteTokenizer(), EVAL_BYTES), lanes=min(8, len(documents) or 1)
         ):
@@ -303,6 +355,14 @@ def describe(config: TrainConfig, model: models.LanguageModel, corpus: stream.Co
         markup=False,
         soft_wrap=True,
     )
+    if config.continual and config.schedule != "constant":
+        console.print(
+            f"note: with --schedule {config.schedule} later parts are learned at lower rates, which alone makes them displace "
+            "less; --schedule constant learns all alike",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     periods = sorted({p for p in model.config.periods if p >= config.length})
     if periods:
         console.print(
