@@ -37,7 +37,7 @@ MAKERS = {
     "feature": lambda m, lr=0.1: optim.FeatureMomentum(m.parameters(), lr, 0.8),
     "feature_powers": lambda m, lr=0.1: optim.FeatureMomentum(m.parameters(), lr, 0.8, features=Powers(3)),
     "muon": lambda m, lr=0.05: optim.Muon(m.parameters(), lr, 0.0),
-    "m3": lambda m, lr=0.2: optim.M3(m.parameters(), lr, period=4),
+    "m3": lambda m, lr=0.4: optim.M3(m.parameters(), lr, period=4),
     "m3_printed": lambda m, lr=0.01: optim.M3(m.parameters(), lr, period=4, second_moment="printed"),
     "m3_none": lambda m, lr=0.05: optim.M3(m.parameters(), lr, period=4, second_moment="none"),
     "adam": lambda m, lr=0.1: optim.AdamMemory(m.parameters(), lr),

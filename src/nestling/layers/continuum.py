@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nestling.layers.level import Level, Period
 from nestling.layers.mlp import SwiGLU
 from nestling.memory.inputs import surely
+from nestling.optim.inner import Gradient, InnerRule
 from nestling.state import register
 
 Moved = tuple[tuple[Tensor, ...], ...]
@@ -34,11 +35,13 @@ class ContinuumState(NamedTuple):
     delta    Δ = θ − θ₀ of every level
     pending  Σ η∇L since the level's last update; empty for levels that are updated with every window
     faults   gradients or updates left out because they were not finite, int64 `[lane]`
+    memory   what the inner rule remembers, per level and weight matrix; empty for gradient descent
     """
 
     delta: Moved
     pending: Moved
     faults: Tensor
+    memory: tuple[tuple[tuple[Tensor, ...], ...], ...] = ()
 
 
 class FeedForward(nn.Module):
@@ -69,10 +72,13 @@ class Continuum(nn.Module):
         hidden: hidden width of every level.
         periods: tokens between two updates of each level, multiples of the fastest; None: never updated by tokens, the
             ordinary feed-forward block. `(None,)`, the default, is a transformer's.
-        rate: initial η, one learned positive number per level (the paper does not say). It gets a gradient where an update
-            is served inside a stretch that the outer loop differentiates: train on segments longer than the period.
+        rate: initial η, one learned positive number per level (the paper does not say); None: the rule's own. It gets a
+            gradient where an update is served inside a stretch that the outer loop differentiates: train on segments longer
+            than the period.
         clip: largest norm of one window's (mean) gradient of one level.
         mean: average the gradients of a chunk instead of summing them, so that a useful η does not depend on the period.
+        rule: how a level descends (eq. 71's f): `Gradient`, `Momentum`, `Adam` or `M3` of `nestling.optim.inner`, whose
+            memories are part of the state. A chunk is one of their steps.
     """
 
     def __init__(
@@ -81,9 +87,10 @@ class Continuum(nn.Module):
         hidden: int,
         periods: Sequence[int | None] = (None,),
         *,
-        rate: float = 0.5,
+        rate: float | None = None,
         clip: float = 1.0,
         mean: bool = True,
+        rule: InnerRule | None = None,
     ) -> None:
         super().__init__()
         finite = [p for p in periods if p is not None]
@@ -97,6 +104,8 @@ class Continuum(nn.Module):
                 f"Continuum: periods {tuple(finite)} must be multiples of the fastest, {min(finite)}: "
                 "a gradient is taken once per fastest period"
             )
+        self.rule: InnerRule = Gradient() if rule is None else rule
+        rate = self.rule.rate if rate is None else rate
         if not 0 < rate < math.inf or not clip > 0:
             raise ValueError(f"Continuum: rate is {rate} and clip {clip}; expected positive numbers, the rate finite")
         self.periods, self.clip, self.mean = tuple(periods), clip, mean
@@ -119,7 +128,13 @@ class Continuum(nn.Module):
             tuple(zeros(p is not None, level) for p, level in self._each()),
             tuple(zeros(p not in (None, self.window), level) for p, level in self._each()),
             torch.zeros(lanes, dtype=torch.int64, device=self.levels_[0].weights()[0].device),  # type: ignore[operator]
+            self._remembers(tuple(zeros(p is not None, level) for p, level in self._each())),
         )
+
+    def _remembers(self, weights: Moved) -> tuple[tuple[tuple[Tensor, ...], ...], ...]:
+        """What the rule knows at first of weights like these; () for a rule without a memory."""
+        found = tuple(tuple(self.rule.start(w) for w in level) for level in weights)
+        return found if any(x for level in found for x in level) else ()
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Shapes of a state's matrices without the lane: of each level's Δ, then of what it has pending."""
@@ -148,7 +163,7 @@ class Continuum(nn.Module):
         All levels that are due move at once, by gradients taken at the old weights. A gradient whose squared norm is not finite
         is left out, an update that would not be finite is forgotten; both are counted.
         """
-        delta, pending, faults = list(state.delta), list(state.pending), state.faults
+        delta, pending, faults, memory = list(state.delta), list(state.pending), state.faults, list(state.memory)
         assert self.window is not None
         for number, (period, level) in enumerate(self._each()):
             if period is None:
@@ -164,7 +179,8 @@ class Continuum(nn.Module):
             if not surely(use):  # before any product, or NaN would reach the rate's gradient
                 scale = torch.where(use, scale, 0.0)
                 found = tuple(torch.where(_lanes(use, g), g, 0.0) for g in found)
-            step = F.softplus(level.rate.to(scale.dtype)) * scale
+            rate = F.softplus(level.rate.to(scale.dtype))
+            step = scale if memory else rate * scale  # a rule with a memory scales what it answers
             steps = tuple(_lanes(step, g) * g for g in found)
             if period != self.window:
                 steps = tuple(p + s for p, s in zip(state.pending[number], steps, strict=True))
@@ -172,7 +188,12 @@ class Continuum(nn.Module):
             due = closing & (position % period == 0)
             if not bool(due.any()):
                 continue
-            new = tuple(d - s for d, s in zip(state.delta[number], steps, strict=True))
+            moves = steps
+            kept: tuple[tuple[Tensor, ...], ...] = ()
+            if memory:
+                answers = [self.rule.step(s, m) for s, m in zip(steps, memory[number], strict=True)]
+                moves, kept = tuple(rate * d for d, _ in answers), tuple(m for _, m in answers)
+            new = tuple(d - s for d, s in zip(state.delta[number], moves, strict=True))
             total = sum(d.sum((1, 2)) for d in new)
             assert isinstance(total, Tensor)
             broken = due.to(finite.device) & ~total.isfinite()
@@ -180,9 +201,11 @@ class Continuum(nn.Module):
             take = due.to(finite.device) & ~broken
             done = due.to(finite.device)
             delta[number] = _where(take, new, state.delta[number])
+            if memory:
+                memory[number] = tuple(_where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
             if period != self.window:
                 pending[number] = _where(done, tuple(torch.zeros_like(s) for s in steps), steps)
-        return ContinuumState(tuple(delta), tuple(pending), faults)
+        return ContinuumState(tuple(delta), tuple(pending), faults, tuple(memory))
 
     def levels(self) -> list[Level]:
         """Those that learn from tokens."""
@@ -194,10 +217,15 @@ class Continuum(nn.Module):
                 f"u + SwiGLU(RMSNorm(u)), hidden width {level.mlp.down.weight.shape[1]}",
                 "next-token cross entropy of the whole model",
                 "everything, as a deviation from the slow weights",
-                "gradient descent on the chunk's " + ("mean" if self.mean else "sum"),
+                f"{self.rule} on the chunk's " + ("mean" if self.mean else "sum"),
                 "activations, and errors by backpropagation",
                 "backpropagation",
-                state_paths=(f"delta.{number}", f"pending.{number}", *(["faults"] if number == first else [])),
+                state_paths=(
+                    f"delta.{number}",
+                    f"pending.{number}",
+                    f"memory.{number}",
+                    *(["faults"] if number == first else []),
+                ),
             )
             for number, (period, level) in enumerate(self._each())
             if period is not None
