@@ -85,7 +85,7 @@ def test_the_version_is_that_of_the_package(nestling):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_explains_every_option(nestling, verb):
-    code, out, err = nestling(verb, "--help")
+    code, out, err = nestling(*verb.split(), "--help")
     assert (code, err) == (0, "")
     assert f"usage: nestling {verb} [-h]" in out
     assert max(map(len, out.splitlines())) <= 100
@@ -97,7 +97,7 @@ def test_help_explains_every_option(nestling, verb):
         at = next(i for i, cell in enumerate(cells) if re.match(rf"--{option}\b", cell))
         helped = re.search(r"  +[A-Z][^ ]* ", cells[at]) or re.match(r"[A-Z][^ ]* ", cells[at + 1])
         assert helped, f"{option} is not explained"
-    assert nestling(verb, "-h")[1] == out
+    assert nestling(*verb.split(), "-h")[1] == out
 
 
 def test_help_needs_no_pytorch():
@@ -115,7 +115,7 @@ def test_help_needs_no_pytorch():
     ("argv", "words"),
     [
         ("trian", r"there is no verb 'trian'\. Did you mean 'train'\?"),
-        ("--lanes 3", r"there is no verb '--lanes'\. There is: train, eval, generate, levels, memories, doctor, demo\."),
+        ("--lanes 3", r"there is no verb '--lanes'\. There is: train, eval, generate, levels, memories, bench, doctor, demo\."),
         ("train --lans 3", r"there is no option --lans\. Did you mean --lanes\? See nestling train --help\."),
         ("train --lerning-rate=3", r"there is no option --lerning-rate\. See nestling train --help\."),
         ("train -m 3", r"there is no option -m\."),

@@ -11,7 +11,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,11 @@ VERBS = {
         "show every memory: its choices, equation, source, cost and state",
         "nestling.commands.memories:MemoriesConfig",
         "nestling.commands.memories:run",
+    ),
+    "bench optimizers": Verb(
+        "run every optimizer on a landscape, a sequence of tasks and text, with equal tuning",
+        "nestling.commands.bench_optimizers:OptimizersConfig",
+        "nestling.commands.bench_optimizers:run",
     ),
     "doctor": Verb(
         "check that everything Nestling needs is here and works",
@@ -99,23 +104,32 @@ def run(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    verb = argv[0] if argv else "help"
+    verb, rest = (argv[0], argv[1:]) if argv else ("help", [])
+    group = {name.split()[1]: name for name in VERBS if name.startswith(f"{verb} ")}
+    if group and rest and rest[0] in group:  # a verb of two words
+        verb, rest = group[rest[0]], rest[1:]
     if verb in ("-h", "--help", "help"):
-        print(overview())
+        print(overview(VERBS))
     elif verb == "--version":
         print(f"nestling {version('nestling')}")
     elif verb in VERBS:
-        config = parse(verb, argv[1:])
+        config = parse(verb, rest)
         return int(_named(VERBS[verb].function)(config))
+    elif group and (not rest or arguments.asks_help(rest)):
+        print(overview(group.values()))
+    elif group:
+        raise SettingError(f"{verb}: there is no {rest[0]!r}.{did_you_mean(rest[0], group)}")
     else:
-        raise SettingError(f"there is no verb {verb!r}.{did_you_mean(verb, VERBS)}")
+        raise SettingError(
+            f"there is no verb {verb!r}.{did_you_mean(verb, dict.fromkeys(v.split()[0] for v in VERBS))}"
+        )
     return 0
 
 
-def overview() -> str:
-    """The text of `nestling --help`."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:{width}}  {verb.about}" for name, verb in VERBS.items())
+def overview(names: Iterable[str]) -> str:
+    """The text of `nestling --help`, or of a verb of two words without its second."""
+    width = max(map(len, names := list(names)))
+    verbs = "\n".join(f"  {name:{width}}  {VERBS[name].about}" for name in names)
     return (
         "Nestling: language models that keep learning while you use them.\n\n"
         f"usage: nestling VERB [OPTIONS], or nestling --version\n\n{verbs}\n\n"

@@ -1,0 +1,225 @@
+"""The optimizer laboratory: every optimizer on every problem, with an equal budget of tuning, and the search written down.
+
+Tuned is the learning rate alone, over the same number of values for each, a grid round the optimizer's default, by the score on a
+seed of its own; the figures come from other seeds. A run that leaves the finite numbers scores infinity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from torch import nn
+
+from nestling import optim
+from nestling.bench.optimizers import Problem
+from nestling.learn.checkpoint import replace_file
+
+TUNING_SEED = 1000
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Learning rates tried, as multiples of the optimizer's default."""
+CLIP = 10.0
+"""Largest gradient norm, for all alike: without it the landscape's first step decides."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An optimizer as the laboratory runs it: its name in `nestling.optim.names()`, and settings that make it what it is here."""
+
+    name: str
+    settings: Mapping[str, Any]
+    matrices: bool = False
+    """Whether it is for hidden matrices."""
+
+
+ENTRIES = {
+    "SGD": Entry("sgd", {}),
+    "AdamW": Entry("adamw", {"fused": False}),
+    "Muon": Entry("muon", {}, matrices=True),
+    "AdaMuon-like": Entry(
+        "m3", {"slow_weight": 0.0}, matrices=True
+    ),  # Muon with a second moment: M3 without its slow memory
+    "M3": Entry("m3", {}, matrices=True),
+    "delta momentum": Entry("delta_momentum", {}),
+    "deep momentum": Entry("deep_momentum", {}),
+    "feature momentum": Entry("feature_momentum", {}),
+    "DGD": Entry("dgd", {}),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: the loss of every step, the score, and seconds per step of the optimizer alone (median)."""
+
+    optimizer: str
+    problem: str
+    lr: float
+    seed: int
+    losses: tuple[float, ...]
+    score: float
+    seconds: float
+    step_seconds: float
+    """Of a whole step: forward, backward and the optimizer (median)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """An optimizer on a problem: the search, and the runs with the rate that it found."""
+
+    search: tuple[Run, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def lr(self) -> float:
+        return self.runs[0].lr
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate was the smallest or largest that was tried: a wider search might find a better one."""
+        tried = sorted(run.lr for run in self.search)
+        return self.lr in (tried[0], tried[-1])
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """Mean and standard deviation over seeds."""
+        scores = [run.score for run in self.runs]
+        finite = all(map(math.isfinite, scores))
+        return (
+            (mean(scores), stdev(scores) if len(scores) > 1 and finite else math.nan)
+            if finite
+            else (math.inf, math.nan)
+        )
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Of the optimizer's step and of the whole step, medians over the runs."""
+        return median(r.seconds for r in self.runs), median(r.step_seconds for r in self.runs)
+
+
+def make(entry: Entry, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimizer over a module."""
+    groups: list[dict[str, Any]] = optim.split(module) if entry.matrices else [{"params": list(module.parameters())}]
+    return optim.make(entry.name, module, groups, lr=lr, weight_decay=0.0, **entry.settings)
+
+
+def once(name: str, problem: str, task: Problem, lr: float, seed: int) -> Run:
+    """One run of an optimizer on a problem; the rate falls linearly to 0 in its last third, for all alike."""
+    trial = task.make(seed)
+    optimizer = make(ENTRIES[name], trial.module, lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, 3 * (1 - n / task.steps)))
+    losses, moving, whole = [], [], []
+    for step in range(task.steps):
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        loss = trial.loss(step)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(trial.module.parameters(), CLIP)
+        middle = time.perf_counter()
+        optimizer.step()
+        ended = time.perf_counter()
+        schedule.step()
+        moving.append(ended - middle)
+        whole.append(ended - began)
+    finite = math.isfinite(losses[-1])
+    score = trial.score() if finite else math.inf
+    return Run(
+        name, problem, lr, seed, tuple(losses), score if math.isfinite(score) else math.inf,
+        median(moving) if moving else math.nan, median(whole) if whole else math.nan,
+    )  # fmt: skip
+
+
+def measure(
+    problems: Mapping[str, Problem],
+    optimizers: Sequence[str],
+    *,
+    seeds: int,
+    seed: int = 0,
+    rates: Sequence[float] | None = None,
+    told: Callable[[str], object] = lambda name: None,
+) -> dict[str, dict[str, Result]]:
+    """Results by problem and optimizer."""
+    found: dict[str, dict[str, Result]] = {}
+    for problem, task in problems.items():
+        found[problem] = {}
+        for name in optimizers:
+            if ENTRIES[name].matrices and not task.matrices:
+                continue
+            told(f"{problem}: {name}")
+            default = optim.default_lr(ENTRIES[name].name)
+            search = tuple(once(name, problem, task, default * rate, TUNING_SEED + seed) for rate in rates or RATES)
+            best = min(search, key=lambda run: run.score)
+            runs = tuple(once(name, problem, task, best.lr, seed + n) for n in range(seeds))
+            found[problem][name] = Result(search, runs)
+    return found
+
+
+def reach(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], steps: int = 600) -> tuple[int, int]:
+    """How many of the last gradients carry half, and 99 %, of what an optimizer's update is made of.
+
+    Every step's gradient has a direction of its own; what the last update has of each is its weight. For optimizers whose
+    update is linear in past gradients.
+    """
+    w = nn.Parameter(torch.zeros(steps, dtype=torch.float64))
+    optimizer, last = make([w]), torch.ones_like(w)
+    for n in range(steps):
+        w.grad = torch.zeros_like(w)
+        w.grad[n] = 1.0
+        before = w.detach().clone()
+        optimizer.step()
+        moved = (w.detach() - before).abs()
+        if float(moved.sum()) > 0:  # it did move in this step
+            last = moved
+    shares = (last / last.sum()).flip(0).cumsum(0)
+    return int((shares < 0.5).sum()) + 1, int((shares < 0.99).sum()) + 1
+
+
+def reaches() -> dict[str, tuple[int, int]]:
+    """Of momentum with several shares, and of one that moves every fourth step (§4.3)."""
+
+    def momentum(share: float, every: int = 1) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+        return lambda params: optim.Periodic(
+            optim.PreconditionedMomentum([{"params": params, "every": every}], 1.0, share)
+        )
+
+    return {
+        "momentum 0.9": reach(momentum(0.9)),
+        "momentum 0.95": reach(momentum(0.95)),
+        "momentum 0.99": reach(momentum(0.99)),
+        "momentum 0.9, every 4 steps": reach(momentum(0.9, 4)),
+    }
+
+
+def save(found: Mapping[str, Mapping[str, Result]], path: Path, *, about: Mapping[str, Any]) -> None:
+    """Everything, the search included, as JSON; what diverged has no number."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, dict):
+            return {key: plain(x) for key, x in value.items()}
+        return [plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+    results = {
+        problem: {
+            name: {"search": [asdict(r) for r in x.search], "runs": [asdict(r) for r in x.runs]}
+            for name, x in row.items()
+        }
+        for problem, row in found.items()
+    }
+    for row in results.values():
+        for both in row.values():
+            for run in both["search"]:
+                del run["losses"]
+    replace_file(
+        path, json.dumps(plain({"about": dict(about), "reach": reaches(), "results": results}), indent=1) + "\n"
+    )
