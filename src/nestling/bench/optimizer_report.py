@@ -37,7 +37,7 @@ def tell(problems: Mapping[str, Problem], found: Mapping[str, Mapping[str, Resul
             table.add_row(name, words, rate, f"{1e3 * own:.2f}", f"{1e3 * whole:.2f}")
         console.print(table)
     console.print(
-        "Rates: the best of as many for each, on a seed apart; (edge): the best was the smallest or largest tried.",
+        "Rates: the best of as many for each, on seeds apart; (edge): the best was the smallest or largest tried.",
         highlight=False,
     )
 

@@ -16,7 +16,7 @@ from nestling.config import SettingError, did_you_mean
 class OptimizersConfig:
     """Run every optimizer on a landscape, a sequence of tasks and text, with an equal budget of tuning.
 
-    The learning rate is searched over the same number of values for each, on a seed apart; the search is written down.
+    The learning rate is searched over the same number of values for each, on seeds apart; the search is written down.
     """
 
     problems: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ def run(config: OptimizersConfig) -> int:
         "threads": config.threads,
         "seeds": config.seeds,
         "seed": config.seed,
-        "tuning_seed": lab.TUNING_SEED + config.seed,
+        "tuning_seeds": [n + config.seed for n in lab.TUNING_SEEDS],
         "rates": list(lab.RATES),
         "quick": config.quick,
         "seconds": round(took, 1),
