@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 State: TypeAlias = dict[str, Any]
 """What is remembered for one parameter: tensors, and plain numbers."""
@@ -150,6 +151,15 @@ def blank(p: Tensor) -> Tensor:
 def every(states: Sequence[State], name: str) -> list[Tensor]:
     """One tensor of every state."""
     return [state[name] for state in states]
+
+
+def refuse_shards(name: str, p: Tensor) -> None:
+    """TypeError for a sharded parameter, for optimizers whose memory is of whole rows."""
+    if isinstance(p, DTensor):
+        raise TypeError(
+            f"{name}: a parameter is sharded, but its memory reads whole rows of a gradient: give such parameters to an "
+            "element-wise optimizer, Muon or M3"
+        )
 
 
 def rows(x: Tensor) -> Tensor:

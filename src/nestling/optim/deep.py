@@ -25,7 +25,7 @@ from nestling.memory.chunked import gradients
 from nestling.memory.networks import MLP, Network
 from nestling.memory.networks.base import at
 from nestling.memory.step import write
-from nestling.optim.base import GradientMemory, Optimizer, Params, State, rows, unit
+from nestling.optim.base import GradientMemory, Optimizer, Params, State, refuse_shards, rows, unit
 from nestling.optim.orthogonal import adjustment, orthogonalized
 from nestling.optim.preconditioners import Identity, Preconditioner
 
@@ -88,6 +88,7 @@ class DeepMomentum(Optimizer):
         if not group["memory_lr"] >= 0:
             raise ValueError(f"DeepMomentum: memory_lr is {group['memory_lr']}; expected a number of at least 0")
         for p in group["params"]:
+            refuse_shards("DeepMomentum", p)
             self._shapes(p)
 
     def _shapes(self, p: Tensor) -> tuple[tuple[int, int], ...]:

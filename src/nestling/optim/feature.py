@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.features import Features, Polynomial
-from nestling.optim.base import GradientMemory, Optimizer, Params, State, rows
+from nestling.optim.base import GradientMemory, Optimizer, Params, State, refuse_shards, rows
 
 
 class FeatureMomentum(Optimizer):
@@ -52,6 +52,7 @@ class FeatureMomentum(Optimizer):
     def _check(self, group: Mapping[str, Any]) -> None:
         super()._check(group)
         for p in group["params"]:
+            refuse_shards("FeatureMomentum", p)
             self.features.width(rows(p).shape[1])
 
     def _start(self, group: dict[str, Any], p: Tensor) -> State:

@@ -112,7 +112,8 @@ class M3(Matrices):
             torch._foreach_div_(pending, float(group["period"]))
             remember(slow, pending, group["slow_momentum"])
         torch._foreach_zero_(pending)
-        torch._foreach_copy_(every(states, "direction"), self._output(group, slow))
+        for state, made in zip(states, self._output(group, slow), strict=True):
+            state["direction"].copy_(made)
 
     def _output(self, group: dict[str, Any], memory: list[Tensor]) -> list[Tensor]:
         return newton_schulz_of({**group, "eps": group["ns_eps"]}, memory) if group["orthogonalize"] else memory
