@@ -8,6 +8,7 @@ writes it inside (m ← αm − ηg, W ← W + m), which is the same for a const
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 State: TypeAlias = dict[str, Any]
 """What is remembered for one parameter: tensors, and plain numbers."""
@@ -153,9 +153,15 @@ def every(states: Sequence[State], name: str) -> list[Tensor]:
     return [state[name] for state in states]
 
 
+def sharded(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Where there is one its module has been imported, which takes a second that others save."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def refuse_shards(name: str, p: Tensor) -> None:
     """TypeError for a sharded parameter, for optimizers whose memory is of whole rows."""
-    if isinstance(p, DTensor):
+    if sharded(p):
         raise TypeError(
             f"{name}: a parameter is sharded, but its memory reads whole rows of a gradient: give such parameters to an "
             "element-wise optimizer, Muon or M3"

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nestling.memory.newton_schulz import newton_schulz
-from nestling.optim.base import rows
+from nestling.optim.base import rows, sharded
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ADJUSTMENTS = ("original", "match_rms_adamw", "none")
@@ -31,7 +30,7 @@ def orthogonalized(
 
     dtype: of the iterations; None: bfloat16 on an accelerator, where it is fast, at least float32 on a CPU.
     """
-    whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in matrices]
+    whole: list[Tensor] = [x.full_tensor() if sharded(x) else x for x in matrices]  # type: ignore[attr-defined]
     by_shape: dict[Any, list[int]] = {}
     for place, x in enumerate(whole):
         by_shape.setdefault((rows(x).shape, x.device, x.dtype), []).append(place)
@@ -45,10 +44,14 @@ def orthogonalized(
             places, newton_schulz(stack, steps, iteration=coefficients, eps=eps, dtype=inside), strict=True
         ):
             made[place] = y.view_as(whole[place])
-    return [
-        distribute_tensor(y, x.device_mesh, x.placements) if isinstance(x, DTensor) else y
-        for x, y in zip(matrices, made, strict=True)
-    ]
+    return [_dealt(y, x) if sharded(x) else y for x, y in zip(matrices, made, strict=True)]
+
+
+def _dealt(y: Tensor, like: Any) -> Tensor:
+    """A whole matrix as shards like others."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(y, like.device_mesh, like.placements)
 
 
 def adjustment(kind: str | None, p: Tensor) -> float:
