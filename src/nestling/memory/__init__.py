@@ -15,7 +15,7 @@ from nestling.memory.networks import MLP, GatedMLP, Matrix, Network
 from nestling.memory.newton_schulz import newton_schulz
 from nestling.memory.report import Report
 from nestling.memory.retentions import Bregman, Decay, ElasticNet, Full, Lq, LqDual, Retention, Scaled, Softmax
-from nestling.memory.rules import DeltaGradient, Directed, Gradient, Implicit, Momentum, Muon, Rule
+from nestling.memory.rules import DeltaGradient, Directed, Gradient, Implicit, Leader, Momentum, Muon, Nesterov, Rule
 from nestling.memory.self_modifying import SelfModifying
 from nestling.memory.spec import Engine, Memory, MemorySpec, Part
 from nestling.memory.state import MemoryState, Tail
@@ -59,6 +59,7 @@ __all__ = [
     "Huber",
     "Identity",
     "Implicit",
+    "Leader",
     "Lp",
     "Lq",
     "LqDual",
@@ -68,6 +69,7 @@ __all__ = [
     "MemoryState",
     "Momentum",
     "Muon",
+    "Nesterov",
     "Network",
     "Omega",
     "Part",

@@ -32,13 +32,14 @@ from torch.utils.checkpoint import checkpoint
 
 from nestling.memory import channel, directed, fused
 from nestling.memory.biases import Bias
-from nestling.memory.coefficients import Coefficients, coefficients, each
+from nestling.memory.coefficients import Coefficients, coefficients, each, leading
 from nestling.memory.gates import Factor
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, surely
 from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import Network, at
 from nestling.memory.report import Report
 from nestling.memory.retentions import Retention, Scaled, per_channel, toward_initial
+from nestling.memory.rules import Leader, Nesterov
 from nestling.memory.state import MemoryState, Tail, Weights
 from nestling.memory.step import returning, step
 
@@ -348,7 +349,7 @@ def scan(
     channels = per_channel(spec.retention) and x.retention is not None
     per_token = through_link or channels or (spec.directed is not None and spec.directed.per_token)
     size = tile or (LINK_TILE if per_token else STALE_TILE if spec.read == "boundary" else TILE)
-    cut = layout(x.state.position, time, x.reset, x.valid, period=spec.period, tile=size, halo=halo)
+    cut = layout(x.state.position, time, x.reset, x.valid, period=spec.periods, tile=size, halo=halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return _silence(spec, x), x.state
     groups, count = _tiles(spec, x, cut).groups(), cut.tokens.shape[1]
@@ -490,7 +491,7 @@ def _group(
     outputs, notes = [], list[Weights]()
     linked: tuple[Tensor, ...] | None = None
     scales: Weights = ()
-    back_to = start.weights if toward_initial(spec.retention) else ()
+    back_to = start.weights if toward_initial(spec.retention) or isinstance(spec.rule, Leader) else ()
     queries, keys, values = tiles.q.unbind(2), tiles.k.unbind(2), tiles.v.unbind(2)
     erases = each(tiles.erase, len(queries))
     matrices: list[Coefficients] = []
@@ -500,6 +501,10 @@ def _group(
         courses = directed.courses(spec.directed, tiles, cut, first)
     elif per_channel(spec.retention) and tiles.retention is not None:
         channels = channel.courses(tiles)
+    elif isinstance(spec.rule, Leader):
+        assert tiles.momentum is not None
+        gates = tiles.lr, tiles.momentum, tiles.window
+        matrices = leading(*gates, alive=tiles.alive, present=tiles.present).each()
     else:
         matrices = coefficients(
             tiles.lr,
@@ -509,6 +514,7 @@ def _group(
             alive=tiles.alive,
             present=tiles.present,
             erases=tiles.erase is not None,
+            ahead=isinstance(spec.rule, Nesterov),
         ).each()
     for n in range(len(queries)):
         if cut.reset is not None:
@@ -524,7 +530,8 @@ def _group(
         found = factors(spec, linked, keys[n], values[n])
         border = cut.border[first + n]
         if courses:
-            y, weights, momentum = directed.tile(spec, courses[n], linked, weights, momentum, found, queries[n], border)
+            acts = cut.borders[-1, first + n]
+            y, weights, momentum = directed.tile(spec, courses[n], linked, weights, momentum, found, queries[n], acts)
             outputs.append(y)
         elif channels:
             y, weights, momentum = channel.tile(

@@ -7,7 +7,7 @@ With W_0, S_0 at the tile's start, tokens t = 1 … L and gradients G_i = x_iᵀ
 
     D[t,s] = Π_{s<j≤t} α_j        E[s,i] = Π_{i<j≤s} μ_j      (lower triangular, ones on the diagonal)
     Γ[n,i] = η_n γ^{(n)}_{n−i} for a window, else diag(η)
-    A = D E Γ,   f = D m          without momentum: A = D Γ, f = 0
+    A = D E Γ,   f = D m          without momentum: A = D Γ, f = 0;  Nesterov: A = D (diag(μ) E + I) Γ, f = D diag(μ) m
 
 An erasing rule without momentum and window needs no A: both sums share D, with r_i = η_i δ_i + ε_i p_i in place of ε_i p_i.
 
@@ -110,12 +110,14 @@ def coefficients(
     alive: Tensor | None,
     present: Tensor | None,
     erases: bool,
+    ahead: bool = False,
 ) -> Coefficients:
     """Build them for any number of tiles at once.
 
     lr, gates   `[lane, head, tile, L]`, 1 (lr: 0) where a token is masked;  window `[…, L, c]`
     alive       bool `[lane, 1, tile, L]`: tokens that act;  None: all
     present     bool `[lane, 1, tile, halo + L]`: tokens that a window may use;  None: all
+    ahead       Nesterov's momentum: W adds μS − ηG in place of S
     """
     length = lr.shape[-1]
     if retention is None:
@@ -135,11 +137,45 @@ def coefficients(
     impulse = e[..., 1:, 1:] * lr.unsqueeze(-2) if gamma is None else e[..., 1:, 1:] @ gamma
     adding = running if alive is None else running * alive.unsqueeze(-2)
     m = e[..., 1:, 0]
+    added, carried = impulse, m
+    if ahead:
+        mu = momentum.plain()
+        added = mu.unsqueeze(-1) * impulse + (lr.diag_embed() if gamma is None else gamma)
+        carried = mu * m
     return Coefficients(
         keep,
-        (adding @ m.unsqueeze(-1)).squeeze(-1),
-        adding @ impulse,
+        (adding @ carried.unsqueeze(-1)).squeeze(-1),
+        adding @ added,
         running if erases else None,
+        m[..., -1],
+        impulse[..., -1, :],
+        None,
+    )
+
+
+def leading(
+    lr: Tensor, momentum: Factor, window: Tensor | None, *, alive: Tensor | None, present: Tensor | None
+) -> Coefficients:
+    """Those of a leader, W_t = W_0 + η_t S_t with S_t = μ_t S_{t−1} − Σ γ_i G_i; arguments as in `coefficients`.
+
+    `keep` is 1 where no token has acted yet and 0 behind, where what is not kept is W_0.
+    """
+    acting = torch.ones_like(lr) if alive is None else alive.to(lr.dtype).expand_as(lr)
+    e = products(momentum)
+    impulse = e[..., 1:, 1:] @ (acting.diag_embed() if window is None else spread(acting, window, present))
+    m = e[..., 1:, 0]
+    place = torch.arange(1, lr.shape[-1] + 1, device=lr.device)
+    last = (
+        torch.where(acting > 0, place, 0).cummax(-1).values
+    )  # a token that does not act leaves the last one's weights
+    begun = last > 0
+    eta = torch.where(begun, lr.gather(-1, (last - 1).clamp_min(0)), 0.0)
+    pad = torch.nn.functional.pad
+    return Coefficients(
+        pad((~begun).to(lr.dtype), (1, 0), value=1.0),
+        pad(eta * m, (1, 0)),
+        pad(eta.unsqueeze(-1) * impulse, (0, 0, 1, 0)),
+        None,
         m[..., -1],
         impulse[..., -1, :],
         None,

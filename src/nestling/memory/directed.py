@@ -5,7 +5,8 @@ With W_0, S_0 at the tile's start and gradients G_i = x_iᵀδ_i at the anchor, 
     S_t = m_t S_0 − Σ_i (EΓ)[t,i] G_i                             matrices as in `coefficients`, with η = 1
 
 Per token, every S_t and W_t = γ_t W_0 + Σ_s D[t,s] η_s D(S_s) is made; all S_t of a tile go through the map at once. Per chunk,
-only S_b at a chunk's last token b is, and W_t = γ_t W_0 for the tokens before, which need no weights of their own.
+only S_b at a chunk's last token b is, and W_t = γ_t W_0 for the tokens before, which need no weights of their own. At every
+r-th token it is the same with tiles that end there, at the anchor of the whole chunk.
 """
 
 from __future__ import annotations

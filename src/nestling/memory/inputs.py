@@ -11,7 +11,7 @@ from torch import Tensor
 from nestling.memory.biases import reads_threshold
 from nestling.memory.gates import Factor, Gates, check_gates, factor
 from nestling.memory.retentions import per_channel
-from nestling.memory.rules import Implicit
+from nestling.memory.rules import Implicit, Leader
 from nestling.memory.rules.delta import proximal
 from nestling.memory.state import MemoryState, Tail, Weights
 
@@ -117,7 +117,7 @@ def prepare(
         limit = q.new_ones(lanes, heads, time) if gates.threshold is None else gates.threshold
         v = torch.cat([v, limit.unsqueeze(-1)], -1)
     if spec.rule.momentum and momentum is None:
-        momentum = factor(torch.zeros_like(lr), None, dtype)
+        momentum = factor((torch.ones_like if isinstance(spec.rule, Leader) else torch.zeros_like)(lr), None, dtype)
     erase = None
     if spec.rule.erase != "none":
         erase = lr if gates.delta is None else gates.delta

@@ -3,7 +3,8 @@
 G_t = Σ_i γ_i ∇_W ℓ(M(k_i; link(A)), v_i)        A: the anchor, weights at the start of token t's chunk
 S_t = μ_t S_{t−1} − η_t G_t
 Z_t = α_t Z_{t−1} − ε_t x_tᵀ(x_t Z_{t−1}) + S_t  x_t: each layer's own input at the anchor
-A directed rule has S_t = μ_t S_{t−1} − G_t and adds η_t D(S_t) in place of S_t, at every token or at a chunk's last one.
+A directed rule has S_t = μ_t S_{t−1} − G_t and adds η_t D(S_t) in place of S_t, at every token, every r-th or a chunk's last.
+Nesterov adds μ_t S_t − η_t G_t in place of S_t. A leader has S_t = μ_t S_{t−1} − G_t and W_t = W_0 + η_t S_t.
 y_t = M(q_t; link(Z_t))                          or link(Z_{t−1}), or link(A): spec.read
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail
 from nestling.memory.networks.base import Network, at
 from nestling.memory.retentions import linked, per_channel, toward_initial
+from nestling.memory.rules import Leader, Nesterov
 from nestling.memory.rules.delta import erasure
 from nestling.memory.state import MemoryState, Weights
 
@@ -74,13 +76,16 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
     before, after, momentum = state.weights, [], []
     for layer, (w, g) in enumerate(zip(before, gradients, strict=True)):
         lr = x.lr[:, :, t, None, None]
-        step = -g if spec.directed else -lr * g
+        leads = isinstance(spec.rule, Leader)
+        step = -g if spec.directed or leads else -lr * g
         if spec.rule.momentum:
             assert x.momentum is not None
-            step = x.momentum.plain()[:, :, t, None, None] * state.momentum[layer] + step
-            momentum.append(torch.where(live, step, state.momentum[layer]))
+            mu = x.momentum.plain()[:, :, t, None, None]
+            s = mu * state.momentum[layer] + step
+            momentum.append(torch.where(live, s, state.momentum[layer]))
+            step = mu * s + step if isinstance(spec.rule, Nesterov) else s
         if (rule := spec.directed) is not None:
-            acts = torch.ones_like(closing) if rule.per_token else closing
+            acts = rule.due(position, closing)
             step = torch.where(acts.to(step.device).view(-1, 1, 1, 1), lr * rule.direction(step), 0.0)
         share = None
         if x.retention is not None:
@@ -90,6 +95,8 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
                 else x.retention.plain()[:, :, t, None, None]
             )
         new = w if share is None else share * w
+        if leads:
+            new, step = x.start.weights[layer], lr * step
         if share is not None and toward_initial(spec.retention):
             new = new + (1 - share) * x.start.weights[layer]
         if x.erase is not None:

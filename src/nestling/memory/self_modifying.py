@@ -29,7 +29,7 @@ from nestling.memory.inputs import border_guard, check, check_weights, token_gua
 from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.report import Report
 from nestling.memory.retentions import Decay, Retention, per_channel, toward_initial
-from nestling.memory.rules import DeltaGradient, Directed, Implicit, Rule
+from nestling.memory.rules import DeltaGradient, Directed, Implicit, Leader, Nesterov, Rule
 from nestling.memory.spec import Engine, Example, Memory, Read
 from nestling.memory.state import MemoryState, Weights
 
@@ -145,10 +145,10 @@ class SelfModifying(Memory):
                 f"{self.name}: bias {self.bias!r} with retention {self.retention!r} does not fit; expected a bias of one token "
                 "without threshold and a retention whose weights are their own dual, Decay() or Full()"
             )
-        if isinstance(self.rule, Directed | Implicit):
+        if isinstance(self.rule, Directed | Implicit | Leader | Nesterov):
             raise ValueError(
-                f"{self.name}: {self.rule!r} maps the momentum of weights or damps the step by the key; expected a rule that "
-                "is linear in its gates"
+                f"{self.name}: {self.rule!r} maps the momentum of weights, looks ahead or damps the step by the key; expected "
+                "a rule that is linear in its gates"
             )
         if not self.lr_max > 0:
             raise ValueError(f"{self.name}: lr_max is {self.lr_max}; expected a positive number")

@@ -17,7 +17,7 @@ from nestling.memory.inputs import check_weights, prepare
 from nestling.memory.networks import Matrix, Network
 from nestling.memory.report import Report
 from nestling.memory.retentions import Full, Retention, per_channel, toward_initial
-from nestling.memory.rules import Directed, Gradient, Implicit, Rule
+from nestling.memory.rules import Directed, Gradient, Implicit, Leader, Nesterov, Rule
 from nestling.memory.state import MemoryState, Tail, Weights
 
 Read = Literal["after", "before", "boundary"]
@@ -215,6 +215,20 @@ class MemorySpec(Memory):
                 f"{self.name}: {self.rule!r} maps the momentum of the weights, but {self.retention!r} keeps a dual variable: "
                 "choose Gradient() or Momentum(), or a linear retention"
             )
+        if self.directed is not None and self.directed.stride and self.chunk % self.directed.stride:
+            raise ValueError(
+                f"{self.name}: {self.rule!r} acts every {self.directed.stride} tokens, which do not divide chunk {self.chunk}: "
+                "choose a chunk that is a multiple"
+            )
+        if isinstance(self.rule, Leader) and self.retention != Full():
+            raise ValueError(
+                f"{self.name}: {self.rule!r} goes back to the initial weights at every token, and {self.retention!r} would "
+                "forget or map them: choose Full(), or Gradient(), which is the same for a constant step size"
+            )
+        if isinstance(self.rule, Nesterov) and per_channel(self.retention):
+            raise ValueError(
+                f"{self.name}: {self.rule!r} and {self.retention!r} do not fit: choose Momentum() or Decay()"
+            )
         if getattr(self.network, "leading", False) and self.value_dim > self.key_dim:
             raise ValueError(
                 f"{self.name}: {self.network!r} adds the key to its output, but key_dim is {self.key_dim} and value_dim "
@@ -254,13 +268,20 @@ class MemorySpec(Memory):
     @property
     def reads_chunk(self) -> bool:
         """Whether `chunk` has an effect: the anchor matters or is what is read, or the rule acts at borders."""
-        at_borders = isinstance(self.rule, Directed) and not self.rule.per_token
+        directed = self.directed
+        at_borders = directed is not None and not directed.per_token and directed.stride is None
         return self.reads_weights or self.read == "boundary" or at_borders
 
     @property
     def period(self) -> int:
         """Tokens between two anchors."""
         return self.chunk if self.reads_chunk else GUARD_PERIOD
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """Tokens after which a tile must end: between two anchors, and between two steps of a strided rule."""
+        stride = None if self.directed is None else self.directed.stride
+        return (self.period,) if stride is None else (self.period, stride)
 
     @property
     def update_period(self) -> int:

@@ -11,6 +11,7 @@ from nestling.memory import directed
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail, surely
 from nestling.memory.networks.base import at
 from nestling.memory.retentions import Scaled, linked, per_channel, toward_initial
+from nestling.memory.rules import Leader, Nesterov
 from nestling.memory.state import MemoryState, Weights
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def write(
     live: Tensor | None,
     halo: int,
     shares: Tensor | None = None,
+    ahead: bool = False,
 ) -> tuple[Weights, Weights]:
     """Every layer's weights and momentum after one token.
 
@@ -36,6 +38,7 @@ def write(
     size             step of each factor `[lane, …, halo + 1, 1]`, 0 where masked;  gates `[lane, …, 1]`
     live             bool `[lane, 1]`: the token acts, which momentum must know;  None: in all lanes
     shares           of each channel `[lane, …, in]`, where what the channels keep is erased
+    ahead            Nesterov's momentum
     """
     new_weights, new_momentum = [], []
     for layer, (w, h, delta) in enumerate(zip(weights, inputs, errors, strict=True)):
@@ -51,11 +54,12 @@ def write(
         new = w if retention is None else retention.unsqueeze(-1) * w
         if mu is not None:
             s = mu.unsqueeze(-1) * momentum[layer] - moved
+            added = mu.unsqueeze(-1) * s - moved if ahead else s
             if live is None:
-                new = new + s
+                new = new + added
             else:
                 keep = live.view(-1, *[1] * (w.dim() - 1))
-                new, s = torch.where(keep, new + s, new), torch.where(keep, s, momentum[layer])
+                new, s = torch.where(keep, new + added, new), torch.where(keep, s, momentum[layer])
             new_momentum.append(s)
         else:
             new = new - moved
@@ -107,7 +111,8 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
         erase = None if erase is None else torch.where(live[:, None], erase, 0.0)
     if erase is not None and per_channel(spec.retention) and spec.rule.erase == "after_decay":
         shares = retention
-    weight = torch.ones_like(lr) if spec.directed else lr  # a directed rule's η stands outside the sum
+    leads = isinstance(spec.rule, Leader)
+    weight = torch.ones_like(lr) if spec.directed or leads else lr  # whose η stands outside the sum
     size = weight.unsqueeze(-1)
     if tail is not None:
         lags = torch.ones_like(keys[..., 0]) if x.window is None else x.window[:, :, 0].flip(-1)
@@ -125,12 +130,26 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
     acts = live if masked else None
     if spec.directed is not None:
         assert mu is not None
-        due = torch.ones_like(closing) if spec.directed.per_token else closing
+        due = spec.directed.due(position, closing)
         after, moved_s = directed.write(spec.directed, found, weights, momentum, size, lr, retention, mu, acts, due)
     else:
         after, moved_s = write(
-            found.inputs, found.errors, weights, momentum, size, retention, mu, erase, acts, halo, shares
+            found.inputs,
+            found.errors,
+            weights,
+            momentum,
+            size,
+            retention,
+            mu,
+            erase,
+            acts,
+            halo,
+            shares,
+            isinstance(spec.rule, Nesterov),
         )
+    if leads:
+        led = tuple(w + lr.unsqueeze(-1) * s for w, s in zip(x.start.weights, moved_s, strict=True))
+        after = led if acts is None else lanes_where(live[:, 0], led, weights)
 
     if retention is not None and toward_initial(spec.retention):
         after = returning(after, retention, x.start.weights)

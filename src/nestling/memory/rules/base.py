@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 Erase = Literal["none", "with_decay", "after_decay"]
@@ -37,7 +38,7 @@ class Directed(ABC):
     """A rule whose step goes along a map of the momentum, so that the engine's linear recurrence ends there.
 
     S_t = μ_t S_{t−1} − Σ_i γ_i G_i        every token
-    W_t = α_t W_{t−1} + η_t D(S_t)         every token, or the last token of each chunk; else W_t = α_t W_{t−1}
+    W_t = α_t W_{t−1} + η_t D(S_t)         every token, every r-th, or the last token of each chunk; else W_t = α_t W_{t−1}
     """
 
     @property
@@ -54,7 +55,18 @@ class Directed(ABC):
     @property
     @abstractmethod
     def per_token(self) -> bool:
-        """Whether D acts at every token; else at the chunks' last tokens."""
+        """Whether D acts at every token."""
+
+    @property
+    def stride(self) -> int | None:
+        """D acts at every r-th token of the lane, r dividing the chunk;  None: at the chunks' last tokens."""
+        return None
+
+    def due(self, position: Tensor, closing: Tensor) -> Tensor:
+        """In which lanes D acts, bool `[lane]`: those at `position` after the token, whose chunk is `closing`."""
+        if self.per_token:
+            return torch.ones_like(closing)
+        return closing if self.stride is None else position % self.stride == 0
 
     @abstractmethod
     def direction(self, s: Tensor) -> Tensor:
