@@ -14,7 +14,20 @@ from nestling.memory.named import Entry, describe, describe_and_count, entry, na
 from nestling.memory.networks import MLP, GatedMLP, Matrix, Network
 from nestling.memory.newton_schulz import newton_schulz
 from nestling.memory.report import Report
-from nestling.memory.retentions import Bregman, Decay, ElasticNet, Full, Lq, LqDual, Retention, Scaled, Softmax
+from nestling.memory.retentions import (
+    Bregman,
+    Decay,
+    Divergence,
+    ElasticNet,
+    ElasticStep,
+    Full,
+    Lq,
+    LqDual,
+    Retention,
+    Scaled,
+    Settled,
+    Softmax,
+)
 from nestling.memory.rules import DeltaGradient, Directed, Gradient, Implicit, Leader, Momentum, Muon, Nesterov, Rule
 from nestling.memory.self_modifying import SelfModifying
 from nestling.memory.spec import Engine, Memory, MemorySpec, Part
@@ -47,8 +60,10 @@ __all__ = [
     "Decay",
     "DeltaGradient",
     "Directed",
+    "Divergence",
     "DotProduct",
     "ElasticNet",
+    "ElasticStep",
     "Entry",
     "EpsilonInsensitive",
     "Features",
@@ -81,6 +96,7 @@ __all__ = [
     "Rule",
     "Scaled",
     "SelfModifying",
+    "Settled",
     "Sketch",
     "Softmax",
     "Tail",

@@ -38,7 +38,7 @@ from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_w
 from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import Network, at
 from nestling.memory.report import Report
-from nestling.memory.retentions import Retention, Scaled, per_channel, toward_initial
+from nestling.memory.retentions import Retention, Scaled, Settled, per_channel, settled, toward_initial
 from nestling.memory.rules import Leader, Nesterov
 from nestling.memory.state import MemoryState, Tail, Weights
 from nestling.memory.step import returning, step
@@ -545,7 +545,9 @@ def _group(
             weights, momentum = advance(c, weights, momentum, writes)
             if back_to and c.keep is not None:
                 weights = returning(weights, c.keep[..., -1:], back_to)
-            if scales and spec.read == "after" and bool(border.any()):
+            weights = settled(spec.retention, border, weights, anchor)
+            maps = bool(scales) or isinstance(spec.retention, Settled)
+            if maps and spec.read == "after" and bool(border.any()):
                 outputs[-1] = _closing(spec, cut, first + n, weights, queries[n], outputs[-1])
         if bool(border.any()):
             anchor, weights, momentum, broken = border_guard(border, anchor, weights, momentum)
@@ -558,7 +560,7 @@ def _group(
 
 
 def _closing(spec: MemorySpec, cut: Layout, number: int, weights: Weights, q: Tensor, y: Tensor) -> Tensor:
-    """Answers of a tile, where a chunk's last token reads at the scale of the new anchor."""
+    """Answers of a tile, where a chunk's last token reads the weights of the new anchor."""
     place = torch.arange(cut.size, device=q.device)
     filled = cut.size if cut.ok is None else cut.ok[:, number, -cut.size :].sum(-1, keepdim=True).to(q.device)
     last = (place == filled - 1).expand(q.shape[0], -1) & cut.border[number].to(q.device)[:, None]

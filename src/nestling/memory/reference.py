@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail
 from nestling.memory.networks.base import Network, at
-from nestling.memory.retentions import linked, per_channel, toward_initial
+from nestling.memory.retentions import linked, per_channel, settled, toward_initial
 from nestling.memory.rules import Leader, Nesterov
 from nestling.memory.rules.delta import erasure
 from nestling.memory.state import MemoryState, Weights
@@ -107,6 +107,7 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
             new = new - erasure(x_t, x_t @ seen, strength[..., None, None])
         after.append(torch.where(live, new + step, w))
 
+    after = list(settled(spec.retention, closing, tuple(after), state.anchor))
     read = {"after": tuple(after), "before": before, "boundary": state.anchor}[spec.read]
     q = x.q[:, :, t, None]
     stands = lanes_where(closing, tuple(after), state.anchor) if spec.read == "after" else state.anchor

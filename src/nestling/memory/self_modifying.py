@@ -28,7 +28,7 @@ from nestling.memory.gates import Factor, Gates, factor
 from nestling.memory.inputs import border_guard, check, check_weights, token_guard
 from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.report import Report
-from nestling.memory.retentions import Decay, Retention, per_channel, toward_initial
+from nestling.memory.retentions import Decay, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import DeltaGradient, Directed, Implicit, Leader, Nesterov, Rule
 from nestling.memory.spec import Engine, Example, Memory, Read
 from nestling.memory.state import MemoryState, Weights
@@ -140,7 +140,8 @@ class SelfModifying(Memory):
         if self.read not in ("after", "before", "boundary"):
             raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
         single = self.bias.window == 1 and not reads_threshold(self.bias)
-        if not single or not self.retention.linear or per_channel(self.retention) or toward_initial(self.retention):
+        mapped = not self.retention.linear or isinstance(self.retention, Settled)
+        if not single or mapped or per_channel(self.retention) or toward_initial(self.retention):
             raise ValueError(
                 f"{self.name}: bias {self.bias!r} with retention {self.retention!r} does not fit; expected a bias of one token "
                 "without threshold and a retention whose weights are their own dual, Decay() or Full()"

@@ -16,7 +16,7 @@ from nestling.memory.gates import Gates
 from nestling.memory.inputs import check_weights, prepare
 from nestling.memory.networks import Matrix, Network
 from nestling.memory.report import Report
-from nestling.memory.retentions import Full, Retention, per_channel, toward_initial
+from nestling.memory.retentions import Full, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import Directed, Gradient, Implicit, Leader, Nesterov, Rule
 from nestling.memory.state import MemoryState, Tail, Weights
 
@@ -210,10 +210,10 @@ class MemorySpec(Memory):
                 f"{self.name}: {self.retention!r} goes back to the initial weights, which {self.rule!r} does not: choose "
                 "Gradient() or Momentum(), or Decay()"
             )
-        if self.directed is not None and not self.retention.linear:
+        if self.directed is not None and (not self.retention.linear or isinstance(self.retention, Settled)):
             raise ValueError(
-                f"{self.name}: {self.rule!r} maps the momentum of the weights, but {self.retention!r} keeps a dual variable: "
-                "choose Gradient() or Momentum(), or a linear retention"
+                f"{self.name}: {self.rule!r} maps the momentum of the weights, but {self.retention!r} keeps a dual variable or "
+                "maps the weights: choose Gradient() or Momentum(), or a linear retention"
             )
         if self.directed is not None and self.directed.stride and self.chunk % self.directed.stride:
             raise ValueError(
@@ -267,10 +267,10 @@ class MemorySpec(Memory):
 
     @property
     def reads_chunk(self) -> bool:
-        """Whether `chunk` has an effect: the anchor matters or is what is read, or the rule acts at borders."""
+        """Whether `chunk` has an effect: the anchor matters or is what is read, or rule or retention act at borders."""
         directed = self.directed
-        at_borders = directed is not None and not directed.per_token and directed.stride is None
-        return self.reads_weights or self.read == "boundary" or at_borders
+        acts = directed is not None and not directed.per_token and directed.stride is None
+        return self.reads_weights or self.read == "boundary" or acts or isinstance(self.retention, Settled)
 
     @property
     def period(self) -> int:

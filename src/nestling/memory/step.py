@@ -10,7 +10,7 @@ from torch import Tensor
 from nestling.memory import directed
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail, surely
 from nestling.memory.networks.base import at
-from nestling.memory.retentions import Scaled, linked, per_channel, toward_initial
+from nestling.memory.retentions import Scaled, linked, per_channel, settled, toward_initial
 from nestling.memory.rules import Leader, Nesterov
 from nestling.memory.state import MemoryState, Weights
 
@@ -153,6 +153,8 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
 
     if retention is not None and toward_initial(spec.retention):
         after = returning(after, retention, x.start.weights)
+
+    after = settled(spec.retention, closing, after, anchor)
 
     if spec.read == "boundary":
         y = spec.network.apply(at(standing), x.q)

@@ -10,7 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from nestling.memory.state import Weights
 
 
 class Retention(Protocol):
@@ -57,6 +60,41 @@ class Scaled(ABC):
 
     @abstractmethod
     def dual(self, initial: Tensor) -> Tensor: ...
+
+
+class Settled(ABC):
+    """A retention that maps the weights themselves at the end of every chunk; inside, they are linear as without it.
+
+    The chunk's last token reads what has been mapped, so that chunk 1 is a map at every token.
+    """
+
+    @property
+    def linear(self) -> bool:
+        return True
+
+    @property
+    @abstractmethod
+    def decays(self) -> bool: ...
+
+    @abstractmethod
+    def settle(self, weights: Tensor, anchor: Tensor) -> Tensor:
+        """Weights after a chunk, from those of the linear recurrence and those at its start, all `[…, in, out]`."""
+
+    def link(self, dual: Tensor) -> Tensor:
+        return dual
+
+    @abstractmethod
+    def dual(self, initial: Tensor) -> Tensor: ...
+
+
+def settled(retention: Retention, at: Tensor, weights: Weights, anchor: Weights) -> Weights:
+    """Weights after a token, mapped in the lanes whose chunk it closes (`at`, bool `[lane]`)."""
+    if not isinstance(retention, Settled) or not (torch.compiler.is_compiling() or bool(at.any())):
+        return weights
+    return tuple(
+        torch.where(at.to(w.device).view(-1, *[1] * (w.dim() - 1)), retention.settle(w, a), w)
+        for w, a in zip(weights, anchor, strict=True)
+    )
 
 
 def per_channel(retention: Retention) -> bool:
