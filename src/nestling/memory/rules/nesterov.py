@@ -4,7 +4,7 @@
 
 W is the looked-ahead point itself, which is what is read and where gradients are taken: with V the classical sequence,
 V_t = V_{t−1} + S_t and S_t = μS_{t−1} − η∇ℓ(V_{t−1} + μS_{t−1}), this is W_t = V_t + μS_t, exactly so for constant μ and α = 1
-(derived). The papers' memories have plain momentum (Titans, eq. 13–14); this is our addition.
+(derived). The papers' memories have plain momentum; this form of it is our addition.
 """
 
 from __future__ import annotations
