@@ -20,7 +20,22 @@ def count(name: str, position: int) -> tuple[int, int]:
     return counter.get_total_flops(), nl.state.nbytes(state)
 
 
+LINEAR = {"deep_transformer", "dot"}  # the set is pinned (C5)
+
+
 @pytest.mark.parametrize("name", nl.memory.names())
+def test_growth_is_what_is_declared(name: str) -> None:
+    spec = nl.memory.named(name, key_dim=8, chunk=16)
+    assert (spec.growth == "linear") == (name in LINEAR)
+    w0 = spec.init(2, torch.Generator().manual_seed(0))
+    sizes = []
+    for time in (16, 32, 48):
+        _, state = nl.memory.scan(spec, w0, *spec.example(torch.Generator().manual_seed(1), time=time))
+        sizes.append(nl.state.nbytes(state))
+    assert (sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0) if name in LINEAR else len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(nl.memory.names()) - LINEAR))
 def test_decode_costs_the_same_at_1k_and_100k(name: str) -> None:
     early, late = count(name, 1_000), count(name, 100_000)
     assert early == late

@@ -8,8 +8,9 @@ from torch import Tensor
 from nestling.memory import systems
 from nestling.memory.biases import KL, L2, Bias, DotProduct, EpsilonInsensitive, Huber, Lp, Omega, Robust
 from nestling.memory.cost import Cost, cost
-from nestling.memory.features import Features, Identity, Polynomial, Powers, Sketch, Unit
+from nestling.memory.features import Exponential, Features, Identity, Polynomial, Powers, Sketch, Unit
 from nestling.memory.gates import Gates
+from nestling.memory.kernel import KernelMemory, KernelState
 from nestling.memory.named import Entry, describe, describe_and_count, entry, named, names, register
 from nestling.memory.networks import MLP, GatedMLP, Matrix, Network
 from nestling.memory.newton_schulz import newton_schulz
@@ -66,6 +67,7 @@ __all__ = [
     "ElasticStep",
     "Entry",
     "EpsilonInsensitive",
+    "Exponential",
     "Features",
     "Full",
     "GatedMLP",
@@ -74,6 +76,8 @@ __all__ = [
     "Huber",
     "Identity",
     "Implicit",
+    "KernelMemory",
+    "KernelState",
     "Leader",
     "Lp",
     "Lq",

@@ -373,7 +373,8 @@ def scan(
         if x.momentum is not None:
             report.add(momentum=x.momentum.plain())
         report.count(faults=faults - x.state.faults)
-    return y, MemoryState(running.anchor, running.weights, running.momentum, _tail(x, cut), cut.position, faults)
+    tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut)
+    return y, MemoryState(running.anchor, running.weights, running.momentum, tail, cut.position, faults)
 
 
 def _silence(spec: MemorySpec, x: Inputs) -> Tensor:
@@ -578,15 +579,13 @@ def surprise_and_update(found: Factors, lr: Tensor, halo: int) -> tuple[Tensor, 
     return found.errors[-1][..., halo:, :].norm(dim=-1).detach(), (lr * sum(squares).sqrt()).detach()  # type: ignore[union-attr]
 
 
-def _tail(x: Inputs, cut: Layout) -> Tail | None:
-    tail = x.state.tail
-    if tail is None:
-        return None
-    lanes = torch.arange(cut.tail.shape[0], device=x.k.device)[:, None]
-    index = cut.tail.to(x.k.device)
+def carried(tail: Tail, k: Tensor, v: Tensor, fine: Tensor, cut: Layout) -> Tail:
+    """The tail after a call that read these tokens."""
+    lanes = torch.arange(cut.tail.shape[0], device=k.device)[:, None]
+    index = cut.tail.to(k.device)
 
     def last(old: Tensor, new: Tensor) -> Tensor:
         return torch.cat([old, new], 2).transpose(1, 2)[lanes, index].transpose(1, 2)
 
-    there = torch.cat([tail.ok, x.fine], 1)[lanes, index]
-    return Tail(last(tail.key, x.k), last(tail.value, x.v), there).only(cut.tail_ok)
+    there = torch.cat([tail.ok, fine], 1)[lanes, index]
+    return Tail(last(tail.key, k), last(tail.value, v), there).only(cut.tail_ok)

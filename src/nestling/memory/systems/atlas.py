@@ -2,9 +2,10 @@
 
 from nestling.memory.biases import L2, DotProduct, Omega
 from nestling.memory.features import Polynomial
+from nestling.memory.kernel import KernelMemory
 from nestling.memory.named import register
 from nestling.memory.networks import MLP, GatedMLP, Matrix
-from nestling.memory.retentions import Decay
+from nestling.memory.retentions import Decay, Full
 from nestling.memory.rules import Gradient, Muon
 
 register(
@@ -70,5 +71,49 @@ register(
     bias=Omega(L2(), length=8),
     retention=Decay(),
     rule=Muon("chunk"),
+    chunk=16,
+)
+register(
+    "deep_transformer",
+    equation="W ← W + η ∇⟨M(φ*(k)), v⟩, φ*(q)·φ*(k) = exp(s q·k): z(q) = qW₁ + Σ_j a_j κ(k_j, q) u_j / Σ_j a_j κ(k_j, q)",
+    source="Atlas, eq. 25–26 and Table 1 (DeepTransformer)",
+    notes="From the paper: bias, rule, exponential features; with Matrix() it is softmax attention, and with normalized=False "
+    "the paper's unnormalized one. Derived: φ* in the first layer alone, kept as pairs of a key and what it wrote. Our "
+    "defaults: dividing by the kernels' sum (Table 1 says without, and outputs then grow with the text), the learned scale s, "
+    "two layers with residual and layer norm, chunk 16. Its state grows with the tokens read.",
+    factory=KernelMemory,
+    network=MLP(),
+    bias=DotProduct(),
+    retention=Full(),
+    normalized=True,
+    chunk=16,
+)
+register(
+    "swdt",
+    equation="W_t = W_0 + Σ_{i>t−c} η_i ∇⟨M(φ*(k_i)), v_i⟩ at W_0, reads over the kernels' sum",
+    source="Atlas, eq. 18 and Table 1 (sliding-window DeepTransformer)",
+    notes="From the paper: bias, rule, exponential features, the window; with Matrix() it is sliding-window attention. Derived: "
+    "that nothing older is retained, so that the state is a window, and gradients at the initial weights. Our defaults: c = 32, "
+    "dividing by the kernels' sum, the learned scale, two layers with residual and layer norm.",
+    factory=KernelMemory,
+    network=MLP(),
+    bias=DotProduct(),
+    retention=Full(),
+    normalized=True,
+    span=32,
+    chunk=16,
+)
+register(
+    "dot",
+    equation="W ← αW − η Σ_{i>t−c} γ_i ∇½‖M(φ*(k_i)) − v_i‖², φ*(q)·φ*(k) = exp(s(q·k − 1))",
+    source="Atlas, eq. 27 and 30–31, Table 1 (deep Omega transformer)",
+    notes="From the paper: objective, rule, exponential features, no normalization. Derived: the sign of eq. 30–31, φ* in the "
+    "first layer alone, kept as pairs. Our defaults: the kernel's factor e^{−s}, by which an exact repetition is corrected once "
+    "and not e^s times, the learned scale s, c = 8, decay, two layers with residual and layer norm, chunk 16. Its state grows.",
+    factory=KernelMemory,
+    network=MLP(),
+    bias=Omega(L2(), length=8),
+    retention=Decay(),
+    normalized=False,
     chunk=16,
 )

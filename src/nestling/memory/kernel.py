@@ -1,0 +1,366 @@
+"""Memories over exponential features: DeepTransformer, SWDT and Dot (Atlas, §4).
+
+The first layer's weights live where φ* does, and are kept as a sum over pairs of a key and what it wrote:
+
+    W_t = γ_t W_0 + Σ_j a_j φ*(k_j)ᵀ u_j            z(x) = φ*(x) W_t = γ_t x W_0 + Σ_j a_j κ(k_j, x) u_j
+    u_j = −∂ℓ/∂z(k_j) at the anchor                 a_j = what the gates made of the step: Π α · η γ, summed over its window
+
+    normalized:  z(x) = γ_t x W_0 + Σ_j a_j κ(k_j, x) u_j / Σ_j a_j κ(k_j, x)
+
+Later layers are ordinary fast weights, W ← αW − ηΣγ∇ℓ. With a matrix memory and the dot-product bias u = v: linear attention over
+φ*, which is unnormalized softmax attention (eq. 26), and softmax attention once it is normalized. With the squared error a write
+corrects what the pairs before predict (Dot, eq. 30–31). How a deep memory takes an infinite input the paper does not say: here
+φ* enters the first layer alone, and its learned part W_0 reads the key itself (derived).
+
+With `span`, only the last tokens count, whose gradients are those at the initial weights:
+
+    W_t = W_0 − Σ_{i>t−span} η_i ∇ℓ(W_0; k_i, v_i)        sliding-window attention for a matrix memory (eq. 18)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.memory.biases import Bias, DotProduct, reads_threshold
+from nestling.memory.features.exponential import CAP, Exponential
+from nestling.memory.gates import Factor, Gates, factor
+from nestling.memory.inputs import check_call, check_weights, token_guard
+from nestling.memory.networks import MLP, Matrix
+from nestling.memory.report import Report
+from nestling.memory.retentions import Decay, Full
+from nestling.memory.rules import Gradient
+from nestling.memory.spec import Engine, Example, Memory, Read
+from nestling.memory.state import Tail, Weights
+from nestling.state import register
+
+
+class Pairs(NamedTuple):
+    """What a growing memory keeps of the tokens since a lane's start, `[lane, capacity, head, …]`, zeros behind a lane's last.
+
+    A chunk's pairs stand together; in front of them, c − 1 for the tokens before it that a window of c reaches.
+
+    key     `[…, key_dim]`
+    write   u `[…, out]`, the first layer's width
+    weight  a;  anchor: the same at the start of the lane's current chunk
+    """
+
+    key: Tensor
+    write: Tensor
+    weight: Tensor
+    anchor: Tensor
+
+
+register(Pairs, grows=dict.fromkeys(Pairs._fields, 1))
+
+
+@register
+class KernelState(NamedTuple):
+    """State of a `KernelMemory`.
+
+    anchor, weights  of the first layer's learned part and of the later layers, `[lane, head, in, out]`; empty with a span
+    pairs            None with a span
+    tail             the last tokens: those a window of the bias needs, or a span; its values have η as last coordinate
+    position, faults as in `MemoryState`
+    """
+
+    anchor: Weights
+    weights: Weights
+    pairs: Pairs | None
+    tail: Tail | None
+    position: Tensor
+    faults: Tensor
+
+
+class Streams(NamedTuple):
+    """Inputs of a scan in the compute dtype; tokens that are not `fine` (bool `[lane, time]`) made harmless."""
+
+    start: KernelState
+    state: KernelState
+    initial: Weights
+    theta: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    retention: Factor | None
+    window: Tensor | None
+    fine: Tensor
+    reset: Tensor | None
+    valid: Tensor | None
+
+
+@dataclass(frozen=True)
+class KernelMemory(Memory):
+    """A memory whose first layer reads exponential features.
+
+    key_dim, value_dim   sizes per head
+    kernel               κ
+    network              MLP, or Matrix() for the linear memory
+    bias                 the loss on (k, v), `Omega` for a window; without threshold
+    retention            Full(), or Decay(): α multiplies weights and pairs
+    normalized           divide by the kernels' sum
+    span                 None: every token counts, and the state grows;  a number: the last so many alone, nothing is retained
+    chunk                period of the anchor. Without effect on a matrix memory with the dot product, or with a span
+    read                 "after" the token's own write, "before" it, or from the chunk's start ("boundary")
+
+    Raises ValueError for combinations that cannot work.
+    """
+
+    key_dim: int
+    value_dim: int
+    kernel: Exponential = Exponential()
+    network: MLP | Matrix = MLP()
+    bias: Bias = DotProduct()
+    retention: Full | Decay = Full()
+    normalized: bool = True
+    span: int | None = None
+    chunk: int = 16
+    read: Read = "after"
+    name: str = "kernel"
+
+    def __post_init__(self) -> None:
+        for field in ("key_dim", "value_dim", "chunk"):
+            number = getattr(self, field)
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{self.name}: {field} is {number!r}; expected a whole number of at least 1")
+        if self.read not in ("after", "before", "boundary"):
+            raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
+        if not isinstance(self.network, MLP | Matrix):
+            raise ValueError(
+                f"{self.name}: network is {self.network!r}; expected one whose first layer is one: MLP or Matrix"
+            )
+        if self.retention not in (Full(), Decay()):
+            raise ValueError(
+                f"{self.name}: retention is {self.retention!r}; expected Full() or Decay(), which scale pairs"
+            )
+        if reads_threshold(self.bias):
+            raise ValueError(f"{self.name}: bias is {self.bias!r}; expected one without a threshold")
+        if self.span is not None:
+            if not isinstance(self.span, int) or self.span < 1:
+                raise ValueError(f"{self.name}: span is {self.span!r}; expected at least 1 token, or None")
+            if self.bias.window > 1 or self.retention != Full():
+                raise ValueError(
+                    f"{self.name}: with a span nothing before it is kept, and it is the window itself; expected Full() and a "
+                    f"bias of one token, not {self.retention!r} and {self.bias!r}"
+                )
+        self.network.shapes(self.key_dim, self.value_dim)
+
+    @property
+    def growth(self) -> Literal["constant", "linear"]:  # type: ignore[override]
+        return "linear" if self.span is None else "constant"
+
+    @property
+    def fast_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of the first layer's learned part and of the later layers."""
+        return self.network.shapes(self.key_dim, self.value_dim)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of each of w0: the network's weights, then the kernel's θ."""
+        return (*self.fast_shapes, (1, 1))
+
+    def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
+        """Shape of each of the state's weights, without the lane."""
+        return tuple((heads, *shape) for shape in self.fast_shapes) if self.span is None else ()
+
+    @property
+    def rule(self) -> Gradient:
+        return Gradient()
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the inner gradient depends on the weights of the chunk's start."""
+        return self.span is None and (self.bias.reads_prediction or self.network.depth > 1)
+
+    @property
+    def update_period(self) -> int:
+        return self.chunk if self.reads_weights else 1
+
+    @property
+    def anchored(self) -> bool:
+        return self.reads_weights
+
+    @property
+    def deep(self) -> bool:
+        return self.network.depth > 1
+
+    @property
+    def gates_used(self) -> frozenset[str]:
+        used = {"lr"} | ({"retention"} if self.retention.decays else set())
+        return frozenset(used | ({"window"} if self.bias.window > 1 else set()))
+
+    @property
+    def gate_channels(self) -> dict[str, int]:
+        return {"window": self.bias.window} if self.bias.window > 1 else {}
+
+    @property
+    def halo(self) -> int:
+        """Tokens before a tile that it needs: those of a window, or of a span before the weights that are read."""
+        if self.span is None:
+            return self.bias.window - 1
+        return self.span + (self.chunk if self.read == "boundary" else 0)
+
+    def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
+        return (*self.network.init(self.fast_shapes, heads, generator), self.kernel.init(self.key_dim, heads))
+
+    def check_weights(self, w0: Sequence[Tensor]) -> None:
+        """Refuse initial weights of the wrong number or shape."""
+        check_weights(self.name, self.shapes, w0)
+
+    def start(self, w0: Sequence[Tensor], lanes: int) -> KernelState:
+        self.check_weights(w0)
+        live = torch.is_grad_enabled()
+        made = tuple(
+            (w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32)).expand(lanes, *w.shape)
+            for w in w0[: self.network.depth]
+        )
+        heads, like = w0[0].shape[0], made[0]
+        pairs, tail = None, None
+        if self.span is None:
+            one = like.new_zeros(lanes, 0, heads)
+            pairs = Pairs(
+                like.new_zeros(lanes, 0, heads, self.key_dim), like.new_zeros(lanes, 0, heads, like.shape[-1]), one, one
+            )
+        if self.halo:
+            tail = Tail(
+                like.new_zeros(lanes, heads, self.halo, self.key_dim),
+                like.new_zeros(lanes, heads, self.halo, self.value_dim + (self.span is not None)),
+                torch.zeros(lanes, self.halo, dtype=torch.bool, device=like.device),
+            )
+        weights = made if self.span is None else ()
+        zeros = torch.zeros(lanes, dtype=torch.int64)
+        return KernelState(weights, weights, pairs, tail, zeros, zeros.to(like.device))
+
+    def count(self, position: int) -> int:
+        """Pairs of a lane at this position."""
+        chunks, place = divmod(position, self.chunk)
+        halo = self.bias.window - 1
+        return chunks * (self.chunk + halo) + (place + halo if place else 0)
+
+    def spread(self, x: Tensor, keys: Tensor, writes: Tensor, weight: Tensor, theta: Tensor) -> Tensor:
+        """Σ_j a_j κ(k_j, x) u_j, over its kernels' sum if normalized: x `[…, time, key_dim]`, keys, writes `[…, n, dim]`,
+        weight a `[…, time, n]`."""
+        if keys.shape[-2] == 0:
+            return x.new_zeros(*x.shape[:-1], writes.shape[-1])
+        exponent = self.kernel.exponent(x, keys, theta)
+        if not self.normalized:
+            return (exponent.clamp_max(CAP).exp() * weight) @ writes
+        top = exponent.detach().masked_fill(weight.detach() == 0, -torch.inf).amax(-1, keepdim=True)
+        top = torch.where(torch.isfinite(top), top, 0.0)  # divides out, as softmax does
+        shares = (exponent - top).clamp_max(CAP).exp() * weight
+        total = shares.sum(-1, keepdim=True)
+        return (shares @ writes) / torch.where(total > 0, total, 1.0)
+
+    def scan(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None = None,
+        state: KernelState | None = None,
+        *,
+        engine: Engine = "chunked",
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+        report: Report | None = None,
+        tile: int | None = None,
+    ) -> tuple[Tensor, KernelState]:
+        """Read a stretch of tokens; arguments as `MemorySpec.scan`."""
+        from nestling.memory import kernel_chunked, kernel_reference
+
+        if engine not in ("chunked", "reference"):
+            raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
+        with torch.autocast(q.device.type, enabled=False):
+            x = self._prepare(w0, q, k, v, gates, state, reset, valid)
+            if engine == "reference":
+                y, new = kernel_reference.scan(self, x)
+            else:
+                y, new = kernel_chunked.scan(self, x, tile=tile, report=report)
+        return y.to(q.dtype), new
+
+    def _prepare(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None,
+        state: KernelState | None,
+        reset: Tensor | None,
+        valid: Tensor | None,
+    ) -> Streams:
+        gates = Gates() if gates is None else gates
+        position = None if state is None else state.position
+        lanes, heads, time = check_call(self, w0, q, k, v, gates, position, reset, valid)
+        start = self.start(w0, lanes)
+        state = start if state is None else state
+        self._check_state(state, start)
+        dtype = w0[0].dtype
+        for x in (torch.empty((), dtype=torch.float32), q, k, v, *w0, *state.weights):
+            dtype = torch.promote_types(dtype, x.dtype)
+        fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
+        lr = q.new_ones(lanes, heads, time, dtype=dtype) if gates.lr is None else gates.lr
+        retention = factor(gates.retention, gates.log_retention, dtype)
+        if self.span is not None:  # a token's η stays with it
+            v = torch.cat([v, lr.unsqueeze(-1)], -1)
+        initial = tuple(w.to(dtype) for w in w0[:-1])
+        return Streams(
+            start, state, initial, w0[-1].to(dtype), q.to(dtype), k, v, lr, retention, gates.window, fine, reset, valid
+        )
+
+    def _check_state(self, state: KernelState, start: KernelState) -> None:
+        mine, theirs = ([*s.weights, *([] if s.tail is None else s.tail[:2])] for s in (start, state))
+        if [x.shape for x in mine] != [x.shape for x in theirs] or (state.pairs is None) != (start.pairs is None):
+            raise ValueError(f"the state does not belong to {self.name}: it was made by another memory")
+
+    def describe(self) -> dict[str, str]:
+        fast, width = sum(i * o for i, o in self.fast_shapes), self.fast_shapes[0][1]
+        if self.span is None:
+            tail = (self.bias.window - 1) * (self.key_dim + self.value_dim)
+            more = f" + {tail}" if tail else ""
+            state = f"{2 * fast}{more} numbers per lane and head, and {self.key_dim + width + 2} for every token read"
+            keeps, period = f"every key; {self.retention}", f"{self.chunk} tokens"
+        else:
+            state = f"{self.halo * (self.key_dim + self.value_dim + 1)} numbers per lane and head"
+            keeps, period = f"the last {self.span} tokens", "every token (chunk has no effect)"
+        return {
+            "name": self.name,
+            "features": f"{self.kernel}{', over the kernels’ sum' if self.normalized else ''}",
+            "network": str(self.network),
+            "bias": str(self.bias),
+            "retention": keeps,
+            "rule": "gradient descent" + ("" if self.span is None else " from the initial weights"),
+            "period": period if self.reads_weights or self.span is not None else "every token (chunk has no effect)",
+            "read": self.read,
+            "gates": ", ".join(sorted(self.gates_used)),
+            "state": state,
+        }
+
+    def example(
+        self,
+        generator: torch.Generator,
+        *,
+        lanes: int = 2,
+        heads: int = 2,
+        time: int = 40,
+        dtype: torch.dtype = torch.float32,
+    ) -> Example:
+        """Random q, k of unit norm, normal v and gates of every kind the system reads, inside its stability region."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        q, k = (torch.nn.functional.normalize(normal(lanes, heads, time, self.key_dim), dim=-1) for _ in range(2))
+        v, shape = normal(lanes, heads, time, self.value_dim), (lanes, heads, time)
+        made = {"lr": torch.sigmoid(normal(*shape)) / (self.bias.window * self.chunk**0.5)}
+        if "retention" in self.gates_used:
+            made["retention"] = torch.sigmoid(normal(*shape) + 4)
+        if "window" in self.gates_used:
+            made["window"] = torch.sigmoid(normal(*shape, self.bias.window))
+        return q.to(dtype), k.to(dtype), v.to(dtype), Gates(**{n: g.to(dtype) for n, g in made.items()})
