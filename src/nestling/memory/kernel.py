@@ -324,7 +324,9 @@ class KernelMemory(Memory):
         if self.span is None:
             tail = (self.bias.window - 1) * (self.key_dim + self.value_dim)
             more = f" + {tail}" if tail else ""
-            state = f"{2 * fast}{more} numbers per lane and head, and {self.key_dim + width + 2} for every token read"
+            again = f" and {self.bias.window - 1} more a chunk" if tail else ""
+            pair = self.key_dim + width + 2
+            state = f"{2 * fast}{more} numbers per lane and head, and {pair} for every token read{again}"
             keeps, period = f"every key; {self.retention}", f"{self.chunk} tokens"
         else:
             state = f"{self.halo * (self.key_dim + self.value_dim + 1)} numbers per lane and head"
