@@ -19,6 +19,27 @@ def omeganet(c: ModelConfig, _: int) -> Block:
 
 
 @register(
+    "deep_transformer",
+    "DeepTransformer: a deep memory behind softmax attention's kernel (Atlas, §4); it grows.",
+    "chunk",
+)
+def deep_transformer(c: ModelConfig, _: int) -> Block:
+    return Block(c, Memory(c.dim, c.heads, c.memory("deep_transformer")))
+
+
+@register("swdt", "SWDT: DeepTransformer over a sliding window of 32 tokens (Atlas, §4).", "chunk")
+def swdt(c: ModelConfig, _: int) -> Block:
+    return Block(c, Memory(c.dim, c.heads, c.memory("swdt")))
+
+
+@register(
+    "dot", "Dot: DeepTransformer that corrects what it predicts, by the Omega rule (Atlas, §4); it grows.", "chunk"
+)
+def dot(c: ModelConfig, _: int) -> Block:
+    return Block(c, Memory(c.dim, c.heads, c.memory("dot")))
+
+
+@register(
     "atlas",
     "Atlas: deep memory of polynomial features, trained on a window by Muon (Atlas, §5).",
     "chunk",
