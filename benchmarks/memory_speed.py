@@ -1,17 +1,22 @@
 """Speed and peak memory of every memory layer beside attention of the same width and heads, measured in one run.
 
-    python benchmarks/memory_speed.py                     everything, to runs/memory_speed (long: over an hour on two cores)
-    python benchmarks/memory_speed.py --quick             one length
+    python benchmarks/memory_speed.py                     everything, to runs/memory_speed (long: many hours on two cores)
+    python benchmarks/memory_speed.py --quick             one length, chunks 16 and 64, no decoding
     python benchmarks/memory_speed.py --systems titans ttt_mlp --lengths 2048
 
 A *ratio* is the memory layer's tokens/s over the attention layer's, timed in turns; median and quartiles over the rounds.
 The *bound* is the ratio at which the layer would run if its counted FLOPs ran at the FLOP/s that the attention layer reaches in
 the same rounds; the *share* is ratio / bound. *Peak* is the share of the FLOP/s of a large float32 matrix product.
-"forward" runs without gradients; "training" is forward and backward, to the parameters and to the input.
+"forward" runs without gradients; "training" is forward and backward, to the parameters and to the input; "decode" is one token
+at a time behind `length` tokens, a whole chunk of them, beside attention with a cache of that length.
+
+Printed at the end: how the time per token grows from the shortest length to the longest, and which rows miss the goals, that is
+70 % of the bound in training, and behind 8,192 tokens at most twice attention's memory.
 """
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +33,9 @@ import nestling as nl
 from common import Spread, flops, interleaved, machine, matmul_rate, peak_bytes, spread, write
 
 COUNTED = 512  # tokens at which a memory layer's FLOPs are counted; they are linear in the length
-MODES = ("forward", "training")
+MODES = ("forward", "training", "decode")
+QUICK = {"lengths": (2048,), "chunks": (16, 64), "modes": MODES[:2]}
+GOALS = {"share_of_bound": 0.7, "memory": 2.0, "memory_from": 8192, "growth": 1.2}
 
 
 @dataclass
@@ -36,13 +43,14 @@ class Settings:
     """Speed and memory of memory layers beside attention.
 
     systems: names from `nl.memory.names()`; default all.  seconds: of timing per figure; slow layers take what three rounds take.
-    threads: default PyTorch's own.  quick: one length, 2048.
+    threads: default PyTorch's own.  quick: length 2048, chunks 16 and 64, no decoding, where nothing else is said.
     cpu_time: one thread, timed by the processor time it gets, not the clock on the wall: for a machine that is busy otherwise.
     """
 
     systems: tuple[str, ...] = ()
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    chunks: tuple[int, ...] = (16, 64)
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
+    chunks: tuple[int, ...] = (16, 64, 256)
+    modes: tuple[str, ...] = MODES
     batch: int = 4
     dim: int = 256
     heads: int = 4
@@ -59,12 +67,10 @@ def clock(settings: Settings) -> Callable[[], float]:
 
 
 def layer(name: str, chunk: int, settings: Settings) -> Any:
-    """The memory layer of a system, or None where the library has no layer for it."""
+    """The layer of a system: its own where there is one (self_modifying → SelfModifying), else the memory layer."""
     spec = nl.memory.named(name, key_dim=settings.dim // settings.heads, chunk=chunk)
-    if isinstance(spec, nl.memory.MemorySpec | nl.memory.Tnt):
-        return nl.layers.Memory(settings.dim, settings.heads, spec)
-    own = getattr(nl.layers, "".join(word.title() for word in name.split("_")), None)
-    return None if own is None else own(settings.dim, settings.heads, spec)
+    own = getattr(nl.layers, "".join(word.title() for word in name.split("_")), nl.layers.Memory)
+    return own(settings.dim, settings.heads, spec)
 
 
 def runner(module: nn.Module, x: torch.Tensor, mode: str) -> Any:
@@ -83,19 +89,53 @@ def runner(module: nn.Module, x: torch.Tensor, mode: str) -> Any:
     return forward if mode == "forward" else training
 
 
-def measure(name: str, chunk: int, length: int, settings: Settings, peak: float) -> dict[str, Any] | None:
+def runner_state(module: nn.Module, x: torch.Tensor) -> Any:
+    """The state behind x."""
+    with torch.no_grad():
+        return module(x)[1]
+
+
+def decoding(module: nn.Module, x: torch.Tensor, state: Any, advance: bool) -> Any:
+    """Reading the tokens of x one at a time; attention's cache is left as it is, so that its length stands."""
+
+    def decode() -> None:
+        with torch.no_grad():
+            now = state
+            for t in range(x.shape[1]):
+                _, after = module(x[:, t : t + 1], now)
+                now = after if advance else state
+
+    return decode
+
+
+def cache(attention: nl.layers.Attention, length: int, settings: Settings) -> Any:
+    """Attention's state behind `length` random tokens."""
+
+    def some() -> torch.Tensor:
+        return torch.randn(settings.batch, length, settings.heads, settings.dim // settings.heads)
+
+    return nl.layers.AttentionState(some(), some(), torch.full((settings.batch,), length))
+
+
+def measure(name: str, chunk: int, length: int, settings: Settings, peak: float) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(settings.seed)
     memory = layer(name, chunk, settings)
-    if memory is None:
-        return None
     attention = nl.layers.Attention(settings.dim, settings.heads)
     x = torch.randn(settings.batch, length, settings.dim, requires_grad=True)
-    short = x.detach()[:, :COUNTED].clone().requires_grad_()
+    short = x.detach()[:, : COUNTED if memory.growth == "constant" else length].clone().requires_grad_()
     row: dict[str, Any] = {"system": name, "chunk": chunk, "length": length}
-    for mode in MODES:
-        of_memory, of_attention = runner(memory, x, mode), runner(attention, x, mode)
-        work = flops(runner(memory, short, mode)) * length / short.shape[1]
+    for mode in settings.modes:
+        if mode == "decode":
+            few = torch.randn(settings.batch, chunk, settings.dim)
+            # A memory costs the same wherever it stands; one that grows has to have read the text.
+            read = None if memory.growth == "constant" else runner_state(memory, x)
+            of_memory = decoding(memory, few, read, True)
+            of_attention = decoding(attention, few, cache(attention, length, settings), False)
+            tokens, work = settings.batch * chunk, float(flops(of_memory))
+        else:
+            of_memory, of_attention = runner(memory, x, mode), runner(attention, x, mode)
+            tokens, work = settings.batch * length, flops(runner(memory, short, mode)) * length / short.shape[1]
         work_attention = flops(of_attention)
         of_attention()
         rounds = interleaved(
@@ -103,7 +143,6 @@ def measure(name: str, chunk: int, length: int, settings: Settings, peak: float)
         )
         ratio = spread([a / m for a, m in rounds])
         took, took_attention = spread([m for _, m in rounds]).mid, spread([a for a, _ in rounds]).mid
-        tokens = settings.batch * length
         bound = work_attention / work
         row[mode] = {
             "ratio": ratio._asdict(),
@@ -125,38 +164,86 @@ def measure(name: str, chunk: int, length: int, settings: Settings, peak: float)
             lambda: runner(module, torch.randn(settings.batch, length, settings.dim, requires_grad=True), "training")()
         )
 
-    row["peak_bytes"], row["attention_peak_bytes"] = whole(memory), whole(attention)
+    if "training" in settings.modes:
+        row["peak_bytes"], row["attention_peak_bytes"] = whole(memory), whole(attention)
     return row
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """One table per length."""
+    """One table per length, decoding in one of its own."""
     for length in sorted({row["length"] for row in rows}):
-        table = Table(title=f"length {length}: tokens/s as a ratio to attention, and peak memory", title_justify="left")
-        for heading in ("system", "chunk"):
-            table.add_column(heading, no_wrap=True)
-        for mode in MODES:
-            for heading in (f"{mode} tokens/s", "ratio (quartiles)", "bound", "share", "peak"):
-                table.add_column(heading, justify="right")
-        table.add_column("MiB", justify="right")
-        table.add_column("× attention", justify="right")
         mine = [row for row in rows if row["length"] == length]
-        first = mine[0]
-        cells = ["attention", ""]
-        for mode in MODES:
-            got = first[mode]
-            cells += [f"{got['attention_tokens_per_second']:,.0f}", "1", "", ""]
-            cells.append(f"{got['attention_share_of_matmul_peak']:.0%}")
-        table.add_row(*cells, f"{first['attention_peak_bytes'] / 2**20:.0f}", "1", end_section=True)
-        for row in mine:
-            cells = [row["system"], str(row["chunk"])]
-            for mode in MODES:
-                got = row[mode]
-                cells += [f"{got['tokens_per_second']:,.0f}", str(Spread(**got["ratio"])), f"{got['bound']:.2f}"]
-                cells += [f"{got['share_of_bound']:.0%}", f"{got['share_of_matmul_peak']:.0%}"]
+        for modes in (MODES[:2], MODES[2:]):
+            shown = [mode for mode in modes if mode in mine[0]]
+            if shown:
+                console.print(table(mine, shown, length))
+
+
+def table(mine: list[dict[str, Any]], shown: list[str], length: int) -> Table:
+    """The rows of one length in these modes, with peak memory beside training."""
+    sized = "training" in shown
+    made = Table(
+        title=f"length {length}: tokens/s as a ratio to attention{', and peak memory' if sized else ''}",
+        title_justify="left",
+    )
+    for heading in ("system", "chunk"):
+        made.add_column(heading, no_wrap=True)
+    for mode in shown:
+        for heading in (f"{mode} tokens/s", "ratio (quartiles)", "bound", "share", "peak"):
+            made.add_column(heading, justify="right")
+    if sized:
+        made.add_column("MiB", justify="right")
+        made.add_column("× attention", justify="right")
+    first = mine[0]
+    cells = ["attention", ""]
+    for mode in shown:
+        got = first[mode]
+        cells += [f"{got['attention_tokens_per_second']:,.0f}", "1", "", ""]
+        cells.append(f"{got['attention_share_of_matmul_peak']:.0%}")
+    made.add_row(*cells, *([f"{first['attention_peak_bytes'] / 2**20:.0f}", "1"] if sized else []), end_section=True)
+    for row in mine:
+        cells = [row["system"], str(row["chunk"])]
+        for mode in shown:
+            got = row[mode]
+            cells += [f"{got['tokens_per_second']:,.0f}", str(Spread(**got["ratio"])), f"{got['bound']:.2f}"]
+            cells += [f"{got['share_of_bound']:.0%}", f"{got['share_of_matmul_peak']:.0%}"]
+        if sized:
             times = row["peak_bytes"] / row["attention_peak_bytes"]
-            table.add_row(*cells, f"{row['peak_bytes'] / 2**20:.0f}", f"{times:.2f}")
-        console.print(table)
+            cells += [f"{row['peak_bytes'] / 2**20:.0f}", f"{times:.2f}"]
+        made.add_row(*cells)
+    return made
+
+
+def growth(rows: list[dict[str, Any]]) -> dict[tuple[str, int, str], float]:
+    """Time per token at the longest length over that at the shortest, by system, chunk and mode: 1 is linear in the length."""
+    found = {}
+    for name, chunk in dict.fromkeys((row["system"], row["chunk"]) for row in rows):
+        mine = sorted((r for r in rows if (r["system"], r["chunk"]) == (name, chunk)), key=lambda r: r["length"])
+        if len(mine) > 1:
+            for mode in (mode for mode in MODES if mode in mine[0]):
+                first, last = (r[mode]["tokens_per_second"] for r in (mine[0], mine[-1]))
+                found[name, chunk, mode] = first / last
+    return found
+
+
+def judge(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows that miss a goal, in words."""
+    missed = []
+    for row in rows:
+        what = f"{row['system']}, chunk {row['chunk']}, length {row['length']}"
+        if "training" not in row:
+            continue
+        if (share := row["training"]["share_of_bound"]) < GOALS["share_of_bound"]:
+            missed.append(f"{what}: training at {share:.0%} of its bound")
+        times = row["peak_bytes"] / row["attention_peak_bytes"]
+        if row["length"] >= GOALS["memory_from"] and times > GOALS["memory"]:
+            missed.append(f"{what}: {times:.1f} × attention's memory")
+    for (name, chunk, mode), factor in growth(rows).items():
+        if factor > GOALS["growth"] and nl.memory.named(name).growth == "constant":
+            missed.append(
+                f"{name}, chunk {chunk}: {mode} takes {factor:.2f} × the time per token at the longest length"
+            )
+    return missed
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -166,10 +253,14 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
+    modes = [mode for mode in MODES if mode in rows[0]]
+    width = 4.5 * len(modes) + 2
+    figure, grid = plt.subplots(1, len(modes), figsize=(width, 4.8), layout="constrained", sharey=True, squeeze=False)
+    panels, looks = grid[0], ("-", ":", "--", "-.")
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     names = list(dict.fromkeys(row["system"] for row in rows))
-    largest = max(row["chunk"] for row in rows)
-    for axes, mode in zip(panels, MODES, strict=True):
+    chunks = sorted({row["chunk"] for row in rows}, reverse=True)
+    for axes, mode in zip(panels, modes, strict=True):
         for number, name in enumerate(names):
             for chunk in sorted({row["chunk"] for row in rows if row["system"] == name}):
                 mine = sorted(
@@ -178,22 +269,25 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
                 axes.plot(
                     [r["length"] for r in mine],
                     [r[mode]["ratio"]["mid"] for r in mine],
-                    color=f"C{number}",
-                    linestyle="-" if chunk == largest else ":",
-                    marker="o",
+                    color=colors[number % len(colors)],
+                    linestyle=looks[chunks.index(chunk) % len(looks)],
+                    marker="osv^D"[number // len(colors) % 5],
                     ms=3,
                     label=f"{name}, chunk {chunk}",
                 )
         axes.axhline(1, color="#777777", linewidth=1)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_yscale("log")
         axes.set_xlabel("sequence length (tokens)")
         axes.set_title(mode, loc="left", fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("tokens/s, ratio to attention (higher is better)")
-    panels[1].legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
-    figure.suptitle(title, fontsize=9)
+    panels[-1].legend(
+        frameon=False, fontsize=6, bbox_to_anchor=(1, 1), loc="upper left", ncols=-(-len(panels[-1].get_lines()) // 40)
+    )
+    figure.suptitle(textwrap.fill(title, 30 * len(modes) + 60), fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -205,7 +299,11 @@ def main(settings: Settings) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.quick:
-        settings.lengths = (2048,)
+        for name, few in QUICK.items():
+            if getattr(settings, name) == getattr(Settings(), name):  # not said otherwise
+                setattr(settings, name, few)
+    if unknown := set(settings.modes) - set(MODES):
+        raise SystemExit(f"--modes: {', '.join(sorted(unknown))} is not known; expected some of: {', '.join(MODES)}")
     console = Console()
     console = console if console.is_terminal else Console(width=max(console.width, 170))
     words = machine(settings.seed) | {"timed by": "processor time" if settings.cpu_time else "wall clock"}
@@ -226,13 +324,14 @@ def main(settings: Settings) -> None:
             chunks = settings.chunks if getattr(spec, "reads_weights", True) else settings.chunks[-1:]
             for chunk in chunks:
                 row = measure(name, chunk, length, settings, peak)
-                if row is None:
-                    console.print(f"{name}: no layer yet, left out", highlight=False)
-                    continue
                 rows.append(row)
-                got = row["training"]
-                console.print(f"  {name}, chunk {chunk}: training ratio {got['ratio']['mid']:.2f}", highlight=False)
+                got = "; ".join(f"{mode} ratio {row[mode]['ratio']['mid']:.2f}" for mode in settings.modes)
+                console.print(f"  {name}, chunk {chunk}: {got}", highlight=False)
     show(rows, console)
+    missed = judge(rows)
+    console.print("Goals missed:" if missed else "No goal is missed.", highlight=False)
+    for line in missed:
+        console.print(f"  {line}", highlight=False)
     write(
         settings.out / "memory_speed.json",
         {
@@ -240,6 +339,11 @@ def main(settings: Settings) -> None:
             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()},
             "matmul_flops_per_second": peaks,
             "rows": rows,
+            "growth": [
+                {"system": n, "chunk": c, "mode": m, "longest_over_shortest": f}
+                for (n, c, m), f in growth(rows).items()
+            ],
+            "missed": missed,
         },
     )
     draw(rows, settings.out / "memory_speed.png", " · ".join(f"{name} {value}" for name, value in words.items()))
