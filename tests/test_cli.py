@@ -100,6 +100,14 @@ def test_help_explains_every_option(nestling, verb):
     assert nestling(*verb.split(), "-h")[1] == out
 
 
+@pytest.mark.parametrize("argv", [["bench"], ["bench", "--help"]])
+def test_a_verb_of_two_words_lists_its_second(nestling, argv):
+    code, out, err = nestling(*argv)
+    assert (code, err) == (0, "")
+    assert "  bench capacity  " in out
+    assert "  train" not in out
+
+
 def test_help_needs_no_pytorch():
     code = (
         "import sys; from nestling.cli import run\n"
@@ -145,6 +153,9 @@ def test_help_needs_no_pytorch():
         ("generate --count 0", r"count: got 0, but expected at least 1\."),
         ("generate --prompt a --prompt-file b", r"prompt and prompt-file exclude each other"),
         ("generate --prompt --wide", r"--prompt: expected a value after it \(one that begins with -- as --prompt=VALUE\)"),
+        ("bench capcity", r"bench: there is no 'capcity'\. Did you mean 'capacity'\?"),
+        ("bench capacity --experiments rules", r"experiments: there is none named 'rules'\. Did you mean 'rule'\?"),
+        ("bench capacity --seeds 0", r"seeds is 0, but expected at least 1"),
         ("memories titan", r"memory: there is none named 'titan'\. Did you mean 'titans'"),
         ("memories --key-dim 0", r"key_dim is 0, but expected at least 1"),
         ("levels --model titan", r"model: there is none named 'titan'\. Did you mean 'titans_lmm'"),

@@ -31,6 +31,8 @@ class Broken(MemorySpec):
         y, new = super().scan(w0, q, k, v, gates, state, **options)
         if self.defect == "fast path drifts" and options.get("engine", "chunked") == "chunked":
             y = y + 1e-3 * q.sum()
+        if self.defect == "unwritten cell":
+            y = y + 0 * torch.empty_like(y)
         if self.defect == "wrong gradient" and options.get("engine", "chunked") == "chunked":
             y = y.detach()
         if self.defect == "wrong without gradients" and not torch.is_grad_enabled():
@@ -50,6 +52,7 @@ def case(**choices: Any) -> testing.Case:
     ("defect", "check", "words"),
     [
         ("fast path drifts", lambda m: testing.chunked_equals_reference(m, case()), "outputs: off by"),
+        ("unwritten cell", lambda m: testing.chunked_equals_reference(m, case()), "outputs: off by nan"),
         ("wrong gradient", lambda m: testing.chunked_equals_reference(m, case()), "gradient 0: off by"),
         ("forgets the state", lambda m: testing.splitting_changes_nothing(m, case(), 0.5), "outputs of the split at 4"),
         ("remembers nothing", testing.dropping_the_state_is_noticed, "no effect"),

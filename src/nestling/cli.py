@@ -55,6 +55,11 @@ VERBS = {
         "nestling.commands.memories:MemoriesConfig",
         "nestling.commands.memories:run",
     ),
+    "bench capacity": Verb(
+        "store random pairs, and measure how many each kind of memory holds",
+        "nestling.commands.bench:CapacityConfig",
+        "nestling.commands.bench:capacity",
+    ),
     "bench optimizers": Verb(
         "run every optimizer on a landscape, a sequence of tasks and text, with equal tuning",
         "nestling.commands.bench_optimizers:OptimizersConfig",

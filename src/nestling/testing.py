@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -130,8 +131,19 @@ def run(made: Memory, w0: list[Tensor], example: Example, state: Any = None, **o
     return made.scan(w0, q, k, v, gates, state, **options)
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated and not written holds NaN, so that a cell which nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def chunked_equals_reference(spec: Memory, case: Case) -> None:
-    """The fast engine is the definition: outputs, state and every gradient (C4)."""
+    """The fast engine is the definition: outputs, state and every gradient (C4); fresh tensors are poisoned with NaN."""
     made, w0 = small(spec, case.seed, chunk=case.chunk, read=case.read)
     example = inputs(made, case.seed, case.time)
     if example[3].retention is not None:
@@ -142,7 +154,8 @@ def chunked_equals_reference(spec: Memory, case: Case) -> None:
         x.requires_grad_()
     runs = []
     for engine, tile in (("reference", None), ("chunked", case.tile)):
-        y, state = run(made, w0, example, engine=engine, tile=tile, **mask)
+        with poisoned():
+            y, state = run(made, w0, example, engine=engine, tile=tile, **mask)
         probe = torch.Generator().manual_seed(7)
         total = (y * torch.randn(y.shape, generator=probe, dtype=y.dtype)).sum()
         for w in fast.leaves(state):

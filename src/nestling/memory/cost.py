@@ -13,7 +13,7 @@ from nestling.state import leaves
 if TYPE_CHECKING:
     from nestling.memory.spec import Memory
 
-TIME = 256  # tokens over which a memory is counted
+TIME = 128  # tokens over which a memory is counted
 
 
 class Cost(NamedTuple):

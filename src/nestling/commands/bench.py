@@ -1,0 +1,84 @@
+"""`nestling bench NAME`: measurements. A new one is settings and a function here, and a verb of two words in `cli`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nestling.config import SettingError, did_you_mean
+
+
+@dataclass(frozen=True)
+class CapacityConfig:
+    """Store random pairs in many memories, and measure how many each holds.
+
+    Puts to the test what the papers claim: delta against Hebbian, networks, polynomial features, precision, windows of tokens.
+    """
+
+    experiments: tuple[str, ...] = ()
+    """Which experiments, by name; none: all of them."""
+    seeds: int = 12
+    """How many seeds give the figures; as many others choose the step sizes."""
+    seed: int = 0
+    """The first seed."""
+    threads: int = 1
+    """Threads of PyTorch."""
+    quick: bool = False
+    """Small and few, to see what it does; the figures mean little."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs/capacity")
+    """Folder for capacity.json and capacity.png."""
+
+    def __post_init__(self) -> None:
+        for name, number in (("seeds", self.seeds), ("threads", self.threads)):
+            if number < 1:
+                raise SettingError(f"{name} is {number}, but expected at least 1.")
+
+
+def capacity(config: CapacityConfig) -> int:
+    """Measure, print, and write; 0."""
+    import torch
+    from rich.console import Console
+
+    from nestling import __version__
+    from nestling.bench import capacity_lab as lab
+    from nestling.bench.capacity_claims import claims
+    from nestling.bench.capacity_report import draw, tell
+
+    known = lab.experiments(config.quick)
+    for name in config.experiments:
+        if name not in known:
+            raise SettingError(f"experiments: there is none named {name!r}.{did_you_mean(name, known)}")
+    chosen = {name: known[name] for name in known if name in config.experiments or not config.experiments}
+    config.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    begun, threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    flushed = torch.set_flush_denormal(True)  # as in training
+    try:
+        found = lab.run(
+            chosen, seeds=config.seeds, seed=config.seed, told=lambda name: console.print(f"measuring: {name}")
+        )
+    finally:
+        torch.set_num_threads(threads)
+        if flushed:
+            torch.set_flush_denormal(False)
+    took, made = time.perf_counter() - begun, claims(found)
+    tell(chosen, found, made, console)
+    about = {
+        "nestling": __version__,
+        "torch": torch.__version__,
+        "threads": config.threads,
+        "seeds": config.seeds,
+        "seed": config.seed,
+        "quick": config.quick,
+        "seconds": round(took, 1),
+    }
+    lab.save(found, made, config.out / "capacity.json", about=about)
+    words = f"nestling {__version__}, {config.seeds} seeds from {config.seed}; bands and bars: one standard deviation"
+    draw(chosen, found, config.out / "capacity.png", title=words)
+    console.print(f"{took:.0f} seconds. Written: {config.out}/capacity.json and .png", highlight=False)
+    return 0
