@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,14 +73,16 @@ def capacity(config: CapacityConfig) -> int:
     about = {
         "nestling": __version__,
         "torch": torch.__version__,
+        "machine": f"{os.cpu_count()} × {platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": config.threads,
         "seeds": config.seeds,
         "seed": config.seed,
         "quick": config.quick,
         "seconds": round(took, 1),
     }
+    console.print(" · ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
     lab.save(found, made, config.out / "capacity.json", about=about)
     words = f"nestling {__version__}, {config.seeds} seeds from {config.seed}; bands and bars: one standard deviation"
     draw(chosen, found, config.out / "capacity.png", title=words)
-    console.print(f"{took:.0f} seconds. Written: {config.out}/capacity.json and .png", highlight=False)
+    console.print(f"Written: {config.out}/capacity.json and .png", highlight=False)
     return 0
