@@ -135,7 +135,8 @@ def sentence(text: str, at: int) -> str:
     block = block[row : min(r for r in rows if r > row)]
     at -= row
     term = ITEM.match(block)
-    stops = [m.end() for m in re.finditer(r"(?<!\beq)(?<!\bprop)(?<!\bfig)[.] +(?=[^\Wa-z])|\.\n *", block)]
+    ends = re.finditer(r"(?<!\beq)(?<!\bprop)(?<!\bfig)[.] +(?=[^\Wa-z])|\.\n *", block)
+    stops = [m.end() for m in ends if block.count("(", 0, m.start()) == block.count(")", 0, m.start())]
     first = max([0, *(stop for stop in stops if stop <= at)])
     last = min([*(stop for stop in stops if stop > at), len(block)])
     says = block[first:last].strip()

@@ -60,6 +60,8 @@ def test_a_sentence_is_found_in_prose_and_in_tables(generate: ModuleType) -> Non
     text = "First thing. A second one (Atlas, eq. 3) goes on. Third.\n\nname    its row\n        goes on (eq. 4)\nother   row\n"
     assert generate.sentence(text, text.index("Atlas")) == "A second one (Atlas, eq. 3) goes on."
     assert generate.sentence(text, text.index("eq. 4")) == "name: its row goes on (eq. 4)"
+    named = "Found (Atlas, eq. 3; by A. Name. Or not) late. Then."
+    assert generate.sentence(named, named.index("Atlas")) == "Found (Atlas, eq. 3; by A. Name. Or not) late."
     assert generate.bare("A second one (Atlas, eq. 3) goes on.") == "A second one goes on"
     assert (
         generate.bare("Kept (Atlas, eq. 3, with the half of its own)")
