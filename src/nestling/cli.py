@@ -57,8 +57,8 @@ VERBS = {
     ),
     "bench capacity": Verb(
         "store random pairs, and measure how many each kind of memory holds",
-        "nestling.commands.bench:CapacityConfig",
-        "nestling.commands.bench:capacity",
+        "nestling.commands.bench_capacity:CapacityConfig",
+        "nestling.commands.bench_capacity:run",
     ),
     "bench optimizers": Verb(
         "run every optimizer on a landscape, a sequence of tasks and text, with equal tuning",

@@ -1,4 +1,4 @@
-"""`nestling bench NAME`: measurements. A new one is settings and a function here, and a verb of two words in `cli`."""
+"""`nestling bench capacity`: how many pairs every kind of memory holds, and what that says of the papers' claims."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CapacityConfig:
                 raise SettingError(f"{name} is {number}, but expected at least 1.")
 
 
-def capacity(config: CapacityConfig) -> int:
+def run(config: CapacityConfig) -> int:
     """Measure, print, and write; 0."""
     import torch
     from rich.console import Console
