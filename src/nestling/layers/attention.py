@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
+from nestling.layers.rotary import rotate
 from nestling.layers.stream import Places, advance_position, places
 from nestling.memory import Report
 from nestling.state import register
@@ -64,7 +65,7 @@ class Attention(Layer):
         at = places(reset, valid, lanes, time, x.device)
         before = state.position.to(x.device)[:, None]
         position = torch.where(at.start >= 0, at.rank - at.start, at.rank + before)
-        q, k = self._rotate(q, position), self._rotate(k, position)
+        q, k = (rotate(u, position, self.base) for u in (q, k))
         simple = reset is None and valid is None
         keys = torch.cat([state.key.to(k.dtype), k], 1)
         values = torch.cat([state.value.to(v.dtype), v], 1)
@@ -93,14 +94,6 @@ class Attention(Layer):
                 state_paths=("key", "value", "position"),
             )
         ]
-
-    def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        half = self.head_dim // 2
-        frequency = self.base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-        angle = position.double()[..., None] * frequency
-        cos, sin = (f(angle).to(x.dtype).unsqueeze(2) for f in (torch.cos, torch.sin))
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
     def _mask(self, state: AttentionState, at: Places, valid: Tensor | None, time: int) -> Tensor:
         """bool `[lane, time, capacity + time]`: cached tokens unless reset since; own segment's tokens up to itself."""

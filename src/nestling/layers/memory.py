@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from nestling.layers.convolution import ShortConvolution
 from nestling.layers.fused import gated_norm, unit_heads
 from nestling.layers.level import Level, Period
 from nestling.layers.norm import EPS
-from nestling.memory import Gates, Report
+from nestling.memory import Gates, MemorySpec, Report
 from nestling.memory import Memory as AnyMemory
 from nestling.state import leaves, register
 
@@ -43,6 +44,8 @@ class Memory(Layer):
         width: of the convolution.
         lr_max: largest inner step. Default: 1, or 1/√chunk where gradients stand at an anchor, as those of a chunk add up; for
             each of the memories of a composite.
+        output: False leaves out the last line: y are the heads side by side as the memory answers, for layers that go on
+            with them in their own way.
 
     Initially α ≈ 0.98 and μ ≈ 0.5 (Titans gives the ranges, not the values). The initial weights are slow parameters.
     """
@@ -58,6 +61,7 @@ class Memory(Layer):
         *,
         width: int = 4,
         lr_max: float | None = None,
+        output: bool = True,
     ) -> None:
         super().__init__()
         if dim % heads or spec.key_dim != dim // heads or spec.value_dim != dim // heads:
@@ -77,9 +81,11 @@ class Memory(Layer):
         }
         columns = sum(self.kinds.values())
         self.gates = nn.Linear(dim, heads * columns) if columns else None
-        self.gate = nn.Linear(dim, dim, bias=False)
-        self.norm = nn.RMSNorm(spec.value_dim, eps=EPS)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.output = output
+        if output:
+            self.gate = nn.Linear(dim, dim, bias=False)
+            self.norm = nn.RMSNorm(spec.value_dim, eps=EPS)
+            self.out = nn.Linear(dim, dim, bias=False)
         self.initial = nn.ParameterList(nn.Parameter(w) for w in spec.init(heads))
         if self.gates is None:
             return
@@ -133,8 +139,23 @@ class Memory(Layer):
             valid=valid,
             report=report,
         )
+        if not self.output:
+            return y.transpose(1, 2).flatten(2), MemoryLayerState(tail, memory)
         y = gated_norm(y, self.norm.weight, self.gate(x))
         return self.out(y), MemoryLayerState(tail, memory)
+
+    def query(self, x: Tensor) -> Tensor:
+        """What `recall` is asked for x: q before unit norm and without the convolution, `[lane, time, dim]`."""
+        return F.silu(F.linear(x, self.qkv.weight[: x.shape[-1]]))
+
+    def recall(self, query: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """The heads' answers side by side, `[lane, time, dim]`, at weights of a state that stand still; nothing is written.
+
+        Only for layers of a `MemorySpec`.
+        """
+        assert isinstance(self.spec, MemorySpec)
+        q = unit_heads(query.view(*query.shape[:2], self.heads, -1))
+        return self.spec.recall(tuple(self.initial), weights, q).transpose(1, 2).flatten(2)
 
     def levels(self) -> list[Level]:
         state = self.spec.start(tuple(self.initial), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,6 +38,16 @@ class Report:
         entry = self._counts.setdefault(self._prefix, {})
         for name, value in counts.items():
             entry[name] = entry[name] + value.detach() if name in entry else value.detach()
+
+    def hand_to(self, other: Report, change: Callable[[Tensor], Tensor]) -> None:
+        """Add everything to another report, its series changed on the way, each level under the other's scope."""
+        for level in self:
+            scope = other.scope(level) if level else other
+            for name, value in self[level].items():
+                if name in self._counts.get(level, {}):
+                    scope.count(**{name: value})
+                else:
+                    scope.add(**{name: change(value)})
 
     def __getitem__(self, level: str) -> dict[str, Tensor]:
         series = {name: torch.cat(parts, -1) for name, parts in self._entries.get(level, {}).items()}

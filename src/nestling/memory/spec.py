@@ -15,6 +15,7 @@ from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Gates
 from nestling.memory.inputs import check_weights, prepare
 from nestling.memory.networks import Matrix, Network
+from nestling.memory.networks.base import at
 from nestling.memory.report import Report
 from nestling.memory.retentions import Full, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import Directed, Gradient, Implicit, Leader, Nesterov, Rule
@@ -396,6 +397,14 @@ class MemorySpec(Memory):
             else:
                 y, new = chunked.scan(self, inputs, tile=tile, report=report)
         return y.to(q.dtype), new
+
+    def recall(self, w0: Sequence[Tensor], weights: Sequence[Tensor], q: Tensor) -> Tensor:
+        """M*(q), a read without a write (Titans, §2), at the weights of a state, which stand still for all of q."""
+        with torch.autocast(q.device.type, enabled=False):
+            wide = q.to(torch.promote_types(q.dtype, weights[0].dtype))
+            own = tuple(w.to(wide.dtype) for w in w0[self.network.depth :])
+            y = self.network.apply(at([self.retention.link(w) for w in weights]), self.features.apply(wide, own))
+        return y.to(q.dtype)
 
     def describe(self) -> dict[str, str]:
         """The choices in words, with gates used and state size per lane and head."""

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from nestling import state as fast
 from nestling.layers.continuum import ContinuumState, Moved
+from nestling.layers.pieces import Piece, merge, pieces, place
 from nestling.memory import Report
-from nestling.memory.layout import layout
 from nestling.state import register
 
 if TYPE_CHECKING:
@@ -40,22 +40,6 @@ class Open(NamedTuple):
 
     tokens: Tensor
     blocks: tuple[Any, ...]
-
-
-class Piece(NamedTuple):
-    """Part of a call in which no lane passes the end of its window, nor a reset.
-
-    at       `[lane, n]`: which tokens of the call;  mask: bool, the place is filled;  None: all are
-    fresh    bool `[lane]` (CPU): the lane is put at position 0 before;  None: no lane is
-    closing  bool `[lane]` (CPU): the lane's window ends with the piece
-    length   tokens per lane `[lane]` (CPU)
-    """
-
-    at: Tensor
-    mask: Tensor | None
-    fresh: Tensor | None
-    closing: Tensor
-    length: Tensor
 
 
 def read(
@@ -79,23 +63,10 @@ def read(
         return model.embedding.weight.new_zeros(*tokens.shape, model.config.vocab_size), state
     whole = all(piece.mask is None for piece in cut) and reset is None and valid is None
     if report is not None:
-        _merge(report, [note for note in notes if note is not None], cut, time)
+        merge(report, [note for note in notes if note is not None], cut, time)
     if whole:
         return torch.cat(outputs, 1), state
-    return _place(outputs, cut, (tokens.shape[0], time), 1), state
-
-
-def pieces(position: Tensor, time: int, reset: Tensor | None, valid: Tensor | None, window: int) -> Iterator[Piece]:
-    """Cut a call at every lane's own window ends and resets."""
-    cut = layout(position, time, reset, valid, period=window, tile=window, halo=0)
-    for number in range(cut.tokens.shape[1]):
-        index = cut.tokens[:, number]
-        mask = torch.ones_like(index, dtype=torch.bool) if cut.ok is None else cut.ok[:, number]
-        count = mask.sum(1)
-        longest = int(count.max())
-        index, mask = index[:, :longest], mask[:, :longest]
-        fresh = None if cut.reset is None or not bool(cut.reset[number].any()) else cut.reset[number]
-        yield Piece(index, None if bool(mask.all()) else mask, fresh, cut.border[number], count)
+    return place(outputs, cut, (tokens.shape[0], time), 1), state
 
 
 def _piece(
@@ -240,22 +211,6 @@ def _hear(heard: Tensor, tokens: Tensor, offset: Tensor, piece: Piece) -> Tensor
     return padded.scatter(1, place, tokens.to(heard.dtype))[:, :spare]
 
 
-def _place(parts: Sequence[Tensor], cut: Sequence[Piece], shape: tuple[int, int], dim: int) -> Tensor:
-    """Put the pieces' `[lane, …, n, …]` (time at `dim`) back in the call's order; zeros where no token was."""
-    lanes, time = shape
-    joined = torch.cat([part.movedim(dim, 1) for part in parts], 1)
-    padded = torch.cat([joined, joined.new_zeros(lanes, 1, *joined.shape[2:])], 1)
-    source = torch.full((lanes, time + 1), joined.shape[1])
-    first = 0
-    for piece in cut:
-        size = piece.at.shape[1]
-        place = piece.at if piece.mask is None else torch.where(piece.mask, piece.at, time)
-        source.scatter_(1, place, torch.arange(first, first + size).expand(lanes, -1))
-        first += size
-    rows = torch.arange(lanes, device=padded.device)[:, None]
-    return padded[rows, source[:, :time].to(padded.device)].movedim(1, dim)
-
-
 def _note(
     report: Report,
     model: LanguageModel,
@@ -275,15 +230,3 @@ def _note(
         scope = report.scope(f"blocks.{number}.continuum")
         scope.add(update=size[:, :, None] * last.to(size.device)[:, None])
         scope.count(faults=new.faults - old.faults)
-
-
-def _merge(report: Report, notes: Sequence[Report], cut: Sequence[Piece], time: int) -> None:
-    """Hand the pieces' notes on, in the call's order."""
-    for level in dict.fromkeys(name for note in notes for name in note):
-        scope = report.scope(level)
-        for name in notes[0][level]:
-            parts = [note[level][name] for note in notes]
-            if parts[0].dim() == 1:
-                scope.count(**{name: torch.stack(parts).sum(0)})
-            else:
-                scope.add(**{name: _place(parts, cut, (parts[0].shape[0], time), -1)})

@@ -1,0 +1,182 @@
+"""Causal softmax attention over the last tokens only: constant memory and cost per token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestling.layers.base import Layer
+from nestling.layers.level import Level, Period
+from nestling.layers.rotary import rotate
+from nestling.layers.stream import Places, advance_position, places
+from nestling.memory import Report
+from nestling.memory.inputs import surely
+from nestling.state import register
+
+
+@register
+class SlidingState(NamedTuple):
+    """Rotated keys and values of the last tokens since the reset, `[lane, window − 1, head, head_dim]`, the newest last, zeros
+    where there was none; position `[lane]`, CPU."""
+
+    key: Tensor
+    value: Tensor
+    position: Tensor
+
+
+class SlidingAttention(Layer):
+    """Multi-head attention over the last `window` tokens, the token's own included (Nested Learning, eq. 63; Atlas, eq. 18).
+
+    Args:
+        dim: width.  heads: number of heads, dividing dim into an even head width.
+        window: tokens that a token sees.
+        base: of the rotary frequencies.
+        output: False leaves out the last projection: y are the heads side by side.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int, base: float = 10_000.0, *, output: bool = True) -> None:
+        super().__init__()
+        if dim % heads or (dim // heads) % 2:
+            raise ValueError(f"SlidingAttention: dim {dim} and heads {heads}; expected heads of equal, even width")
+        if window < 1:
+            raise ValueError(f"SlidingAttention: window is {window}; expected at least 1")
+        self.heads, self.head_dim, self.window, self.base = heads, dim // heads, window, base
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False) if output else None
+
+    def start(self, lanes: int) -> SlidingState:
+        empty = self.qkv.weight.new_zeros(lanes, self.window - 1, self.heads, self.head_dim)
+        return SlidingState(empty, empty, torch.zeros(lanes, dtype=torch.int64))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: SlidingState | None = None,
+        *,
+        prefix: Tensor | None = None,
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+        report: Report | None = None,
+    ) -> tuple[Tensor, SlidingState]:
+        """As a layer's; prefix `[lane or 1, tokens, dim]`: inputs before position 0 that every token sees beside its window."""
+        lanes, time, _ = x.shape
+        state = self.start(lanes) if state is None else state
+        if time == 0:
+            return x, state
+        if valid is not None and surely(valid):
+            valid = None
+        q, k, v = self._project(x)
+        at = places(reset, valid, lanes, time, x.device)
+        before = state.position.to(x.device)[:, None]
+        position = torch.where(at.start >= 0, at.rank - at.start, at.rank + before)
+        q, k = (rotate(u, position, self.base) for u in (q, k))
+        first = torch.where(at.start >= 0, at.start, -before)  # rank of the first token since the reset
+        if valid is not None:  # valid tokens side by side, in order
+            order = torch.where(valid.to(x.device), at.rank, time)
+            q, k, v, first = (_pack(u, order) for u in (q, k, v, first))
+        keys, values = _join(state.key, k), _join(state.value, v)
+        y = self._attend(q, keys, values, first, prefix, plain=reset is None and valid is None).flatten(2)
+        if valid is not None:
+            y = y.gather(1, at.rank[..., None].expand(-1, -1, y.shape[2]))
+        moved = advance_position(state.position, at)
+        key, value = (self._tail(u, at, -before, reset, valid) for u in (keys, values))
+        return y if self.out is None else self.out(y), SlidingState(key, value, moved)
+
+    def levels(self) -> list[Level]:
+        return [
+            Level(
+                "attention",
+                Period(0, "token"),
+                network=f"set of the last {self.window} pairs",
+                bias="L2, weighted by exp(q·k)",
+                retention=f"the last {self.window} tokens",
+                rule="non-parametric solution",
+                flow="tokens",
+                transfer="direct",
+                state_paths=("key", "value", "position"),
+            )
+        ]
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_dim).unbind(2)
+        return q, k, v
+
+    def _attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, first: Tensor, prefix: Tensor | None, *, plain: bool
+    ) -> Tensor:
+        """Queries of rank 0 … in blocks of a window; keys and values stand a window before: that of rank r at r + window."""
+        lanes, time = first.shape
+        size = min(self.window, time)
+        blocks = -(-time // size)
+        q, keys, values = (F.pad(u, (0, 0, 0, 0, 0, blocks * size - time)) for u in (q, keys, values))
+        limit = F.pad(first, (0, blocks * size - time)).view(lanes, blocks, size, 1)
+        own, seen = (torch.arange(n, device=q.device) for n in (size, self.window + size))
+        ahead = seen - self.window - own[:, None]  # rank of a key, counted from its query's
+        band = (ahead <= 0) & (ahead > -self.window)
+        rank = torch.arange(blocks, device=q.device).view(-1, 1, 1) * size + seen - self.window
+        fixed = self._fixed(prefix, q)
+        if not plain or blocks == 1:
+            parts = [(0, blocks, band & (rank >= limit))]
+        else:  # in a call without resets only the first block can look behind the lane's start
+            parts = [(0, 1, band & (rank[:1] >= limit[:, :1])), (1, blocks, band.expand(1, 1, -1, -1))]
+        answers = []
+        for begin, end, mask in parts:
+            k, v = (
+                torch.cat([p.expand(lanes, end - begin, *p.shape[2:]), _windows(u, begin, end, size, self.window)], 2)
+                for p, u in zip(fixed, (keys, values), strict=True)
+            )
+            answers.append(_attention(q[:, begin * size : end * size], k, v, mask))
+        return torch.cat(answers, 1)[:, :time]
+
+    def _fixed(self, prefix: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prefix, `[lane or 1, 1, tokens, head, head_dim]`."""
+        if prefix is None:
+            none = like.new_zeros(1, 1, 0, self.heads, self.head_dim)
+            return none, none
+        _, k, v = self._project(prefix)
+        ahead = torch.arange(-prefix.shape[1], 0, device=k.device).expand(prefix.shape[0], -1)
+        return rotate(k, ahead, self.base).unsqueeze(1), v.unsqueeze(1)
+
+    def _tail(self, stream: Tensor, at: Places, start: Tensor, reset: Tensor | None, valid: Tensor | None) -> Tensor:
+        """The last window − 1 of a stream in which rank r stands at r + window."""
+        if (
+            reset is None and valid is None
+        ):  # a copy: a view would keep all of the stream for as long as the state lives
+            return stream[:, stream.shape[1] - self.window + 1 :].clone(memory_format=torch.contiguous_format)
+        rank = at.total[:, None] + torch.arange(1 - self.window, 0, device=stream.device)
+        rows = torch.arange(len(rank), device=stream.device)[:, None]
+        keep = rank >= torch.where(at.last[:, None] >= 0, at.last[:, None], start)
+        return torch.where(keep[..., None, None], stream[rows, rank + self.window], 0.0)
+
+
+def _pack(x: Tensor, order: Tensor) -> Tensor:
+    """x `[lane, time, …]` → token t at place order[t]; what is ordered to the end is dropped, zeros stand in its place."""
+    packed = x.new_zeros(x.shape[0], x.shape[1] + 1, *x.shape[2:])
+    return packed.scatter(1, order.view(*order.shape, *[1] * (x.dim() - 2)).expand_as(x), x)[:, :-1]
+
+
+def _join(tail: Tensor, new: Tensor) -> Tensor:
+    """The tail of window − 1, behind one place that nobody sees, and the new tokens."""
+    return torch.cat([F.pad(tail.to(new.dtype), (0, 0, 0, 0, 1, 0)), new], 1)
+
+
+def _windows(stream: Tensor, begin: int, end: int, size: int, window: int) -> Tensor:
+    """What blocks of `size` tokens look at: `[lane, block, window + size, head, head_dim]`."""
+    return torch.stack([stream[:, n * size : n * size + window + size] for n in range(begin, end)], 1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q `[lane, block · size, head, dim]`, k, v `[lane, block, seen, head, dim]`, mask `[lane or 1, block or 1, size, seen]`;
+    what the mask lacks of the keys stands before it and is seen."""
+    lanes, blocks = k.shape[:2]
+    q = q.reshape(lanes * blocks, -1, *q.shape[2:])
+    mask = F.pad(mask, (k.shape[2] - mask.shape[3], 0), value=True)
+    mask = mask[0] if mask.shape[:2] == (1, 1) else mask.expand(lanes, blocks, -1, -1).flatten(0, 1)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask.unsqueeze(1)
+    )
+    return y.transpose(1, 2).reshape(lanes, -1, *q.shape[2:])
