@@ -179,8 +179,23 @@ def where(mask: Tensor, a: Any, b: Any, *, keep: Sequence[str] = ()) -> Any:
     def select(x: Tensor, y: Tensor) -> Tensor:
         return torch.where(mask.to(x.device).view(-1, *[1] * (x.dim() - 1)), x, y)
 
-    chosen = tree_map(select, *_pad_to([a, b]))
+    chosen = _cut(tree_map(select, *_pad_to([a, b])))
     return _keep(chosen, b, keep) if keep else chosen
+
+
+def _cut(node: Any) -> Any:
+    """Growing leaves whose nest also says how long each lane is (`position`), cut behind the longest."""
+    children = _children(node)
+    if children is None:
+        return node
+    grows, parts = _GROWS.get(type(node), {}), [_cut(child) for child in children]
+    if grows and "position" in node._fields:
+        longest = int(node.position.max()) if len(node.position) else 0
+        parts = [
+            x.narrow(grows[name], 0, min(longest, x.shape[grows[name]])) if name in grows else x
+            for name, x in zip(node._fields, parts, strict=True)
+        ]
+    return _like(node, parts)
 
 
 def _keep(chosen: Any, b: Any, names: Sequence[str]) -> Any:

@@ -55,26 +55,34 @@ Make = Callable[[ModelConfig, int], Block]
 
 @dataclass(frozen=True)
 class Entry:
-    """A named model: what it is in a sentence, its blocks by number, and the settings it has beside the widths."""
+    """A named model.
+
+    description  what it is, in a sentence
+    block        its blocks, by number
+    settings     those it has beside the widths
+    levels       how many of the size's periods it has unless told otherwise, the fastest first; None: all
+    """
 
     description: str
     block: Make
     settings: tuple[Setting, ...]
+    levels: int | None
 
 
 _MODELS: dict[str, Entry] = {}
 
 
-def register(name: str, description: str, *settings: Setting) -> Callable[[Make], Make]:
+def register(name: str, description: str, *settings: Setting, levels: int | None = None) -> Callable[[Make], Make]:
     """Decorator: a function from a config and a block's number to that block becomes a named model.
 
     settings: which of chunk, periods, window and persistent the model has; the others are None (or empty) in its config.
+    levels: how many of the size's periods the model has unless told otherwise, the fastest first; None: all.
     """
 
     def add(block: Make) -> Make:
         if name in _MODELS:
             raise ValueError(f"a model named {name!r} is registered already")
-        _MODELS[name] = Entry(description, block, settings)
+        _MODELS[name] = Entry(description, block, settings, levels)
         return block
 
     return add
@@ -107,7 +115,7 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
     if unknown := sorted(set(overrides) - set(known)):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; expected some of: {', '.join(known)}")
     given = SIZES[size]
-    own = {"chunk": given.chunk, "periods": given.periods, "window": given.window, "persistent": PERSISTENT}
+    own = {"chunk": given.chunk, "periods": given.periods[: entry.levels], "window": given.window, "persistent": PERSISTENT}
     numbers: dict[str, Any] = {"dim": given.dim, "layers": given.layers, "heads": given.heads}
     numbers |= {setting: own[setting] for setting in entry.settings} | overrides
     periods = _periods(numbers.pop("periods")) if "periods" in numbers else ()

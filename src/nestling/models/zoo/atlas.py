@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nestling.layers import Memory
-from nestling.memory import Polynomial
+from nestling.layers import Memory, MemoryAsGate, MemoryAsLayer
+from nestling.memory import MLP, Polynomial
 from nestling.models.block import Block, ModelConfig
 from nestling.models.registry import register
 
@@ -46,3 +46,27 @@ def dot(c: ModelConfig, _: int) -> Block:
 )
 def atlas(c: ModelConfig, _: int) -> Block:
     return Block(c, Memory(c.dim, c.heads, c.memory("atlas", features=_features(c))))
+
+
+@register(
+    "atlas_mag",
+    "Atlas, memory as gate: sliding-window attention, gated by the memory (Atlas, §6; Titans, §4.2).",
+    "chunk",
+    "window",
+    "persistent",
+)
+def atlas_mag(c: ModelConfig, _: int) -> Block:
+    spec = c.memory("atlas", features=_features(c), network=MLP(leading=True, expansion=2))
+    return Block(c, MemoryAsGate(c.dim, c.heads, spec, window=c.window or 1, persistent=c.persistent or 0))
+
+
+@register(
+    "atlas_mal",
+    "Atlas, memory as layer: sliding-window attention over what the memory answers (Atlas, §6; Titans, §4.3).",
+    "chunk",
+    "window",
+    "persistent",
+)
+def atlas_mal(c: ModelConfig, _: int) -> Block:
+    spec = c.memory("atlas", features=_features(c), network=MLP(leading=True, expansion=2))
+    return Block(c, MemoryAsLayer(c.dim, c.heads, spec, window=c.window or 1, persistent=c.persistent or 0))

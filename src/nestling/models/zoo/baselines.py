@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nestling.layers import Attention, Memory
+from nestling.layers import Attention, Memory, SlidingAttention
 from nestling.models.block import Block, ModelConfig
 from nestling.models.registry import register
 
@@ -10,6 +10,11 @@ from nestling.models.registry import register
 @register("transformer", "Llama-style transformer: causal softmax attention with rotary positions, SwiGLU, RMSNorm.")
 def transformer(c: ModelConfig, _: int) -> Block:
     return Block(c, Attention(c.dim, c.heads))
+
+
+@register("swa_transformer", "The transformer with sliding-window attention: it forgets all but the last tokens.", "window")
+def swa_transformer(c: ModelConfig, _: int) -> Block:
+    return Block(c, SlidingAttention(c.dim, c.heads, c.window or 1))
 
 
 @register("retnet", "RetNet's recurrence with a data-dependent scalar decay.", "chunk")
