@@ -7,6 +7,7 @@ from nestling.layers.continuum import Continuum, ContinuumState
 from nestling.layers.convolution import ShortConvolution
 from nestling.layers.hybrid import MemoryAsGate, MemoryAsLayer
 from nestling.layers.level import Level, Period
+from nestling.layers.lstm import LSTM, LSTMState
 from nestling.layers.memory import Memory, MemoryLayerState
 from nestling.layers.mlp import SwiGLU
 from nestling.layers.norm import l2_norm
@@ -15,11 +16,13 @@ from nestling.layers.self_modifying import SelfModifying
 from nestling.layers.sliding import SlidingAttention, SlidingState
 
 __all__ = [
+    "LSTM",
     "Attention",
     "AttentionState",
     "ContextState",
     "Continuum",
     "ContinuumState",
+    "LSTMState",
     "Layer",
     "Level",
     "Memory",

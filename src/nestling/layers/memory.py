@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from nestling.memory import Gates, MemorySpec, Report
 from nestling.memory import Memory as AnyMemory
 from nestling.state import leaves, register
 
-FIRST = {"lr": 0.0, "momentum": 0.0, "retention": 4.0, "threshold": 1.0, "window": -3.0}
+FIRST = {"lr": 0.0, "momentum": 0.0, "retention": 4.0, "delta": 0.0, "threshold": 1.0, "window": -3.0}
 """Where the biases of the gates begin."""
 
 
@@ -44,6 +45,9 @@ class Memory(Layer):
         width: of the convolution.
         lr_max: largest inner step. Default: 1, or 1/√chunk where gradients stand at an anchor, as those of a chunk add up; for
             each of the memories of a composite.
+        delta: the erasing strength has a gate of its own, β = σ(·); otherwise it is the step size.
+        tied: one number per head and token is both the step and how much is forgotten: η = softplus(·), α = exp(−a η), a > 0
+            learned per head (Mamba-2).
         output: False leaves out the last line: y are the heads side by side as the memory answers, for layers that go on
             with them in their own way.
 
@@ -61,6 +65,8 @@ class Memory(Layer):
         *,
         width: int = 4,
         lr_max: float | None = None,
+        delta: bool = False,
+        tied: bool = False,
         output: bool = True,
     ) -> None:
         super().__init__()
@@ -69,6 +75,11 @@ class Memory(Layer):
                 f"Memory: dim {dim} in {heads} heads gives width {dim / heads:g} a head, but {spec.name} has "
                 f"key_dim={spec.key_dim}, value_dim={spec.value_dim}: make them equal"
             )
+        if (delta and "delta" not in spec.gates_used) or (tied and not {"lr", "retention"} <= spec.gates_used):
+            raise ValueError(
+                f"Memory: delta={delta} and tied={tied}, but {spec.name} reads the gates {', '.join(sorted(spec.gates_used))}: "
+                "delta needs a rule that erases, tied needs lr and retention"
+            )
         self.spec, self.heads = spec, heads
         self.growth = spec.growth
         self.lr_max = spec.largest_steps if lr_max is None else (lr_max,) * len(spec.largest_steps)
@@ -76,8 +87,8 @@ class Memory(Layer):
         self.convolution = ShortConvolution(3 * dim, width)
         self.kinds = {
             kind: spec.gate_channels.get(kind, 1)
-            for kind in ("lr", "momentum", "retention", "threshold", "window")
-            if kind in spec.gates_used
+            for kind in ("lr", "momentum", "retention", "delta", "threshold", "window")
+            if kind in spec.gates_used and not (kind == "delta" and not delta) and not (kind == "retention" and tied)
         }
         columns = sum(self.kinds.values())
         self.gates = nn.Linear(dim, heads * columns) if columns else None
@@ -87,6 +98,8 @@ class Memory(Layer):
             self.norm = nn.RMSNorm(spec.value_dim, eps=EPS)
             self.out = nn.Linear(dim, dim, bias=False)
         self.initial = nn.ParameterList(nn.Parameter(w) for w in spec.init(heads))
+        # From 1/4 to 1/256: with a step near 1, heads that remember a few tokens to some hundred.
+        self.rate = nn.Parameter(torch.linspace(-2, -8, heads).mul(math.log(2))) if tied else None
         if self.gates is None:
             return
         with torch.no_grad():
@@ -205,12 +218,15 @@ class Memory(Layer):
         made: dict[str, Tensor] = {}
         for kind, part in zip(self.kinds, torch.split(raw, list(self.kinds.values()), -1), strict=True):
             part = part if kind in self.spec.gate_channels else part.squeeze(-1)
-            if kind == "lr":
+            if kind == "lr" and self.rate is not None:
+                made["lr"] = F.softplus(part)
+                made["log_retention"] = -self.rate.to(part.dtype).exp()[:, None] * made["lr"]
+            elif kind == "lr":
                 made["lr"] = self._steps(part.sigmoid())
             elif kind == "threshold":  # in units of the norm of values whose coordinates have unit scale
                 made["threshold"] = self.spec.value_dim**0.5 * F.softplus(part)
-            elif kind == "window":
-                made["window"] = part.sigmoid()
+            elif kind in ("window", "delta"):
+                made[kind] = part.sigmoid()
             else:
                 made[f"log_{kind}"] = F.logsigmoid(part)
         return Gates(**made)

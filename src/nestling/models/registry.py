@@ -115,7 +115,12 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
     if unknown := sorted(set(overrides) - set(known)):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; expected some of: {', '.join(known)}")
     given = SIZES[size]
-    own = {"chunk": given.chunk, "periods": given.periods[: entry.levels], "window": given.window, "persistent": PERSISTENT}
+    own = {
+        "chunk": given.chunk,
+        "periods": given.periods[: entry.levels],
+        "window": given.window,
+        "persistent": PERSISTENT,
+    }
     numbers: dict[str, Any] = {"dim": given.dim, "layers": given.layers, "heads": given.heads}
     numbers |= {setting: own[setting] for setting in entry.settings} | overrides
     periods = _periods(numbers.pop("periods")) if "periods" in numbers else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nestling.layers import Attention, Memory, SlidingAttention
+from nestling.layers import LSTM, Attention, Memory, SlidingAttention
 from nestling.models.block import Block, ModelConfig
 from nestling.models.registry import register
 
@@ -12,7 +12,9 @@ def transformer(c: ModelConfig, _: int) -> Block:
     return Block(c, Attention(c.dim, c.heads))
 
 
-@register("swa_transformer", "The transformer with sliding-window attention: it forgets all but the last tokens.", "window")
+@register(
+    "swa_transformer", "The transformer with sliding-window attention: it forgets all but the last tokens.", "window"
+)
 def swa_transformer(c: ModelConfig, _: int) -> Block:
     return Block(c, SlidingAttention(c.dim, c.heads, c.window or 1))
 
@@ -35,3 +37,45 @@ def gated_deltanet(c: ModelConfig, _: int) -> Block:
 @register("ttt", "TTT-MLP as the sequence layer.", "chunk")
 def ttt(c: ModelConfig, _: int) -> Block:
     return Block(c, Memory(c.dim, c.heads, c.memory("ttt_mlp")))
+
+
+@register(
+    "mamba2_like",
+    "Like Mamba-2: matrix memory, dot-product bias; one step size a token says how much is written and how much forgotten.",
+    "chunk",
+)
+def mamba2_like(c: ModelConfig, _: int) -> Block:
+    return Block(c, Memory(c.dim, c.heads, c.memory("mamba2_like"), tied=True))
+
+
+@register(
+    "samba_like",
+    "Like Samba: blocks of a state space, as in mamba2_like, and of sliding-window attention in turns.",
+    "chunk",
+    "window",
+)
+def samba_like(c: ModelConfig, number: int) -> Block:
+    return mamba2_like(c, number) if number % 2 == 0 else swa_transformer(c, number)
+
+
+@register(
+    "rwkv7_like",
+    "Like RWKV-7: matrix memory, decay by channel, a delta rule whose erasing has a strength of its own.",
+    "chunk",
+)
+def rwkv7_like(c: ModelConfig, _: int) -> Block:
+    return Block(c, Memory(c.dim, c.heads, c.memory("rwkv7_like"), delta=True))
+
+
+@register(
+    "comba_like",
+    "Like Comba: matrix memory, scalar decay, a delta rule whose erasing has a strength of its own.",
+    "chunk",
+)
+def comba_like(c: ModelConfig, _: int) -> Block:
+    return Block(c, Memory(c.dim, c.heads, c.memory("comba_like"), delta=True))
+
+
+@register("lstm", "LSTM as the sequence layer.")
+def lstm(c: ModelConfig, _: int) -> Block:
+    return Block(c, LSTM(c.dim))

@@ -48,4 +48,6 @@ def hope_swa(c: ModelConfig, _: int) -> Block:
 )
 def ttt_e2e(c: ModelConfig, number: int) -> Block:
     learning = number >= c.layers - max(1, c.layers // 4)
-    return Block(c, SlidingAttention(c.dim, c.heads, c.window or 1), periods=(*c.periods, None) if learning else (None,))
+    return Block(
+        c, SlidingAttention(c.dim, c.heads, c.window or 1), periods=(*c.periods, None) if learning else (None,)
+    )
