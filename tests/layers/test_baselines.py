@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import nestling as nl
-from nestling.layers import LSTM, Memory, l2_norm
+from nestling.layers import LSTM, Memory, SelfReferential, l2_norm
 
 
 def test_lstm_is_its_equations_with_resets_and_invalid_tokens() -> None:
@@ -66,3 +66,44 @@ def test_gates_of_the_baselines_are_what_they_say(system: str, settings: dict[st
 def test_gates_that_a_memory_does_not_read_are_refused_in_words(settings: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match="linear_attention reads the gates lr"):
         Memory(8, 2, nl.memory.named("linear_attention", key_dim=4), **settings)
+
+
+@pytest.mark.parametrize("time", [9, 70])
+def test_the_self_referential_matrix_is_its_equations_with_every_gradient(time: int) -> None:
+    """Column vectors and four matrices, as the paper writes them; resets, invalid tokens and one that is not finite."""
+    torch.manual_seed(2)
+    layer = SelfReferential(6, 2).double()
+    generator = torch.Generator().manual_seed(3)
+    x = 3 * torch.randn(2, time, 6, dtype=torch.float64, generator=generator)
+    reset, valid = torch.rand(2, time, generator=generator) < 0.1, torch.rand(2, time, generator=generator) < 0.9
+    x[1, 4], valid[1, 4], reset[1, 4] = torch.nan, True, False
+    weight = torch.randn(2, time, 6, dtype=torch.float64, generator=generator)
+    y, state = layer(x, reset=reset, valid=valid)
+    assert state.faults.tolist() == [0, 1]
+    used = valid & x.isfinite().all(-1)
+    (y[used] * weight[used]).sum().backward()
+    got = {name: p.grad for name, p in layer.named_parameters()}
+    layer.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for lane in range(2):
+        for t in range(time):
+            if t == 0 or (reset[lane, t] and valid[lane, t]):
+                parts = [
+                    [m.T for m in w.split([3, 3, 3, 4], 1)] for w in layer.initial
+                ]  # of each head: W^y, W^q, W^k, W^β
+            if not used[lane, t]:
+                continue
+            answers = []
+            for h in range(2):
+                u = x[lane, t, 3 * h : 3 * h + 3].softmax(0)
+                answer, q, k, b = (m @ u for m in parts[h])
+                q, k = q.softmax(0), k.softmax(0)
+                parts[h] = [m + b[i].sigmoid() * torch.outer(m @ q - m @ k, k) for i, m in enumerate(parts[h])]
+                answers.append(answer)
+            expected = layer.out.weight @ torch.cat(answers)
+            torch.testing.assert_close(y[lane, t], expected, rtol=1e-8, atol=1e-8)
+            total = total + (expected * weight[lane, t]).sum()
+        torch.testing.assert_close(state.weights[lane], torch.stack([torch.cat(m).T for m in parts]))
+    total.backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-8, atol=1e-8, msg=name)

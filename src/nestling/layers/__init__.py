@@ -13,6 +13,7 @@ from nestling.layers.mlp import SwiGLU
 from nestling.layers.norm import l2_norm
 from nestling.layers.persistent import Persistent
 from nestling.layers.self_modifying import SelfModifying
+from nestling.layers.self_referential import SelfReferential, SelfReferentialState
 from nestling.layers.sliding import SlidingAttention, SlidingState
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "Period",
     "Persistent",
     "SelfModifying",
+    "SelfReferential",
+    "SelfReferentialState",
     "ShortConvolution",
     "SlidingAttention",
     "SlidingState",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nestling.layers import LSTM, Attention, Memory, SlidingAttention
+from nestling.layers import LSTM, Attention, Memory, SelfReferential, SlidingAttention
 from nestling.models.block import Block, ModelConfig
 from nestling.models.registry import register
 
@@ -79,3 +79,10 @@ def comba_like(c: ModelConfig, _: int) -> Block:
 @register("lstm", "LSTM as the sequence layer.")
 def lstm(c: ModelConfig, _: int) -> Block:
     return Block(c, LSTM(c.dim))
+
+
+@register(
+    "srwm", "The self-referential weight matrix: one that makes its own keys, queries and steps (Irie et al., 2022)."
+)
+def srwm(c: ModelConfig, _: int) -> Block:
+    return Block(c, SelfReferential(c.dim, c.heads))
