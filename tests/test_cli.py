@@ -158,7 +158,7 @@ def test_help_needs_no_pytorch():
         ("bench capacity --seeds 0", r"seeds is 0, but expected at least 1"),
         ("memories titan", r"memory: there is none named 'titan'\. Did you mean 'titans'"),
         ("memories --key-dim 0", r"key_dim is 0, but expected at least 1"),
-        ("levels --model titan", r"model: there is none named 'titan'\. Did you mean 'titans_lmm'"),
+        ("levels --model titans_lm", r"model: there is none named 'titans_lm'\. Did you mean 'titans_lmm'"),
         ("levels --model gated_deltanet --size tinny", r"size: there is none named 'tinny'\. Did you mean 'tiny'"),
         ("levels --model gated_deltanet --set depth=3", r"has no setting depth; expected some of: .*layers"),
         ("demo --minutes 0", r"minutes: got 0\.0, but expected a number above 0\."),

@@ -99,7 +99,7 @@ def test_initial_memories_learn_where_a_lane_starts_and_not_on_a_carried_segment
         grads = {name: p.grad for name, p in learner.model.named_parameters()}
         initial = [grad for name, grad in grads.items() if ".initial." in name]
         seen.append(sum(0.0 if grad is None else float(grad.abs().sum()) for grad in initial) > 0)
-        assert all(grads[f"blocks.{block}.mixer.qkv.weight"].abs().sum() > 0 for block in (0, 1))
+        assert all(grads[f"blocks.{block}.mixer.layer.qkv.weight"].abs().sum() > 0 for block in (0, 1))
         step()
 
     learner.optimizer.step = looked_at

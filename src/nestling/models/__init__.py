@@ -3,7 +3,7 @@
 from nestling.models import zoo
 from nestling.models.block import Block, ModelConfig
 from nestling.models.lm import LanguageModel, ModelState
-from nestling.models.registry import SIZES, build, describe, levels, names, register
+from nestling.models.registry import SIZES, build, describe, levels, names, register, settings
 
 __all__ = [
     "SIZES",
@@ -16,5 +16,6 @@ __all__ = [
     "levels",
     "names",
     "register",
+    "settings",
     "zoo",
 ]

@@ -98,6 +98,11 @@ def describe(name: str) -> str:
     return _entry(name).description
 
 
+def settings(name: str) -> tuple[str, ...]:
+    """What `build` takes for a named model beside dim, layers, heads and ffn."""
+    return _entry(name).settings
+
+
 def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: Any) -> LanguageModel:
     """A fresh model.
 
