@@ -76,6 +76,7 @@ def flops(run: Run) -> int:
     with (
         mock.patch("nestling.memory.chunked.checkpoint", plain),
         mock.patch("nestling.layers.memory.checkpoint", plain),
+        mock.patch("nestling.layers.self_referential.checkpoint", plain),
         FlopCounterMode(display=False, custom_mapping=FLOPS) as counter,
     ):
         run()

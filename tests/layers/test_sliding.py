@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nestling.layers import Attention, SlidingAttention
+from nestling.layers.rotary import rotate
 
 
 def turned(u: Tensor, position: int) -> Tensor:
@@ -16,15 +17,20 @@ def turned(u: Tensor, position: int) -> Tensor:
     return torch.cat([z.real, z.imag], -1)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("prefixed", [False, True])
 @pytest.mark.parametrize("window", [1, 3, 5, 40])
-def test_every_token_sees_the_last_tokens_of_its_segment_and_the_prefix(window: int, prefixed: bool) -> None:
+def test_every_token_sees_the_last_tokens_of_its_segment_and_the_prefix(
+    window: int, prefixed: bool, masked: bool
+) -> None:
     torch.manual_seed(window)
     layer = SlidingAttention(8, 2, window).double()
     x = torch.randn(3, 23, 8, dtype=torch.float64)
     prefix = torch.randn(1, 2, 8, dtype=torch.float64) if prefixed else None
     generator = torch.Generator().manual_seed(7)
     reset, valid = torch.rand(3, 23, generator=generator) < 0.1, torch.rand(3, 23, generator=generator) < 0.8
+    if not masked:
+        reset, valid = torch.zeros_like(reset), torch.ones_like(valid)
     state = None
     for first, last in ((0, 2), (2, 17), (17, 23)):
         y, state = layer(x[:, first:last], state, prefix=prefix, reset=reset[:, first:last], valid=valid[:, first:last])
@@ -62,6 +68,22 @@ def test_a_window_as_long_as_the_text_is_attention() -> None:
     sliding.load_state_dict(full.state_dict())
     x = torch.randn(2, 30, 8, dtype=torch.float64)
     torch.testing.assert_close(sliding(x)[0], full(x)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("behind", [0, 30, 90])
+def test_long_calls_in_fine_blocks_are_the_band(behind: int) -> None:
+    torch.manual_seed(1)
+    layer = SlidingAttention(8, 2, 80).double()
+    x = torch.randn(1, 300, 8, dtype=torch.float64)
+    _, state = layer(x[:, :behind])
+    y, _ = layer(x[:, behind:], state)
+    q, k, v = layer.qkv(x).view(1, 300, 3, 2, 4).unbind(2)
+    q, k = (rotate(u, torch.arange(300)[None], layer.base).transpose(1, 2) for u in (q, k))
+    t, s = torch.arange(300)[:, None], torch.arange(300)
+    mask = (s <= t) & (s > t - 80)
+    dense = (q @ k.mT / 2).masked_fill(~mask, -torch.inf).softmax(-1) @ v.transpose(1, 2)
+    torch.testing.assert_close(y, layer.out(dense.transpose(1, 2).flatten(2))[:, behind:])
 
 
 def test_the_state_keeps_nothing_of_the_call_alive() -> None:

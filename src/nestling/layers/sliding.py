@@ -78,7 +78,9 @@ class SlidingAttention(Layer):
             order = torch.where(valid.to(x.device), at.rank, time)
             q, k, v, first = (_pack(u, order) for u in (q, k, v, first))
         keys, values = _join(state.key, k), _join(state.value, v)
-        y = self._attend(q, keys, values, first, prefix, plain=reset is None and valid is None).flatten(2)
+        plain = reset is None and valid is None
+        fresh = plain and not bool(state.position.any())
+        y = self._attend(q, keys, values, first, prefix, plain=plain, fresh=fresh).flatten(2)
         if valid is not None:
             y = y.gather(1, at.rank[..., None].expand(-1, -1, y.shape[2]))
         moved = advance_position(state.position, at)
@@ -105,31 +107,66 @@ class SlidingAttention(Layer):
         return q, k, v
 
     def _attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, first: Tensor, prefix: Tensor | None, *, plain: bool
+        self, q: Tensor, keys: Tensor, values: Tensor, first: Tensor, prefix: Tensor | None, *, plain: bool, fresh: bool
     ) -> Tensor:
-        """Queries of rank 0 … in blocks of a window; keys and values stand a window before: that of rank r at r + window."""
-        lanes, time = first.shape
-        size = min(self.window, time)
+        """Queries of rank 0 …; keys and values stand a window before: that of rank r at r + window. `[lane, time, head, dim]`.
+
+        The first window of tokens is one block, as it alone can look behind the call's start; those that follow are cut finer,
+        so that a query is not multiplied with many more keys than it sees.
+        """
+        time, window = q.shape[1], self.window
+        head, fine = min(time, window), max(window // 4, min(window, 64))
+        fixed = self._fixed(prefix, q)
+        behind = 0 if fresh else window
+        if fresh and prefix is None:
+            k, v = (u[:, window : window + head].transpose(1, 2) for u in (keys, values))
+            y = F.scaled_dot_product_attention(q[:, :head].transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
+        else:
+            y = self._blocks(
+                q[:, :head], keys[:, window - behind :], values[:, window - behind :], first, fixed, behind, head
+            )
+        if time == head:
+            return y
+        rest = self._blocks(
+            q[:, head:],
+            keys[:, head:],
+            values[:, head:],
+            None if plain else first[:, head:] - head,
+            fixed,
+            window,
+            fine,
+        )
+        return torch.cat([y, rest], 1)
+
+    def _blocks(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        first: Tensor | None,
+        fixed: tuple[Tensor, Tensor],
+        behind: int,
+        size: int,
+    ) -> Tensor:
+        """Queries in blocks of `size`, each with the keys of the block and those `behind` it.
+
+        first  ranks of the first key that queries may see, counted from the first query's; None: the window is all that limits
+        """
+        lanes, time = q.shape[:2]
         blocks = -(-time // size)
         q, keys, values = (F.pad(u, (0, 0, 0, 0, 0, blocks * size - time)) for u in (q, keys, values))
-        limit = F.pad(first, (0, blocks * size - time)).view(lanes, blocks, size, 1)
-        own, seen = (torch.arange(n, device=q.device) for n in (size, self.window + size))
-        ahead = seen - self.window - own[:, None]  # rank of a key, counted from its query's
-        band = (ahead <= 0) & (ahead > -self.window)
-        rank = torch.arange(blocks, device=q.device).view(-1, 1, 1) * size + seen - self.window
-        fixed = self._fixed(prefix, q)
-        if not plain or blocks == 1:
-            parts = [(0, blocks, band & (rank >= limit))]
-        else:  # in a call without resets only the first block can look behind the lane's start
-            parts = [(0, 1, band & (rank[:1] >= limit[:, :1])), (1, blocks, band.expand(1, 1, -1, -1))]
-        answers = []
-        for begin, end, mask in parts:
-            k, v = (
-                torch.cat([p.expand(lanes, end - begin, *p.shape[2:]), _windows(u, begin, end, size, self.window)], 2)
-                for p, u in zip(fixed, (keys, values), strict=True)
-            )
-            answers.append(_attention(q[:, begin * size : end * size], k, v, mask))
-        return torch.cat(answers, 1)[:, :time]
+        own, seen = (torch.arange(n, device=q.device) for n in (size, behind + size))
+        ahead = seen - behind - own[:, None]  # rank of a key, counted from its query's
+        mask = ((ahead <= 0) & (ahead > -self.window)).expand(1, 1, -1, -1)
+        if first is not None:
+            rank = torch.arange(blocks, device=q.device).view(-1, 1, 1) * size + seen - behind
+            limit = F.pad(first[:, :time], (0, blocks * size - time)).view(lanes, blocks, size, 1)
+            mask = mask & (rank >= limit)
+        k, v = (
+            torch.cat([p.expand(lanes, blocks, *p.shape[2:]), _windows(u, blocks, size, behind)], 2)
+            for p, u in zip(fixed, (keys, values), strict=True)
+        )
+        return _attention(q, k, v, mask)[:, :time]
 
     def _fixed(self, prefix: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the prefix, `[lane or 1, 1, tokens, head, head_dim]`."""
@@ -163,9 +200,9 @@ def _join(tail: Tensor, new: Tensor) -> Tensor:
     return torch.cat([F.pad(tail.to(new.dtype), (0, 0, 0, 0, 1, 0)), new], 1)
 
 
-def _windows(stream: Tensor, begin: int, end: int, size: int, window: int) -> Tensor:
-    """What blocks of `size` tokens look at: `[lane, block, window + size, head, head_dim]`."""
-    return torch.stack([stream[:, n * size : n * size + window + size] for n in range(begin, end)], 1)
+def _windows(stream: Tensor, blocks: int, size: int, behind: int) -> Tensor:
+    """What blocks of `size` tokens look at: `[lane, block, behind + size, head, head_dim]`."""
+    return torch.stack([stream[:, n * size : n * size + behind + size] for n in range(blocks)], 1)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
