@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import nestling as nl
 
 NAMES = nl.models.names()
+FAST = ("anchor", "weights", "momentum", "boundary", "delta", "pending")
+"""Fields of states that hold fast weights."""
 
 
 def build(name: str) -> nl.models.LanguageModel:
@@ -130,6 +132,32 @@ def test_all_modes_are_equal(name: str) -> None:
         with mode():
             assert torch.equal(model.eval()(tokens)[0], expected.detach())
     model.train()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_half_precision_changes_no_more_than_rounding_and_no_fast_weight(name: str) -> None:
+    torch.manual_seed(0)
+    model, tokens = nl.models.build(name, dim=16, vocab_size=31, ffn=16), text(10, 2, 13)
+    reset = torch.zeros(2, 13, dtype=torch.bool)
+    reset[1, 5] = True
+    expected, _ = model(tokens, reset=reset)
+
+    def wide(node: object, fast: bool = False) -> None:
+        if isinstance(node, Tensor):
+            assert not (fast and node.is_floating_point()) or node.dtype == torch.float32
+        elif node is not None:
+            for name, child in zip(getattr(node, "_fields", [""] * len(node)), node, strict=True):
+                wide(child, fast or name in FAST)
+
+    for weights, casting in ((torch.float32, True), (torch.bfloat16, False)):
+        model, state, parts = model.to(weights), None, []
+        with torch.autocast("cpu", torch.bfloat16, enabled=casting):
+            for first, last in ((0, 7), (7, 13)):
+                logits, state = model(tokens[:, first:last], state, reset=reset[:, first:last])
+                parts.append(logits.float())
+        assert (torch.cat(parts, 1) - expected).abs().max() < 0.1 * expected.abs().max()
+        wide(state)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,7 +22,7 @@ from nestling import state as fast
 from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
 from nestling.layers.memory import Memory
-from nestling.layers.norm import EPS
+from nestling.layers.norm import EPS, rms_norm
 from nestling.layers.pieces import Piece, merge, pieces, place
 from nestling.layers.rotary import rotate
 from nestling.memory import MemorySpec, Report
@@ -150,7 +150,7 @@ class MemoryAsContext(Layer):
         offset = state.position % self.segment
         q, k, v = self._heads(qkv)
         h = self.memory.recall(asked, state.boundary)
-        h_k, h_v = self._heads(F.linear(self.recall_norm(h), self.qkv.weight[h.shape[2] :]))
+        h_k, h_v = self._heads(F.linear(rms_norm(h, self.recall_norm), self.qkv.weight[h.shape[2] :]))
         within = (offset[:, None] + torch.arange(n)).to(qkv.device)
         persistent = fixed[0].shape[1]
         q, k = (rotate(u, within + persistent + self.segment, self.base) for u in (q, k))
@@ -172,7 +172,7 @@ class MemoryAsContext(Layer):
         )
         y = y.transpose(1, 2).flatten(2)
         m, memory = self.memory(y, state.memory, valid=mask, report=report)
-        o = self.attention_norm(y) * torch.sigmoid(self.memory_norm(m))
+        o = rms_norm(y, self.attention_norm) * torch.sigmoid(rms_norm(m, self.memory_norm))
         boundary = state.boundary
         if bool(piece.closing.any()):
             boundary = fast.where(piece.closing, memory.memory.weights, boundary)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nestling.layers.base import Layer
 from nestling.layers.level import Level
 from nestling.layers.memory import Memory
-from nestling.layers.norm import EPS
+from nestling.layers.norm import EPS, rms_norm
 from nestling.layers.persistent import Persistent
 from nestling.layers.sliding import SlidingAttention, SlidingState
 from nestling.memory import Memory as AnyMemory
@@ -86,7 +86,7 @@ class MemoryAsGate(_Hybrid):
         prefix = None if tokens is None else torch.stack([tokens])
         m, memory = self.memory(x, state.memory, **masks)
         y, attention = self.attention(x, state.attention, prefix=prefix, **masks)
-        o = self.attention_norm(y) * torch.sigmoid(self.memory_norm(m))
+        o = rms_norm(y, self.attention_norm) * torch.sigmoid(rms_norm(m, self.memory_norm))
         return self.out(o), GateState(memory, attention)
 
 
@@ -119,7 +119,7 @@ class MemoryAsLayer(_Hybrid):
             assert opened is not None
             prefix = torch.where(fresh.any(1).to(x.device)[:, None, None], opened, prefix)
         m, memory = self.memory(x, state.memory, **masks)
-        y, attention = self.attention(self.memory_norm(m), state.attention, prefix=prefix, **masks)
+        y, attention = self.attention(rms_norm(m, self.memory_norm), state.attention, prefix=prefix, **masks)
         return self.out(y), ChainState(memory, attention, prefix)
 
     def levels(self) -> list[Level]:
@@ -128,4 +128,4 @@ class MemoryAsLayer(_Hybrid):
 
     def _opening(self, lanes: int) -> tuple[Tensor | None, Any]:
         y, state = self.memory.opening(lanes)
-        return None if y is None else self.memory_norm(y).expand(lanes, -1, -1), state
+        return None if y is None else rms_norm(y, self.memory_norm).expand(lanes, -1, -1), state

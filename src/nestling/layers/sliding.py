@@ -79,7 +79,7 @@ class SlidingAttention(Layer):
             q, k, v, first = (_pack(u, order) for u in (q, k, v, first))
         keys, values = _join(state.key, k), _join(state.value, v)
         plain = reset is None and valid is None
-        fresh = plain and not bool(state.position.any())
+        fresh = plain and not torch.compiler.is_compiling() and not bool(state.position.any())
         y = self._attend(q, keys, values, first, prefix, plain=plain, fresh=fresh).flatten(2)
         if valid is not None:
             y = y.gather(1, at.rank[..., None].expand(-1, -1, y.shape[2]))
@@ -179,9 +179,8 @@ class SlidingAttention(Layer):
 
     def _tail(self, stream: Tensor, at: Places, start: Tensor, reset: Tensor | None, valid: Tensor | None) -> Tensor:
         """The last window − 1 of a stream in which rank r stands at r + window."""
-        if (
-            reset is None and valid is None
-        ):  # a copy: a view would keep all of the stream for as long as the state lives
+        if reset is None and valid is None:
+            # A copy: a view would keep all of the stream for as long as the state lives.
             return stream[:, stream.shape[1] - self.window + 1 :].clone(memory_format=torch.contiguous_format)
         rank = at.total[:, None] + torch.arange(1 - self.window, 0, device=stream.device)
         rows = torch.arange(len(rank), device=stream.device)[:, None]
