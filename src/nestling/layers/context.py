@@ -131,7 +131,7 @@ class MemoryAsContext(Layer):
             state_paths=("key", "value", "position"),
         )
         under = memory.under("memory")
-        return [attention, replace(under, state_paths=(*under.state_paths, "boundary"))]
+        return [attention, replace(under, name=memory.name, state_paths=(*under.state_paths, "boundary"))]
 
     def _piece(
         self,

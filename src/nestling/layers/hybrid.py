@@ -54,7 +54,11 @@ class _Hybrid(Layer):
         self.growth = self.memory.growth
 
     def levels(self) -> list[Level]:
-        return [x.under(part) for part in ("memory", "attention") for x in getattr(self, part).levels()]
+        return [
+            replace(level.under(part), name=level.name)
+            for part, layer in (("memory", self.memory), ("attention", self.attention))
+            for level in layer.levels()
+        ]
 
 
 class MemoryAsGate(_Hybrid):
