@@ -255,6 +255,19 @@ def test_models_of_a_size_have_equally_many_parameters(name: str, size: str) -> 
     assert abs(count / target - 1) < 0.02
 
 
+@pytest.mark.parametrize("name", ["titans_lmm", "titans_mac", "titans_mag", "titans_mal"])
+@torch.no_grad()
+def test_persistent_tokens_can_be_left_out(name: str) -> None:
+    with_them, without = (nl.models.build(name, persistent=number, ffn=32).double() for number in (4, 0))
+    without.load_state_dict({k: v for k, v in with_them.state_dict().items() if not k.endswith(".tokens")})
+    tokens = text(11, 2, 9)
+    logits, state = without(tokens[:, :4])
+    more, _ = without(tokens[:, 4:], state)
+    whole, _ = without(tokens)
+    close(torch.cat([logits, more], 1), whole)
+    assert not torch.allclose(whole, with_them(tokens)[0])
+
+
 def test_impossible_models_are_refused_in_words() -> None:
     for call, words in (
         (lambda: nl.models.build("transformr"), "transformer"),
@@ -263,6 +276,13 @@ def test_impossible_models_are_refused_in_words() -> None:
         (lambda: nl.models.build("transformer", heads=5), "heads"),
         (lambda: nl.models.build("deltanet", heads=5), "heads 5"),
         (lambda: nl.models.build("transformer", dim=0), "dim is 0"),
+        (lambda: nl.models.build("transformer", chunk=4), "has no setting chunk"),
+        (lambda: nl.models.build("titans_mag", window=0), "window is 0"),
+        (
+            lambda: nl.models.build("titans_lmm", persistent=-1),
+            "persistent is -1; expected a whole number of at least 0",
+        ),
+        (lambda: nl.models.build("atlas", heads=1), "expected at least the width of the model, 32"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
