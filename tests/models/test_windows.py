@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -21,10 +22,10 @@ from nestling.models import Block, LanguageModel, ModelConfig, ModelState
 VOCAB = 19
 
 
-def build(periods: tuple[int, ...], **settings: Any) -> LanguageModel:
+def build(periods: tuple[int, ...], arrangement: str = "sequential", **settings: Any) -> LanguageModel:
     """A tiny float64 model: one block of a fast memory, one of attention-free momentum, learning levels in both."""
     torch.manual_seed(1)
-    config = ModelConfig("made", "tiny", 8, 2, 2, VOCAB, 6, 3, periods)
+    config = ModelConfig("made", "tiny", 8, 2, 2, VOCAB, 6, 3, periods, arrangement)
     mixers = [
         nl.layers.Memory(8, 2, nl.memory.named("gated_deltanet", key_dim=4)),
         nl.layers.Memory(8, 2, nl.memory.named("titans", key_dim=4, chunk=3)),
@@ -72,6 +73,7 @@ def by_definition(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[di
     theta = {name: weight.clone() for name, weight in frozen.named_parameters() if name in names}
     theta_0 = {name: weight.clone() for name, weight in theta.items()}
     pending = {name: torch.zeros_like(weight) for name, weight in theta.items()}
+    base, moving = dict(theta_0), dict(pending)  # nested: what a level is put back to, and what will move that
     state, outputs, history = model.start(1).blocks, [], []
     size = model.window
     assert size is not None
@@ -94,18 +96,35 @@ def by_definition(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[di
             share = 1.0
             if ffn.mean:
                 norm, share = norm / (size - 1), (size - 1) * period / size
-            rate = F.softplus(ffn.levels_[level].rate)
-            pending[name] = pending[name] + rate * found[name] * min(1.0, ffn.clip / norm) / share
+            step = found[name] * min(1.0, ffn.clip / norm)
+            pending[name] = pending[name] + F.softplus(ffn.levels_[level].rate) * step / share
+            if ffn.arrangement == "nested" and level + 1 < len(model.config.periods):
+                slow = share * model.config.periods[level + 1] / period if ffn.mean else 1.0
+                moving[name] = moving[name] + F.softplus(ffn.levels_[level + 1].rate) * step / slow
         for name, (_, level) in names.items():
             if (first + size) % model.config.periods[level] == 0:
                 theta[name] = theta[name] - pending[name]
                 pending[name] = torch.zeros_like(pending[name])
+            nested = model.blocks[0].ffn.arrangement == "nested" and level + 1 < len(model.config.periods)
+            if nested and (first + size) % model.config.periods[level + 1] == 0:
+                theta[name] = base[name] = base[name] - moving[name]
+                moving[name] = torch.zeros_like(moving[name])
         history.append({name: theta[name] - theta_0[name] for name in theta})
     return torch.cat(outputs, 1), history
 
 
-@pytest.mark.parametrize("settings", [{}, {"clip": math.inf}, {"mean": False, "clip": 0.7}])
-@pytest.mark.parametrize("periods", [(4, 8), (2, 6, 4), (5,)])
+NESTED, INDEPENDENT = {"arrangement": "nested"}, {"arrangement": "independent"}
+
+
+@pytest.mark.parametrize(
+    ("periods", "settings"),
+    [
+        *itertools.product([(4, 8), (2, 6, 4), (5,)], [{}, {"clip": math.inf}, {"mean": False, "clip": 0.7}]),
+        ((2, 4, 12), NESTED),
+        ((4, 8), {**NESTED, "mean": False, "clip": 0.7}),
+        ((2, 6, 4), INDEPENDENT),
+    ],
+)
 @pytest.mark.parametrize("time", [3, 17, 24])
 def test_equal_to_the_definition_with_every_gradient(
     periods: tuple[int, ...], time: int, settings: dict[str, Any]
@@ -145,10 +164,13 @@ def test_equal_to_the_definition_with_every_gradient(
 
 
 MODEL = build((4, 8))
+MODELS = {"sequential": MODEL, "nested": build((2, 4, 8), "nested"), "independent": build((4, 8), "independent")}
 
 
+@pytest.mark.parametrize("arrangement", MODELS)
 @given(time=st.integers(1, 21), seed=st.integers(0, 999), data=st.data())
-def test_any_split_ragged_lanes_resets_and_masks(time: int, seed: int, data: st.DataObject) -> None:
+def test_any_split_ragged_lanes_resets_and_masks(arrangement: str, time: int, seed: int, data: st.DataObject) -> None:
+    model = MODELS[arrangement]
     generator = torch.Generator().manual_seed(seed)
     tokens = text(seed, 3, time)
     masks = {
@@ -156,12 +178,12 @@ def test_any_split_ragged_lanes_resets_and_masks(time: int, seed: int, data: st.
         "valid": torch.rand(3, time, generator=generator) < 0.8,
     }
     with torch.no_grad():
-        whole, end = MODEL(tokens, **masks)
+        whole, end = model(tokens, **masks)
         state, parts, at = None, [], 0
         while at < time:
             size = data.draw(st.integers(1, time - at))
             now = {n: m[:, at : at + size] for n, m in masks.items()}
-            logits, state = MODEL(tokens[:, at : at + size], state, **now)
+            logits, state = model(tokens[:, at : at + size], state, **now)
             parts.append(logits)
             at += size
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
@@ -172,7 +194,7 @@ def test_any_split_ragged_lanes_resets_and_masks(time: int, seed: int, data: st.
             starts = [i for i, t in enumerate(mine.tolist()) if masks["reset"][lane, t]]
             mine = mine[starts[-1] :] if starts else mine
             if len(mine):
-                alone, own = MODEL(tokens[lane : lane + 1, mine])
+                alone, own = model(tokens[lane : lane + 1, mine])
                 torch.testing.assert_close(whole[lane, mine], alone[0], rtol=1e-9, atol=1e-9)
                 for a, b in zip(nl.state.leaves(nl.state.take(end, [lane])), nl.state.leaves(own), strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -245,6 +267,37 @@ def test_slow_weights_learn_on_every_carried_segment() -> None:
             for weight in (*level.weights(), level.rate):
                 assert weight.grad is not None
                 assert weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_levels_side_by_side_add_their_shares() -> None:
+    """Nested Learning, eq. 74; one level alone is the sequential one."""
+    torch.manual_seed(0)
+    layer = Continuum(8, 12, (4, 8), arrangement="independent").double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    layer.share.copy_(torch.tensor([0.3, -1.2]))
+    expected = x + 0.3 * layer.levels_[0](x) - 1.2 * layer.levels_[1](x)
+    torch.testing.assert_close(layer(x), expected)
+    alone, chain = Continuum(8, 12, (4,), arrangement="independent"), Continuum(8, 12, (4,))
+    chain.load_state_dict(alone.state_dict(), strict=False)
+    torch.testing.assert_close(alone(x.float()), chain(x.float()))
+
+
+@torch.no_grad()
+def test_a_nested_level_is_put_back_to_initial_weights_that_the_slower_level_moves() -> None:
+    model = build((4, 4, 8), "nested")
+    _, state = model(text(20, 2, 12))
+    for continuum in state.continuum:
+        for now, base in zip(continuum.delta[0], continuum.base[0], strict=True):
+            assert base.any()
+            assert torch.equal(now, base), "its own period is that of the slower one: it always serves from its base"
+        assert not any(d.any() for d in continuum.moving[0])
+        assert continuum.base[2] == continuum.moving[2] == ()
+        assert any(not torch.equal(a, b) for a, b in zip(continuum.delta[1], continuum.base[1], strict=True))
+    paths = [path for level in model.levels() for path in level.state_paths]
+    assert len(paths) == len(set(paths))
+    owner = next(level for level in model.levels() if level.name == "blocks.0.ffn.level1")
+    assert {"continuum.0.base.0", "continuum.0.moving.0"} <= set(owner.state_paths)
 
 
 def test_long_windows_are_differentiated_through_recomputed_tiles() -> None:
@@ -463,6 +516,10 @@ def test_impossible_periods_are_refused_in_words() -> None:
     for periods in (4, "48", (4, "8"), (4.0, 8), (True,), None, ()):
         with pytest.raises(ValueError, match="list of whole numbers"):
             nl.models.build("hope", periods=periods)
+    with pytest.raises(ValueError, match="from fast to slow"):
+        Continuum(8, 4, (8, 4), arrangement="nested")
+    with pytest.raises(ValueError, match="expected sequential, nested, independent"):
+        nl.models.build("hope", arrangement="parallel")
     for settings in ({"rate": math.nan}, {"rate": math.inf}, {"rate": 0.0}, {"clip": math.nan}):
         with pytest.raises(ValueError, match="expected positive numbers"):
             Continuum(8, 4, (4,), **settings)

@@ -3,6 +3,14 @@
     y = MLP^(f_k)( … MLP^(f_1)(x))                        eq. 70, each block pre-norm and residual: u + MLP(RMSNorm(u))
     θ ← θ − Σ_{t in chunk} η ∇_θ L_t   after C^(ℓ) tokens  eq. 71, L the language-model loss
 
+Three arrangements (§7.1 of the paper):
+
+    sequential   the chain above; all initial weights θ₀ are slow                                          eq. 73
+    nested       the chain; a level's initial weights are fast weights of the next slower level, which moves them every period
+                 of its own by the gradients summed up at the adapted weights (MAML of first order), and puts the faster level
+                 back to them                                                                              eq. 72
+    independent  y = u + Σ_ℓ a_ℓ MLP^(f_ℓ)(RMSNorm(u)): side by side on the same input, a_ℓ learned, 1/k at first     eq. 74
+
 As state every lane keeps the deviation Δ = θ − θ₀ and what has been summed up since the level's last update; the weights used
 are the live θ₀ + Δ, so that the outer loop trains θ₀ on every segment, and a reset is Δ = 0. When the gradients are taken is the
 language model's business (`nestling.models.windows`), as they come from its loss; here is what a level does with them.
@@ -12,7 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +33,7 @@ from nestling.memory.inputs import surely
 from nestling.optim.inner import Gradient, InnerRule
 from nestling.state import register
 
+Arrangement = Literal["sequential", "nested", "independent"]
 Moved = tuple[tuple[Tensor, ...], ...]
 """Per level, per weight matrix, `[lane, out, in]`; a level that does not learn from tokens has no matrices here."""
 
@@ -34,18 +44,22 @@ class ContinuumState(NamedTuple):
 
     delta    Δ = θ − θ₀ of every level
     pending  Σ η∇L since the level's last update; empty for levels that are updated with every window
+    base     nested: the deviation that a level is put back to; empty otherwise, and for the slowest
+    moving   nested: Σ η∇L of a level since its base last moved, with the step size of the level that moves it
     faults   gradients or updates left out because they were not finite, int64 `[lane]`
     memory   what the inner rule remembers, per level and weight matrix; empty for gradient descent
     """
 
     delta: Moved
     pending: Moved
+    base: Moved
+    moving: Moved
     faults: Tensor
     memory: tuple[tuple[tuple[Tensor, ...], ...], ...] = ()
 
 
 class FeedForward(nn.Module):
-    """One level: u + MLP(RMSNorm(u)), with the step size η = softplus(rate) of its inner updates (where it has any)."""
+    """One level, without its residual path, with the step size η = softplus(rate) of its inner updates (where it has any)."""
 
     def __init__(self, dim: int, hidden: int, rate: float | None) -> None:
         super().__init__()
@@ -55,8 +69,8 @@ class FeedForward(nn.Module):
             self.rate = nn.Parameter(torch.tensor([rate + math.log(-math.expm1(-rate))]))
 
     def forward(self, u: Tensor, moved: tuple[Tensor, ...] = ()) -> Tensor:
-        """u `[lane, time, dim]`; moved: what each lane adds to the weights of the MLP."""
-        y: Tensor = u + self.mlp(self.norm(u), moved)
+        """MLP(RMSNorm(u)), u `[lane, time, dim]`; moved: what each lane adds to the weights of the MLP."""
+        y: Tensor = self.mlp(self.norm(u), moved)
         return y
 
     def weights(self) -> tuple[Tensor, Tensor]:
@@ -65,7 +79,7 @@ class FeedForward(nn.Module):
 
 
 class Continuum(nn.Module):
-    """Sequential CMS (Nested Learning, eq. 70, 71 and 73), first applied = fastest (as drawn in its Figure 5).
+    """A CMS (Nested Learning, eq. 70–74), first applied = fastest (as drawn in its Figure 5).
 
     Args:
         dim: width.
@@ -78,7 +92,10 @@ class Continuum(nn.Module):
         clip: largest norm of one window's (mean) gradient of one level.
         mean: average the gradients of a chunk instead of summing them, so that a useful η does not depend on the period.
         rule: how a level descends (eq. 71's f): `Gradient`, `Momentum`, `Adam` or `M3` of `nestling.optim.inner`, whose
-            memories are part of the state. A chunk is one of their steps.
+            memories are part of the state. A chunk is one of their steps. Initial weights of nested levels move by gradient
+            descent; a level that is put back to them remembers nothing.
+        arrangement: "sequential", "nested" or "independent". Nested levels stand from fast to slow, every period a multiple of
+            the one before it.
     """
 
     def __init__(
@@ -91,6 +108,7 @@ class Continuum(nn.Module):
         clip: float = 1.0,
         mean: bool = True,
         rule: InnerRule | None = None,
+        arrangement: Arrangement = "sequential",
     ) -> None:
         super().__init__()
         finite = [p for p in periods if p is not None]
@@ -108,10 +126,23 @@ class Continuum(nn.Module):
         rate = self.rule.rate if rate is None else rate
         if not 0 < rate < math.inf or not clip > 0:
             raise ValueError(f"Continuum: rate is {rate} and clip {clip}; expected positive numbers, the rate finite")
-        self.periods, self.clip, self.mean = tuple(periods), clip, mean
+        if arrangement not in get_args(Arrangement):
+            raise ValueError(f"Continuum: arrangement is {arrangement!r}; expected {', '.join(get_args(Arrangement))}")
+        if arrangement == "nested" and any(slow % fast for fast, slow in pairwise(finite)):
+            raise ValueError(
+                f"Continuum: periods {tuple(finite)} of nested levels must go from fast to slow, each a multiple of the one "
+                "before"
+            )
+        self.periods, self.clip, self.mean, self.arrangement = tuple(periods), clip, mean, arrangement
+        learning = [n for n, p in enumerate(periods) if p is not None]
+        self.slower = dict(pairwise(learning)) if arrangement == "nested" else {}
+        """Nested: which level moves the initial weights of which."""
         self.window = min(finite, default=None)
         """Tokens between two gradients: the fastest period. None: nothing here learns from tokens."""
         self.levels_ = nn.ModuleList(FeedForward(dim, hidden, None if p is None else rate) for p in periods)
+        self.share = (
+            nn.Parameter(torch.full((len(periods),), 1 / len(periods))) if arrangement == "independent" else None
+        )
 
     def start(self, lanes: int) -> ContinuumState | None:
         """Δ = 0 in every lane; None where nothing learns."""
@@ -127,6 +158,8 @@ class Continuum(nn.Module):
         return ContinuumState(
             tuple(zeros(p is not None, level) for p, level in self._each()),
             tuple(zeros(p not in (None, self.window), level) for p, level in self._each()),
+            tuple(zeros(n in self.slower, level) for n, (_, level) in enumerate(self._each())),
+            tuple(zeros(n in self.slower, level) for n, (_, level) in enumerate(self._each())),
             torch.zeros(lanes, dtype=torch.int64, device=self.levels_[0].weights()[0].device),  # type: ignore[operator]
             self._remembers(tuple(zeros(p is not None, level) for p, level in self._each())),
         )
@@ -137,17 +170,20 @@ class Continuum(nn.Module):
         return found if any(x for level in found for x in level) else ()
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Shapes of a state's matrices without the lane: of each level's Δ, then of what it has pending."""
+        """Shapes of a state's matrices without the lane, field after field, level after level."""
         own = [(p, tuple(tuple(w.shape) for w in level.weights())) for p, level in self._each()]
         return (
             *(shapes if p is not None else () for p, shapes in own),
             *(shapes if p not in (None, self.window) else () for p, shapes in own),
+            *(2 * tuple(shapes if n in self.slower else () for n, (_, shapes) in enumerate(own))),
         )
 
     def forward(self, u: Tensor, delta: Moved | None = None) -> Tensor:
         """u `[lane, time, dim]` → the same; delta: the lanes' Δ of every level, None: all levels at θ₀."""
+        x = u
         for number, (_, level) in enumerate(self._each()):
-            u = level(u, () if delta is None else delta[number])
+            moved = () if delta is None else delta[number]
+            u = u + (level(u, moved) if self.share is None else self.share[number] * level(x, moved))
         return u
 
     def learn(
@@ -163,7 +199,8 @@ class Continuum(nn.Module):
         All levels that are due move at once, by gradients taken at the old weights. A gradient whose squared norm is not finite
         is left out, an update that would not be finite is forgotten; both are counted.
         """
-        delta, pending, faults, memory = list(state.delta), list(state.pending), state.faults, list(state.memory)
+        delta, pending, base, moving = (list(field) for field in state[:4])
+        faults, memory = state.faults, list(state.memory)
         assert self.window is not None
         for number, (period, level) in enumerate(self._each()):
             if period is None:
@@ -175,55 +212,74 @@ class Continuum(nn.Module):
             finite = size.isfinite()
             faults = faults + (~finite & closing.to(finite.device))
             use = closing.to(finite.device) & finite
-            scale = (self.clip / size).clamp_max(1) / (targets * period / self.window if self.mean else 1)
+            scale = (self.clip / size).clamp_max(1)
             if not surely(use):  # before any product, or NaN would reach the rate's gradient
                 scale = torch.where(use, scale, 0.0)
                 found = tuple(torch.where(_lanes(use, g), g, 0.0) for g in found)
             rate = F.softplus(level.rate.to(scale.dtype))
-            step = scale if memory else rate * scale  # a rule with a memory scales what it answers
-            steps = tuple(_lanes(step, g) * g for g in found)
+            # A rule with a memory scales what it answers.
+            steps = self._steps(found, scale if memory else rate * scale, period, targets)
             if period != self.window:
-                steps = tuple(p + s for p, s in zip(state.pending[number], steps, strict=True))
-                pending[number] = steps
+                steps = pending[number] = tuple(p + s for p, s in zip(state.pending[number], steps, strict=True))
             due = closing & (position % period == 0)
-            if not bool(due.any()):
+            if bool(due.any()):
+                moves = steps
+                kept: tuple[tuple[Tensor, ...], ...] = ()
+                if memory:
+                    answers = [self.rule.step(s, m) for s, m in zip(steps, memory[number], strict=True)]
+                    moves, kept = tuple(rate * d for d, _ in answers), tuple(m for _, m in answers)
+                delta[number], broken = _update(state.delta[number], moves, due)
+                faults = faults + broken
+                if memory:
+                    take = due.to(broken.device) & ~broken
+                    memory[number] = tuple(_where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
+                if period != self.window:
+                    pending[number] = _where(due, tuple(torch.zeros_like(s) for s in steps), steps)
+            if number not in self.slower:
                 continue
-            moves = steps
-            kept: tuple[tuple[Tensor, ...], ...] = ()
-            if memory:
-                answers = [self.rule.step(s, m) for s, m in zip(steps, memory[number], strict=True)]
-                moves, kept = tuple(rate * d for d, _ in answers), tuple(m for _, m in answers)
-            new = tuple(d - s for d, s in zip(state.delta[number], moves, strict=True))
-            total = sum(d.sum((1, 2)) for d in new)
-            assert isinstance(total, Tensor)
-            broken = due.to(finite.device) & ~total.isfinite()
-            faults = faults + broken
-            take = due.to(finite.device) & ~broken
-            done = due.to(finite.device)
-            delta[number] = _where(take, new, state.delta[number])
-            if memory:
-                memory[number] = tuple(_where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
-            if period != self.window:
-                pending[number] = _where(done, tuple(torch.zeros_like(s) for s in steps), steps)
-        return ContinuumState(tuple(delta), tuple(pending), faults, tuple(memory))
+            mover, slow = self._each()[self.slower[number]][::-1]
+            assert slow is not None
+            steps = self._steps(found, F.softplus(mover.rate.to(scale.dtype)) * scale, slow, targets)
+            steps = moving[number] = tuple(p + s for p, s in zip(state.moving[number], steps, strict=True))
+            due = closing & (position % slow == 0)
+            if bool(due.any()):
+                base[number], broken = _update(state.base[number], steps, due)
+                faults = faults + broken
+                moving[number] = _where(due, tuple(torch.zeros_like(s) for s in steps), steps)
+                delta[number] = _where(due, base[number], delta[number])
+                if memory:
+                    anew = (self.rule.start(d) for d in delta[number])
+                    memory[number] = tuple(_where(due, a, b) for a, b in zip(anew, memory[number], strict=True))
+        return ContinuumState(tuple(delta), tuple(pending), tuple(base), tuple(moving), faults, tuple(memory))
+
+    def _steps(self, gradients: tuple[Tensor, ...], scale: Tensor, period: int, targets: int) -> tuple[Tensor, ...]:
+        """The gradients of a window, scaled `[lane]`, as a level of this period takes them."""
+        assert self.window is not None
+        if self.mean:
+            scale = scale / (targets * period / self.window)
+        return tuple(_lanes(scale, g) * g for g in gradients)
 
     def levels(self) -> list[Level]:
         """Those that learn from tokens."""
+        movers = {slow: fast for fast, slow in self.slower.items()}
         first = next((n for n, period in enumerate(self.periods) if period == self.window), None)
         return [
             Level(
                 f"level{number}",
                 Period(period, "token"),
-                f"u + SwiGLU(RMSNorm(u)), hidden width {level.mlp.down.weight.shape[1]}",
+                f"{'u +' if self.share is None else 'a ·'} SwiGLU(RMSNorm(u)), hidden width {level.mlp.down.weight.shape[1]}",
                 "next-token cross entropy of the whole model",
                 "everything, as a deviation from the slow weights",
                 f"{self.rule} on the chunk's " + ("mean" if self.mean else "sum"),
                 "activations, and errors by backpropagation",
-                "backpropagation",
+                "backpropagation, and the initial weights of the next faster level"
+                if number in movers
+                else "backpropagation",
                 state_paths=(
                     f"delta.{number}",
                     f"pending.{number}",
                     f"memory.{number}",
+                    *(f"{field}.{movers[number]}" for field in ("base", "moving") if number in movers),
                     *(["faults"] if number == first else []),
                 ),
             )
@@ -239,7 +295,16 @@ def _lanes(per_lane: Tensor, like: Tensor) -> Tensor:
     return per_lane.view(-1, *[1] * (like.dim() - 1))
 
 
+def _update(old: tuple[Tensor, ...], steps: tuple[Tensor, ...], due: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """old − steps in lanes that are due, unless that is not finite; and in which lanes it was not."""
+    new = tuple(d - s for d, s in zip(old, steps, strict=True))
+    total = sum(d.sum((1, 2)) for d in new)
+    assert isinstance(total, Tensor)
+    broken = due.to(total.device) & ~total.isfinite()
+    return _where(due.to(total.device) & ~broken, new, old), broken
+
+
 def _where(mask: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if surely(mask):
         return a
-    return tuple(torch.where(_lanes(mask, x), x, y) for x, y in zip(a, b, strict=True))
+    return tuple(torch.where(_lanes(mask.to(x.device), x), x, y) for x, y in zip(a, b, strict=True))

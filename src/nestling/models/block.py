@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nestling import memory
 from nestling.layers import Continuum, Layer
-from nestling.layers.continuum import Moved
+from nestling.layers.continuum import Arrangement, Moved
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class ModelConfig:
     chunk       anchoring period of chunk-wise memories in tokens
     periods     tokens between two updates of each level of the continuum; empty: feed-forward blocks that only the outer loop
                 moves
+    arrangement of those levels: "sequential", "nested" or "independent"; see `Continuum`
     window      tokens that sliding-window attention sees, the segment of memory as context
     persistent  number of persistent tokens
     """
@@ -34,6 +35,7 @@ class ModelConfig:
     ffn: int
     chunk: int | None = None
     periods: tuple[int, ...] = ()
+    arrangement: Arrangement = "sequential"
     window: int | None = None
     persistent: int | None = None
 
@@ -58,7 +60,7 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.mixer = mixer
-        self.ffn = Continuum(config.dim, config.ffn, periods)
+        self.ffn = Continuum(config.dim, config.ffn, periods, arrangement=config.arrangement)
 
     def forward(self, x: Tensor, state: Any, delta: Moved | None = None, **masks: Any) -> tuple[Tensor, Any]:
         """As a layer's; delta: what the lanes' own learning adds to the feed-forward weights."""

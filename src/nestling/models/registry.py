@@ -50,6 +50,8 @@ PERSISTENT = 4
 """Persistent tokens, where a model has them (Titans does not say how many)."""
 
 Setting = Literal["chunk", "periods", "window", "persistent"]
+LISTS_AND_WORDS = ("periods", "arrangement")
+"""Settings that are no whole numbers."""
 Make = Callable[[ModelConfig, int], Block]
 
 
@@ -100,15 +102,16 @@ def describe(name: str) -> str:
 
 def settings(name: str) -> tuple[str, ...]:
     """What `build` takes for a named model beside dim, layers, heads and ffn."""
-    return _entry(name).settings
+    own = _entry(name).settings
+    return (*own, "arrangement") if "periods" in own else own
 
 
 def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: Any) -> LanguageModel:
     """A fresh model.
 
-    overrides: dim, layers, heads, ffn, and those of chunk, periods, window and persistent that the model has. Unless ffn is
-    given it is solved for, so that all models of a size have as many parameters as the transformer (to within one hidden unit
-    a feed-forward network), initial memory states included.
+    overrides: dim, layers, heads, ffn, and what `settings` says that the model has of chunk, periods, arrangement, window and
+    persistent. Unless ffn is given it is solved for, so that all models of a size have as many parameters as the transformer
+    (to within one hidden unit a feed-forward network), initial memory states included.
 
     Raises ValueError for what cannot be built, and where the feed-forward networks of a block would have to be narrower than
     the model.
@@ -116,7 +119,7 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
     entry = _entry(name)
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not known; expected one of: {', '.join(SIZES)}")
-    known = ["dim", "layers", "heads", "ffn", *entry.settings]
+    known = ["dim", "layers", "heads", "ffn", *settings(name)]
     if unknown := sorted(set(overrides) - set(known)):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; expected some of: {', '.join(known)}")
     given = SIZES[size]
@@ -128,13 +131,15 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
     }
     numbers: dict[str, Any] = {"dim": given.dim, "layers": given.layers, "heads": given.heads}
     numbers |= {setting: own[setting] for setting in entry.settings} | overrides
-    periods = _periods(numbers.pop("periods")) if "periods" in numbers else ()
+    others = {kind: numbers.pop(kind) for kind in LISTS_AND_WORDS if kind in numbers}
+    if "periods" in others:
+        others["periods"] = _periods(others["periods"])
     for setting, number in (*numbers.items(), ("vocab_size", vocab_size)):
         least = 0 if setting == "persistent" else 1
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise ValueError(f"{setting} is {number!r}; expected a whole number of at least {least}")
     ffn = numbers.pop("ffn", None)
-    config = ModelConfig(name, size, vocab_size=vocab_size, ffn=1 if ffn is None else ffn, periods=periods, **numbers)
+    config = ModelConfig(name, size, vocab_size=vocab_size, ffn=1 if ffn is None else ffn, **numbers, **others)
     if ffn is None:
         config = replace(config, ffn=_solve(config, given.ffn if config.dim == given.dim else None))
     return _make(config, entry)
