@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import nestling as nl
 
 NAMES = nl.models.names()
-FAST = ("anchor", "weights", "momentum", "boundary", "delta", "pending")
+FAST = ("anchor", "weights", "momentum", "boundary", "delta", "pending", "base", "moving")
 """Fields of states that hold fast weights."""
 
 
