@@ -91,13 +91,16 @@ def test_where_selects_lane_by_lane() -> None:
     assert torch.equal(mixed.weights[0][1], b.weights[0][1])
 
 
-def test_growing_caches_are_padded_to_the_longest() -> None:
+def test_growing_caches_are_padded_to_the_longest_and_cut_behind_it() -> None:
     short = Growing(torch.ones(1, 2, 3), torch.tensor([2]))
     long = Growing(torch.ones(2, 5, 3), torch.tensor([5, 4]))
     both = verbs.stack([short, long])
     assert both.cache.shape == (3, 5, 3)
     assert both.cache[0].sum() == 6
-    assert verbs.where(torch.tensor([False]), short, verbs.take(long, [1])).cache.shape == (1, 5, 3)
+    lane = verbs.take(long, [1])
+    assert verbs.where(torch.tensor([False]), short, lane).cache.shape == (1, 4, 3)
+    assert verbs.where(torch.tensor([True]), short, lane).cache.shape == (1, 2, 3)
+    assert verbs.where(torch.tensor([True]), {"inner": short}, {"inner": lane})["inner"].cache.shape == (1, 2, 3)
 
 
 def test_positions_stay_on_the_cpu() -> None:
