@@ -18,6 +18,7 @@ import nestling as nl
 from nestling.layers import Continuum
 from nestling.learn.learner import count_faults
 from nestling.models import Block, LanguageModel, ModelConfig, ModelState
+from nestling.optim.inner import Momentum
 
 VOCAB = 19
 
@@ -525,3 +526,16 @@ def test_impossible_periods_are_refused_in_words() -> None:
             Continuum(8, 4, (4,), **settings)
     assert F.softplus(Continuum(8, 4, (4,), rate=1000.0).levels_[0].rate.detach()) == 1000
     assert isinstance(Continuum(8, 4, (4, None)).levels_, nn.ModuleList)
+
+
+@torch.no_grad()
+def test_a_level_that_is_put_back_remembers_nothing_of_its_descent() -> None:
+    layer = Continuum(4, 3, (2, 4), arrangement="nested", rule=Momentum(0.5))
+    state = layer.start(2)
+    assert state is not None
+    for position in ((2, 6), (4, 10)):  # of lanes 0 and 1
+        found = nl.state.tree_map(lambda d: torch.full_like(d, 0.5), state.delta)
+        state = layer.learn(state, found, 1, torch.tensor([True, True]), torch.tensor(position))
+        assert all(m.any() for m in state.memory[0][0][0][1:]), "lane 1 goes on"
+    assert not any(m[0].any() for matrix in state.memory[0] for m in matrix), "lane 0 has been put back"
+    assert all(m.any() for matrix in state.memory[1] for m in matrix)
