@@ -1,6 +1,7 @@
 """Frequency as a wrapper: what a period is to an optimizer, its clock, its groups from levels, and resuming inside a period."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -215,6 +216,14 @@ def test_groups_say_level_decay_and_which_are_hidden_matrices():
     plain = optim.from_levels(model)
     assert type(plain) is torch.optim.AdamW
     assert {g["weight_decay"] for g in plain.param_groups} == {0.0, 0.1}
+
+
+def test_a_levels_own_period_in_steps_is_its_groups():
+    model = nl.models.build("transformer", "tiny", vocab_size=17)
+    (slow,) = (level for level in model.levels() if level.params)
+    slower = dataclasses.replace(slow, period=dataclasses.replace(slow.period, n=7))
+    assert {g["every"] for g in optim.groups(model, [slower])} == {7}
+    assert {g["every"] for g in optim.groups(model, [slower], every={"head.*": 2})} == {2, 7}
 
 
 def test_a_horizon_is_in_outer_steps_whatever_the_period():

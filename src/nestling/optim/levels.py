@@ -20,6 +20,8 @@ class Level(Protocol):
     def name(self) -> str: ...
     @property
     def params(self) -> tuple[str, ...]: ...
+    @property
+    def period(self) -> Any: ...
 
 
 def split(module: nn.Module) -> list[dict[str, Any]]:
@@ -63,7 +65,8 @@ def groups(
     initial memories, which start at something other than zero for a reason.
 
     every: steps between two updates, by the name of a level or a pattern of parameters' names ("blocks.0.*"), the last that
-    fits counting. matrices: say of every group whether it has hidden matrices, as `Muon` and `M3` read it ("matrix").
+    fits counting; else the level's own period, where that is in steps.
+    matrices: say of every group whether it has hidden matrices, as `Muon` and `M3` read it ("matrix").
 
     Raises ValueError unless every parameter belongs to one level, and for a pattern that fits nothing.
     """
@@ -84,7 +87,8 @@ def groups(
         for name, weight in mine:
             fits = [p for p in patterns if p == level.name or fnmatchcase(name, p)]
             fitting.update(fits)
-            steps = patterns[fits[-1]] if fits else 1
+            own = level.period.n if level.period.unit == "step" else 1
+            steps = patterns[fits[-1]] if fits else own
             kind = (steps, id(weight) not in linear, matrices and id(weight) not in hidden)
             kinds.setdefault(kind, []).append((name, weight))
         for (steps, plain, outer), members in sorted(kinds.items(), key=lambda item: item[0]):
