@@ -35,22 +35,21 @@ class Entry:
 
     name: str
     settings: Mapping[str, Any]
-    matrices: bool = False
-    """Whether it is for hidden matrices."""
+    layers: bool = False
+    """Whether it needs layers: hidden matrices, or their inputs. Left out where a problem has none."""
 
 
 ENTRIES = {
     "SGD": Entry("sgd", {}),
     "AdamW": Entry("adamw", {"fused": False}),
-    "Muon": Entry("muon", {}, matrices=True),
-    "AdaMuon-like": Entry(
-        "m3", {"slow_weight": 0.0}, matrices=True
-    ),  # Muon with a second moment: M3 without its slow memory
-    "M3": Entry("m3", {}, matrices=True),
+    "Muon": Entry("muon", {}, layers=True),
+    # Muon with a second moment: M3 without its slow memory
+    "AdaMuon-like": Entry("m3", {"slow_weight": 0.0}, layers=True),
+    "M3": Entry("m3", {}, layers=True),
     "delta momentum": Entry("delta_momentum", {}),
     "deep momentum": Entry("deep_momentum", {}),
     "feature momentum": Entry("feature_momentum", {}),
-    "DGD": Entry("dgd", {}),
+    "DGD": Entry("dgd", {}, layers=True),
 }
 
 
@@ -105,7 +104,9 @@ class Result:
 
 def make(entry: Entry, module: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The optimizer over a module."""
-    groups: list[dict[str, Any]] = optim.split(module) if entry.matrices else [{"params": list(module.parameters())}]
+    groups: list[dict[str, Any]] = (
+        optim.split(module) if entry.name in ("muon", "m3") else [{"params": list(module.parameters())}]
+    )
     return optim.make(entry.name, module, groups, lr=lr, weight_decay=0.0, **entry.settings)
 
 
@@ -152,7 +153,7 @@ def measure(
     for problem, task in problems.items():
         found[problem] = {}
         for name in optimizers:
-            if ENTRIES[name].matrices and not task.matrices:
+            if ENTRIES[name].layers and not task.layers:
                 continue
             told(f"{problem}: {name}")
             default = optim.default_lr(ENTRIES[name].name)

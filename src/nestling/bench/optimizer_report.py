@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nestling.bench.optimizer_lab import Result, reaches
+from nestling.bench.optimizer_lab import ENTRIES, Result, reaches
 from nestling.bench.optimizers import Problem
 
 COLORS = ("#777777", "#1b6ca8", "#d1495b", "#e08e0b", "#2e933c", "#6a4c93", "#118ab2", "#8d5524", "#000000")
@@ -52,7 +52,8 @@ def draw(problems: Mapping[str, Problem], found: Mapping[str, Mapping[str, Resul
     figure, grid = plt.subplots(len(found), 2, figsize=(11, 3.6 * len(found)), layout="constrained", squeeze=False)
     for axes, (problem, row) in zip(grid, found.items(), strict=True):
         task = problems[problem]
-        for color, (name, result) in zip(COLORS, row.items(), strict=False):
+        for name, result in row.items():
+            color = COLORS[list(ENTRIES).index(name) % len(COLORS)]
             whole = [run.losses for run in result.runs if len(run.losses) == task.steps]
             if not whole:
                 continue

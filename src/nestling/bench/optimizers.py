@@ -31,14 +31,14 @@ class Trial(NamedTuple):
 class Problem:
     """A problem: its title, what the score is, how many steps a run has, and how one with a seed is made.
 
-    matrices: whether it has hidden matrices; without, optimizers for such are left out.
+    layers: whether it has layers; without, optimizers that need them are left out.
     """
 
     title: str
     unit: str
     steps: int
     make: Callable[[int], Trial]
-    matrices: bool = True
+    layers: bool = True
 
 
 class Landscape(nn.Module):
@@ -120,7 +120,7 @@ def problems(quick: bool = False) -> Mapping[str, Problem]:
 
     some = 30 if quick else 300
     return {
-        "landscape": Problem("a curved valley (eq. 53)", "ψ at the end", some, landscape, matrices=False),
+        "landscape": Problem("a curved valley (eq. 53)", "ψ at the end", some, landscape, layers=False),
         "tasks": Problem(
             "four tasks in turn, twice", "mean squared error over all tasks", some, lambda seed: tasks(seed, steps=some)
         ),
