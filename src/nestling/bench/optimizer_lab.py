@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -195,6 +196,7 @@ def reach(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], steps: in
     return int((shares < 0.5).sum()) + 1, int((shares < 0.99).sum()) + 1
 
 
+@cache
 def reaches() -> dict[str, tuple[int, int]]:
     """Of momentum with several shares, and of one that moves every fourth step (§4.3)."""
 
