@@ -24,6 +24,8 @@ class ModelConfig:
     arrangement of those levels: "sequential", "nested" or "independent"; see `Continuum`
     window      tokens that sliding-window attention sees, the segment of memory as context
     persistent  number of persistent tokens
+    locals      chunk of each local memory of TNT;  refined: what the second stage of training makes of them, empty: the same
+    shard       tokens after which TNT's local memories start afresh;  global_chunk: period of its global memory
     """
 
     name: str
@@ -38,6 +40,10 @@ class ModelConfig:
     arrangement: Arrangement = "sequential"
     window: int | None = None
     persistent: int | None = None
+    locals: tuple[int, ...] = ()
+    refined: tuple[int, ...] = ()
+    shard: int | None = None
+    global_chunk: int | None = None
 
     def memory(self, system: str, **choices: Any) -> Any:
         """A named memory, one for each head: `nl.memory.named` at this size."""

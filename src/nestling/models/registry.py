@@ -22,6 +22,7 @@ class Size:
     chunk    anchoring period of chunk-wise memories
     periods  of the levels of a continuum
     window   of sliding-window attention
+    shard    of TNT: between two resets of its local memories, and the global memory's chunk
     ffn      hidden width of the transformer's feed-forward network, which says how many parameters models of this size have;
              None: 8/3 of the width, so that its three matrices weigh as much as two of width 4
     """
@@ -32,16 +33,17 @@ class Size:
     chunk: int
     periods: tuple[int, ...]
     window: int
+    shard: int
     ffn: int | None = None
 
 
 SIZES = {
-    "tiny": Size(32, 2, 4, 4, (4, 8), 6, ffn=128),
-    "small": Size(192, 4, 4, 64, (64, 256), 128),
-    "base": Size(384, 8, 6, 16, (64, 256, 1024), 256),
-    "340M": Size(1024, 24, 16, 64, (512, 2048, 8192), 1024),
-    "760M": Size(1536, 24, 16, 64, (512, 2048, 8192), 1024),
-    "1.3B": Size(2048, 24, 16, 64, (512, 2048, 8192), 1024),
+    "tiny": Size(32, 2, 4, 4, (4, 8), 6, 8, ffn=128),
+    "small": Size(192, 4, 4, 64, (64, 256), 128, 128),
+    "base": Size(384, 8, 6, 16, (64, 256, 1024), 256, 512),
+    "340M": Size(1024, 24, 16, 64, (512, 2048, 8192), 1024, 2048),
+    "760M": Size(1536, 24, 16, 64, (512, 2048, 8192), 1024, 2048),
+    "1.3B": Size(2048, 24, 16, 64, (512, 2048, 8192), 1024, 2048),
 }
 """tiny is for tests (its feed-forward network is wider than usual: gates and initial memories weigh more in narrow models),
 small (about 2 M parameters) for a laptop; the large ones are the papers' (Miras, Table 5), their periods and window ours."""
@@ -49,9 +51,11 @@ small (about 2 M parameters) for a laptop; the large ones are the papers' (Miras
 PERSISTENT = 4
 """Persistent tokens, where a model has them (Titans does not say how many)."""
 
-Setting = Literal["chunk", "periods", "window", "persistent"]
-LISTS_AND_WORDS = ("periods", "arrangement")
-"""Settings that are no whole numbers."""
+Setting = Literal["chunk", "periods", "window", "persistent", "locals", "refined", "shard", "global_chunk"]
+LISTS: tuple[Setting, ...] = ("periods", "locals", "refined")
+"""Settings that are lists of whole numbers."""
+WORDS = ("arrangement",)
+"""Settings that are no numbers."""
 Make = Callable[[ModelConfig, int], Block]
 
 
@@ -77,7 +81,7 @@ _MODELS: dict[str, Entry] = {}
 def register(name: str, description: str, *settings: Setting, levels: int | None = None) -> Callable[[Make], Make]:
     """Decorator: a function from a config and a block's number to that block becomes a named model.
 
-    settings: which of chunk, periods, window and persistent the model has; the others are None (or empty) in its config.
+    settings: which the model has beside the widths; the others are None (or empty) in its config.
     levels: how many of the size's periods the model has unless told otherwise, the fastest first; None: all.
     """
 
@@ -109,9 +113,9 @@ def settings(name: str) -> tuple[str, ...]:
 def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: Any) -> LanguageModel:
     """A fresh model.
 
-    overrides: dim, layers, heads, ffn, and what `settings` says that the model has of chunk, periods, arrangement, window and
-    persistent. Unless ffn is given it is solved for, so that all models of a size have as many parameters as the transformer
-    (to within one hidden unit a feed-forward network), initial memory states included.
+    overrides: dim, layers, heads, ffn, and what `settings` says that the model has (see `ModelConfig`). Unless ffn is given it
+    is solved for, so that all models of a size have as many parameters as the transformer (to within one hidden unit a
+    feed-forward network), initial memory states included.
 
     Raises ValueError for what cannot be built, and where the feed-forward networks of a block would have to be narrower than
     the model.
@@ -123,17 +127,20 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
     if unknown := sorted(set(overrides) - set(known)):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; expected some of: {', '.join(known)}")
     given = SIZES[size]
-    own = {
+    own: dict[Setting, Any] = {
         "chunk": given.chunk,
         "periods": given.periods[: entry.levels],
         "window": given.window,
         "persistent": PERSISTENT,
+        "locals": (min(given.chunk, 16),),
+        "refined": (),
+        "shard": given.shard,
+        "global_chunk": given.shard,
     }
     numbers: dict[str, Any] = {"dim": given.dim, "layers": given.layers, "heads": given.heads}
     numbers |= {setting: own[setting] for setting in entry.settings} | overrides
-    others = {kind: numbers.pop(kind) for kind in LISTS_AND_WORDS if kind in numbers}
-    if "periods" in others:
-        others["periods"] = _periods(others["periods"])
+    others: dict[str, Any] = {setting: _whole(setting, numbers.pop(setting)) for setting in LISTS if setting in numbers}
+    others |= {setting: numbers.pop(setting) for setting in WORDS if setting in numbers}
     for setting, number in (*numbers.items(), ("vocab_size", vocab_size)):
         least = 0 if setting == "persistent" else 1
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
@@ -171,11 +178,11 @@ def levels(model: LanguageModel, optimizer: torch.optim.Optimizer | None = None)
     return sorted([*made, *found], key=lambda level: level.period.key())
 
 
-def _periods(given: Any) -> tuple[int, ...]:
-    """Refuse what is no list of periods; which fit together `Continuum` knows."""
+def _whole(setting: Setting, given: Any) -> tuple[int, ...]:
+    """Refuse what is no list of periods; which fit together the layers know."""
     whole = isinstance(given, list | tuple) and all(isinstance(p, int) and not isinstance(p, bool) for p in given)
-    if not whole or not given:
-        raise ValueError(f"periods is {given!r}; expected a list of whole numbers of tokens, for example [64, 256]")
+    if not whole or (not given and setting != "refined"):
+        raise ValueError(f"{setting} is {given!r}; expected a list of whole numbers of tokens, for example [64, 256]")
     return tuple(given)
 
 
