@@ -150,8 +150,9 @@ def parse(verb: str, argv: list[str]) -> Any:
     argv = arguments.gather(kind, _spell_out_resume(argv) if verb == "train" else argv)
     default, prog, source = kind(), f"nestling {verb}", f"--config {file}"
     settings = {} if file is None else read_file(file)
-    if "set" in settings and "set" in arguments.options_of(kind):
-        settings["overrides"] = settings.pop("set")
+    for option, name in (("set", "overrides"), ("from", "source")):
+        if option in settings and option in arguments.options_of(kind):
+            settings[name] = settings.pop(option)
     # An option overrides what was said elsewhere, also where both could not stand together.
     for option, rival in _RIVALS.items():
         if _given(f"--{option}", argv):
@@ -163,6 +164,13 @@ def parse(verb: str, argv: list[str]) -> Any:
         asked = arguments.parse(prog, override(default, settings, source), argv)
         beaten = {rival: None for option, rival in _RIVALS.items() if getattr(asked, option) is not None}
         default = override(read_config(asked.folder), {**beaten, "out": asked.folder}, source)
+    elif verb == "train" and not arguments.asks_help(argv) and ("source" in settings or _given("--from", argv)):
+        from nestling.learn.folder import settings_of
+
+        asked = arguments.parse(prog, override(default, settings, source), argv)
+        # The other run's settings are the defaults; a budget and a folder are the new run's own.
+        new = {"minutes": None, "tokens": None, "out": None, "resume": False, "source": asked.source}
+        default = override(settings_of(asked.source), new, source)
     return arguments.parse(prog, override(default, settings, source), argv)
 
 

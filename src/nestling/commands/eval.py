@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from nestling.config import SettingError
+from nestling.learn.config import Overrides
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,8 @@ class EvalConfig:
 
     run: Run = None
     """The run's folder, or one checkpoint of it. Default: the newest run in runs/."""
+    overrides: Overrides = field(default_factory=dict)
+    """Settings of the model that differ from the run's and leave its weights' shapes as they are, for example other chunks."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = ()
     """Files and folders to measure on instead: all their documents."""
     documents: Number = None
@@ -64,7 +67,7 @@ def run(config: EvalConfig) -> int:
     from nestling.learn import evaluate, load_run, passages
     from nestling.learn.run import open_corpus
 
-    loaded = load_run(config.run, config.device)
+    loaded = load_run(config.run, config.device, config.overrides)
     corpus = open_corpus(config.data or loaded.config.data)
     documents = (*corpus.train, *corpus.heldout) if config.data else corpus.heldout
     texts = list(passages(documents[: config.documents], loaded.tokenizer, config.limit))

@@ -46,17 +46,12 @@ def run(config: LevelsConfig) -> int:
     from rich.text import Text
 
     from nestling import models
-    from nestling.config import override
-    from nestling.learn.checkpoint import read_record
-    from nestling.learn.folder import find_checkpoint, read_config
+    from nestling.learn.folder import settings_of
     from nestling.learn.optimizer import from_config
     from nestling.learn.run import build_model, parameters
 
-    if config.run is not None and (config.run / "checkpoint.json").exists():
-        found = find_checkpoint(config.run)
-        settings = override(TrainConfig(), read_record(found)["numbers"]["config"], str(found))
-    elif config.run is not None:
-        settings = read_config(config.run)
+    if config.run is not None:
+        settings = settings_of(config.run)
     else:
         settings = TrainConfig(
             model=config.model, size=config.size, overrides=config.overrides, optimizer=config.optimizer

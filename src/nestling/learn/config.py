@@ -48,6 +48,7 @@ Steps = Annotated[int | None, tyro.conf.arg(metavar="STEPS")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Rate = Annotated[float | None, tyro.conf.arg(metavar="RATE", help_behavior_hint="")]
 Horizon = Annotated[float | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="")]
+Source = Annotated[Path | None, tyro.conf.arg(name="from", metavar="RUN", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 
 DEFAULT_MINUTES = 3.0
@@ -85,6 +86,12 @@ class TrainConfig:
     continual: bool = False
     """Read a changing stream: every path of --data in turn (default: packages of the embedded corpus), the slow weights moving
     every 4 steps unless --every says otherwise. What was forgotten is measured after every part."""
+
+    source: Source = None
+    """Begin with the slow weights of another run, or of one of its checkpoints. Its settings are the defaults of the new run,
+    but for the budget and the folder; --set adds to its own, and may change what leaves the weights' shapes as they are, for
+    example the chunks of a memory. The optimizer and the lanes begin anew."""
+
     lanes: int = 8
     """Texts read side by side, each with a memory of its own."""
     length: int = 256
@@ -126,6 +133,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # Absolute, so that a run can be resumed from another working directory.
         object.__setattr__(self, "data", tuple(str(Path(path).expanduser().absolute()) for path in self.data))
+        if self.source is not None:
+            object.__setattr__(self, "source", self.source.expanduser().absolute())
         if self.minutes is not None and self.tokens is not None:
             raise SettingError(
                 f"minutes ({self.minutes}) and tokens ({self.tokens}) exclude each other: give one of them."

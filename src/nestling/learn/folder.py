@@ -67,6 +67,26 @@ def read_config(folder: Path) -> TrainConfig:
         raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
 
 
+def settings_of(path: Path) -> TrainConfig:
+    """The settings of a run, or of one of its checkpoints; raises `CheckpointError`."""
+    if (path / "checkpoint.json").exists():
+        return override(TrainConfig(), checkpoint.read_record(path)["numbers"]["config"], str(path))
+    return read_config(path)
+
+
+def begin(config: TrainConfig) -> TrainConfig:
+    """The settings of a new run; one that begins from another has that one's model, but for what `config` sets otherwise."""
+    if config.source is None:
+        return config
+    stored = settings_of(config.source)
+    if (config.model, config.size) != (stored.model, stored.size):
+        raise SettingError(
+            f"from: the run in {config.source} is {stored.model} {stored.size}, but model and size are {config.model} "
+            f"{config.size}. Leave these out, or begin from another run."
+        )
+    return replace(config, overrides=stored.overrides | config.overrides)
+
+
 def check_unchanged(config: TrainConfig, stored: TrainConfig) -> None:
     """Refuse to go on with other settings than the run began with: the curve would be neither the old run's nor
     a new one's.

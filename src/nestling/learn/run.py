@@ -6,10 +6,11 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -77,7 +78,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         torch.set_num_threads(config.threads)
     if not config.resume:
         folder.check_free(config.folder)
-        return _train(config, None, device, console or Console(stderr=True))
+        return _train(folder.begin(config), None, device, console or Console(stderr=True))
     config = folder.resume(config)
     with folder.owned(config.folder):
         latest = checkpoint.latest(config.folder / "checkpoints")
@@ -92,6 +93,8 @@ def _train(config: TrainConfig, saved: Checkpoint | None, device: torch.device, 
     tokenizer = stream.ByteTokenizer()
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
+    if config.source is not None and saved is None:
+        _begin_from(config.source, model)
     align = model.window if model.window is not None and config.length % model.window == 0 else 1
 
     def lanes_of(documents: Sequence[stream.Document]) -> stream.Lanes:
@@ -131,6 +134,12 @@ def _train(config: TrainConfig, saved: Checkpoint | None, device: torch.device, 
         result = TrainResult(out, learner.progress.step, learner.progress.tokens, seconds, interrupted, held_out)
         _report(result, len(scores), config, model, console)
     return result
+
+
+def _begin_from(source: Path, model: nn.Module) -> None:
+    """Give the model the slow weights of another run."""
+    found = folder.find_checkpoint(source)
+    checkpoint.load_model(model, checkpoint.load(found).model, found)
 
 
 def _learn(
@@ -262,6 +271,8 @@ def _report(result: TrainResult, documents: int, config: TrainConfig, model: nn.
         "model": config.model,
         "size": config.size,
         "seed": config.seed,
+        "settings": config.overrides,
+        "from": None if config.source is None else str(config.source),
         "parameters": parameters(model),
         "steps": result.step,
         "tokens": result.tokens,
@@ -294,14 +305,17 @@ class Run:
     checkpoint: Path
 
 
-def load_run(path: Path | None = None, device: str = "cpu") -> Run:
-    """The model in a run's folder or in one of its checkpoints; None: the newest run in `runs/`. Raises
-    `CheckpointError`.
+def load_run(path: Path | None = None, device: str = "cpu", overrides: Mapping[str, Any] | None = None) -> Run:
+    """The model in a run's folder or in one of its checkpoints; None: the newest run in `runs/`.
+
+    overrides: settings of the model that differ from the run's and leave its weights' shapes as they are. Raises
+    `CheckpointError`, and `SettingError` for settings that the model does not have.
     """
     target = open_device(device)
     found = folder.find_checkpoint(path)
     saved = checkpoint.load(found)
     config = override(TrainConfig(), saved.numbers["config"], str(found))
+    config = replace(config, overrides=config.overrides | dict(overrides or {}))
     model = build_model(config).to(target)
     checkpoint.load_model(model, saved.model, found)
     return Run(model, stream.ByteTokenizer(), config, found)
@@ -368,6 +382,15 @@ def describe(config: TrainConfig, model: models.LanguageModel, corpus: stream.Co
         console.print(
             f"note: the step size of levels with a period of {', '.join(map(str, periods))} tokens stays as it is, as no "
             f"update of theirs is seen within --length {config.length}; longer segments train it",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    chunk = model.config.global_chunk
+    if chunk is not None and chunk >= config.length:
+        console.print(
+            f"note: what the global memories write is read {chunk} tokens later at the earliest, and so beyond --length "
+            f"{config.length}: their gates stay as they are; longer segments train them",
             highlight=False,
             markup=False,
             soft_wrap=True,
