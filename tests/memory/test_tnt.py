@@ -371,6 +371,8 @@ def test_every_memory_reports_under_its_own_name() -> None:
         ({"shard": (4, 8)}, "shard has 2 entries for 1"),
         ({"locals": ("titans", "titans", "titans"), "chunk": (1, 2)}, "chunk has 2 entries for 3"),
         ({"chunk": 0}, "chunk is 0"),
+        ({"global_chunk": 0}, "chunk is 0"),
+        ({"global_": None, "global_chunk": 8}, "there is no global memory"),
         ({"projection": "half"}, "projection is 'half'"),
         ({"locals": ("titan",)}, "'titan' is not known"),
         ({"locals": (nl.memory.named("titans", key_dim=8),)}, "key_dim=8"),

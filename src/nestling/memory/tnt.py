@@ -126,7 +126,12 @@ class Tnt(Memory):
         self._settle("locals", tuple(self._inner(m, chunk, self.read) for m, chunk in zip(given, chunks, strict=True)))
         if self.global_ is not None:
             own = GLOBAL_CHUNK if isinstance(self.global_, str) else None
-            self._settle("global_", self._inner(self.global_, self.global_chunk or own, "boundary"))
+            chunk = own if self.global_chunk is None else self.global_chunk
+            self._settle("global_", self._inner(self.global_, chunk, "boundary"))
+        elif self.global_chunk is not None:
+            raise ValueError(
+                f"{self.name}: global_chunk is {self.global_chunk}, but there is no global memory: leave one out"
+            )
         if not self.memories:
             raise ValueError(f"{self.name}: there is neither a global nor a local memory; expected at least one")
         for derived in ("memories", "shards", "lengths", "shapes", "gate_channels"):
