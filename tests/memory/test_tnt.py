@@ -304,6 +304,7 @@ MIXTURES = {
     "erasing": {"global_": "deltanet", "locals": ("gated_deltanet", "longhorn"), "global_chunk": 8},
     "Newton–Schulz": {"global_": "atlas", "locals": ("atlas_plus",), "global_chunk": 8, "chunk": 3},
     "a memory that makes its own": {"global_": "self_modifying", "locals": ("ttt_mlp",), "global_chunk": 8, "chunk": 3},
+    "caches": {"global_": "deep_transformer", "locals": ("dot", "swdt"), "global_chunk": 8},
     "reads of other timing": {
         "global_": "titans",
         "locals": ("titans", "ttt_linear"),

@@ -67,9 +67,13 @@ def places(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: i
 
 
 def _read(spec: Tnt, x: Call, n: int, q: Tensor, begins: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Any]:
-    """One memory: in rows of a shard if its shards make several, else in a row, reset where they begin."""
+    """One memory: in rows of a shard if its shards make several, else in a row, reset where they begin.
+
+    A cache is read in a row: of rows it would come back with room for the longest.
+    """
     memory, shard, w0, state = spec.memories[n], spec.shards[n], x.w0[n], x.state.parts[n]
-    if shard is not None and begins is not None and q.shape[2] > 1 and "report" not in options:
+    alone = memory.growth == "linear" or "report" in options
+    if shard is not None and begins is not None and q.shape[2] > 1 and not alone:
         packing = pack(begins, x.valid, shard)
         if packing is not None:
 
