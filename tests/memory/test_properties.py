@@ -20,7 +20,12 @@ from nestling.memory import Gates, Memory
 
 NAMES = nl.memory.names()
 COINCIDE = {("mamba2_like", "retnet")}
-SHORT = {"tnt": {"global_chunk": 7, "shard": 10}}  # periods that a test's few tokens reach
+SHORT = {
+    "tnt": {"global_chunk": 7, "shard": 10},  # periods that a test's few tokens reach
+    "lattice_decode": {"slots": 5},
+    "lattice_similarity": {"slots": 3},
+    "lattice_encode": {"slots": 4},
+}
 
 cases = st.builds(
     testing.Case,

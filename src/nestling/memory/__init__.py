@@ -11,6 +11,7 @@ from nestling.memory.cost import Cost, cost
 from nestling.memory.features import Exponential, Features, Identity, Polynomial, Powers, Sketch, Unit
 from nestling.memory.gates import Gates
 from nestling.memory.kernel import KernelMemory, KernelState
+from nestling.memory.lattice import Lattice
 from nestling.memory.named import Entry, describe, describe_and_count, entry, named, names, register
 from nestling.memory.networks import MLP, GatedMLP, Matrix, Network
 from nestling.memory.newton_schulz import newton_schulz
@@ -78,6 +79,7 @@ __all__ = [
     "Implicit",
     "KernelMemory",
     "KernelState",
+    "Lattice",
     "Leader",
     "Lp",
     "Lq",

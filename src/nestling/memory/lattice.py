@@ -1,0 +1,161 @@
+"""Lattice: m unit slots, each written with what is orthogonal to it (Lattice, abstract; the rest derived or ours, as marked).
+
+    F = φ(S): each slot s_i over its norm n_i        P_i = I − f_iᵀ f_i
+    s_i ← μ s_i − γ a_i h P_i                        a_i h P_i: the objective's gradient, by the chain rule through φ
+
+    objective     loss               a_i                  h
+    decoding      ½‖kF − v‖²         k_i / n_i            kF − v
+    similarity    −⟨kF, v⟩           k_i / n_i            −v
+    encoding      ½‖vFᵀ − k‖²        (v f_iᵀ − k_i)/n_i   v
+
+Rows are slots: S `[slot, dim]`, codes k, q `[slot]`, so that y = q φ(S). The abstract says that state slots are written by one
+step of online gradient descent, each with the component orthogonal to it, under a gate that depends on state and input. That is
+the recurrence above, s_i ← (μ + γ a_i (h f_iᵀ)/n_i) s_i − γ a_i h; the three losses, retraction and gates were not at hand in
+the paper's text and are derived from descriptions of it.
+
+A step is orthogonal to its slot, whose norm therefore only grows: ‖s_i‖² by ‖step‖². With `norm="retract"` slots go back to the
+unit sphere at every chunk's end, and the rule is Riemannian descent on spheres, each slot turned by tan = γ|a_i|‖hP_i‖.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nestling.memory import lattice_chunked
+from nestling.memory.coefficients import Coefficients
+from nestling.memory.slots import (
+    CODES,
+    Moved,
+    SlotMemory,
+    harmless,
+    normalized,
+    orthonormal,
+    slot_norms,
+    sound_rows,
+    unit_slots,
+)
+from nestling.memory.state import Weights
+
+Objective = Literal["decoding", "similarity", "encoding"]
+Norm = Literal["retract", "decay", "free"]
+ReadNorm = Literal["token", "chunk", "none"]
+Phi = Literal["unit", "identity"]
+
+
+@dataclass(frozen=True)
+class Lattice(SlotMemory):
+    """Slots of values, addressed by codes. Its w0: S_0 `[head, slot, value_dim]`, then the projections W_k and W_q
+    `[head, key_dim, slot]` that make codes of keys and queries (ours: the papers project the layer's input).
+
+    objective   what a slot is written for; see the module
+    norm        "retract": slots go back to norm 1 at chunk ends, and there is no gate but γ; "decay": the gate μ is
+                `gates.retention`; "free": norms grow, and steps turn slots less and less
+    read_norm   "token": y = q φ(S_t), each slot by its norm at that token; "chunk": by its norm at the chunk's start, which is
+                cheaper; "none": y = q S_t
+    code        what is made of the projected k and q: "l2", "rms", "softmax" or "none"
+    phi         "unit", or "identity": no norms and no projection, which makes it linear attention (similarity), the delta rule
+                (decoding) or the delta rule in the opposite direction (encoding)
+
+    γ is `gates.lr`. Defaults are ours: retract, codes of unit norm, 64 slots, chunk 16; reading after the write.
+    Raises ValueError for what does not fit together.
+    """
+
+    objective: Objective = "decoding"
+    norm: Norm = "retract"
+    read_norm: ReadNorm = "token"
+    code: Literal["l2", "rms", "softmax", "none"] = "l2"
+    phi: Phi = "unit"
+    name: str = "lattice"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.choose("objective", get_args(Objective))
+        self.choose("norm", get_args(Norm))
+        self.choose("read_norm", get_args(ReadNorm))
+        self.choose("code", CODES)
+        self.choose("phi", get_args(Phi))
+        if self.phi == "identity" and (self.norm == "retract" or self.read_norm != "none"):
+            raise ValueError(
+                f"{self.name}: phi='identity' takes slots with their norms, which norm={self.norm!r} with "
+                f"read_norm={self.read_norm!r} takes from them: choose norm='decay' or 'free', and read_norm='none'"
+            )
+
+    @property
+    def states(self) -> int:
+        return 1
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        return ((self.slots, self.value_dim), (self.key_dim, self.slots), (self.key_dim, self.slots))
+
+    @property
+    def gates_used(self) -> frozenset[str]:
+        return frozenset({"lr", "retention"} if self.norm == "decay" else {"lr"})
+
+    def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
+        """Unit slots, orthogonal as far as there is room, as S = 0 has no direction; both projections begin equal."""
+        first = orthonormal(heads, self.slots, self.value_dim, generator)
+        if self.phi == "identity":
+            first = torch.zeros_like(first)
+        codes = orthonormal(heads, self.slots, self.key_dim, generator).mT.contiguous()
+        return first, codes, codes.clone()
+
+    def settle(self, weights: Weights) -> Weights:
+        return tuple(unit_slots(w) for w in weights) if self.norm == "retract" else weights
+
+    def tokens(self, slow: Weights, q: Tensor, k: Tensor, v: Tensor, fine: Tensor) -> tuple[Weights, Tensor]:
+        code = k @ slow[0]
+        fine = sound_rows(fine, code)
+        code = harmless(fine, normalized(self.code, harmless(fine, code)))
+        return (normalized(self.code, q @ slow[1]), code, harmless(fine, v)), fine
+
+    def loss(self, tokens: Weights, weights: Weights) -> Tensor:
+        _, k, v = tokens
+        f = unit_slots(weights[0]) if self.phi == "unit" else weights[0]
+        if self.objective == "decoding":
+            return 0.5 * (k @ f - v).square().sum()
+        if self.objective == "similarity":
+            return -((k @ f) * v).sum()
+        return 0.5 * (v @ f.mT - k).square().sum()
+
+    def answer(self, tokens: Weights, anchor: Weights, weights: Weights) -> Tensor:
+        (w,) = weights
+        if self.read_norm == "none":
+            return tokens[0] @ w
+        norms = slot_norms(w if self.read_norm == "token" else anchor[0])
+        return (tokens[0] / norms.unsqueeze(-2)) @ w
+
+    def tile(
+        self,
+        tokens: Weights,
+        lr: Sequence[Tensor],
+        c: Sequence[Coefficients],
+        anchor: Weights,
+        weights: Weights,
+        begins: bool,
+    ) -> Moved:
+        return lattice_chunked.tile(self, tokens, lr[0], c[0], anchor[0], weights[0], begins)
+
+    def describe(self) -> dict[str, str]:
+        losses = {
+            "decoding": "squared error of the decoded value",
+            "similarity": "similarity of the decoded value",
+            "encoding": "squared error of the encoded code",
+        }
+        kept = {"retract": "slots back to the unit sphere at chunk ends", "decay": "decay to 0", "free": "everything"}
+        codes = {"l2": "of unit norm", "rms": "of unit mean square", "softmax": "a softmax", "none": "as projected"}
+        return self.described(
+            features=f"codes over the slots, {codes[self.code]}",
+            network=f"{self.slots} slots, read "
+            + {"token": "by direction", "chunk": "by the chunk start's norms", "none": "with their norms"}[
+                self.read_norm
+            ],
+            bias=losses[self.objective],
+            retention=kept[self.norm],
+            rule="gradient descent" + (" orthogonal to each slot" if self.phi == "unit" else ""),
+        )

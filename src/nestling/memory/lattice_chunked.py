@@ -1,0 +1,115 @@
+"""A tile of Lattice in a handful of matrix products (derived). Rows are tokens: K, Q `[token, slot]`, V `[token, dim]`.
+
+With F, n at the anchor, W_0 the weights before the tile, D the products of retentions, A and H as in `lattice` and Ã = diag(γ)A,
+
+    Z = H Fᵀ        R = D (Ã ∘ Z)
+    S_t = c_t W_0 − Σ_i D[t,i] ã_iᵀ h_i + Diag(R_t) F
+    q S_t = c_t q W_0 − Σ_i D[t,i] (q·ã_i) h_i + (R_t ∘ q) F
+
+A token's norms need no state per token: with X_{t,i} = Σ_j D[t,j] ã_{j,i} h_j, the part of it along f_i is R_{t,i}, so
+
+    ‖s_{t,i}‖² = c_t²‖w_i‖² − 2c_t (X_{t,i}·w_i − R_{t,i} f_i·w_i) + ‖X_{t,i}‖² − R_{t,i}²
+    ‖X_t‖² = (D ∘ D)(Ã ∘ ((2 strictly lower D + I) ∘ HHᵀ) Ã)
+
+where the second term is 0 if w is the anchor, as steps are orthogonal to it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nestling.memory import fused
+from nestling.memory.chunked import only, sound
+from nestling.memory.coefficients import Coefficients
+from nestling.memory.norm import EPS
+from nestling.memory.slots import Moved, rows_of, slot_norms
+from nestling.memory.state import Weights
+
+if TYPE_CHECKING:
+    from nestling.memory.lattice import Lattice
+
+
+def tile(
+    spec: Lattice, tokens: Weights, lr: Tensor, c: Coefficients, anchor: Tensor, weights: Tensor, begins: bool
+) -> Moved:
+    """Answer and write; lr `[lane, head, place]`, anchor and weights `[lane, head, slot, dim]`."""
+    q, k, v = tokens
+    assert c.running is not None
+    unit = spec.phi == "unit"
+    n = slot_norms(anchor) if unit else None
+    f = anchor if n is None else anchor / n.unsqueeze(-1)
+
+    a, h = k, v
+    if spec.objective == "decoding":
+        h = k @ f - v
+    elif spec.objective == "similarity":
+        h = -v
+    else:
+        a = v @ f.mT - k
+    a = a if n is None else a / n.unsqueeze(-2)
+    z = h @ f.mT if unit else a
+    fine = sound((a, h.square(), z)).all(1)
+    a, h, z = only(fine[:, None], (a, h, z))
+    radial = a * z
+    steps = (
+        a.square() * (h.square().sum(-1, keepdim=True) - z.square() if unit else h.square().sum(-1, keepdim=True))
+    ).detach()
+    size = steps.sum(-1).clamp_min(0).sqrt()
+
+    rate = lr.unsqueeze(-1)
+    a = rate * a
+    r = c.running @ (rate * radial) if unit else None  # rows 0 … L
+    after = fused.advance(weights, None if c.keep is None else c.keep[..., -1], None, None, a, c.running[..., -1, :], h)
+    if r is not None:
+        after = after + r[..., -1, :, None] * f
+
+    if spec.read == "boundary":
+        asked = q if spec.read_norm == "none" or n is None else q / n.unsqueeze(-2)
+        return Moved(asked @ anchor, (after,), fine, h.detach().norm(dim=-1), size)
+    rows = rows_of(spec.read)
+    keep = None if c.keep is None else c.keep[..., rows]
+    if n is not None and spec.read_norm == "chunk":
+        q = q / n.unsqueeze(-2)
+    elif n is not None and spec.read_norm == "token":
+        assert r is not None
+        q = q * _norms(c, a, h, z, r, f, n, weights, begins, rows).rsqrt()
+    y = fused.read(q, weights, keep, None, None, a, c.running[..., rows, :], h)
+    if r is not None:
+        y = y + (r[..., rows, :] * q) @ f
+    return Moved(y, (after,), fine, h.detach().norm(dim=-1), size)
+
+
+def _norms(
+    c: Coefficients,
+    a: Tensor,
+    h: Tensor,
+    z: Tensor,
+    r: Tensor,
+    f: Tensor,
+    n: Tensor,
+    weights: Tensor,
+    begins: bool,
+    rows: slice,
+) -> Tensor:
+    """‖s_{t,i}‖² `[…, token, slot]`, at least 1e-12."""
+    assert c.running is not None
+    d, r = c.running[..., rows, :], r[..., rows, :]
+    own = c.running[..., 1:, :]
+    pairs = own.tril(-1) * 2 + torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
+    written = a * ((pairs * (h @ h.mT)) @ a)
+    first = n.square() if begins else weights.square().sum(-1)
+    first = first.unsqueeze(-2)
+    along = None
+    if not begins:
+        along = d @ (a * (h @ weights.mT)) - r * (f * weights).sum(-1).unsqueeze(-2)
+    if c.keep is not None:
+        keep = c.keep[..., rows].unsqueeze(-1)
+        first = keep.square() * first
+        along = None if along is None else keep * along
+    total = first + d.square() @ written - r.square()
+    if along is not None:
+        total = total - 2 * along
+    return total.clamp_min(EPS**2)

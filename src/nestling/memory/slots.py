@@ -1,0 +1,310 @@
+"""Memories of m slots: what Lattice and Trellis share.
+
+Their states are matrices over slots. Gradients of a chunk are taken at the weights of its start, so that inside it
+
+    W_t = α_t W_{t−1} − η_t G_t          G_t: rank one, up to a part along the anchor's own slots
+
+and whatever is not linear in the weights acts at chunk borders (`settle`); with chunk 1 this is the recurrence of every token.
+A token's code, its address over the slots, is a slow projection of what the memory is given: the projections stand in w0 behind
+the initial states, are read from there at every call and are not part of the state. They are ours, as the papers project the
+layer's input, which a memory does not see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.memory.coefficients import Coefficients
+from nestling.memory.gates import Factor, Gates, factor
+from nestling.memory.inputs import check_call, check_weights, surely, token_guard
+from nestling.memory.norm import EPS, l2_norm
+from nestling.memory.report import Report
+from nestling.memory.spec import Engine, Memory, Read
+from nestling.memory.state import MemoryState, Weights
+
+CODES = ("l2", "rms", "softmax", "none")
+
+
+class Streams(NamedTuple):
+    """Inputs of a scan in the compute dtype; tokens that are not `fine` (bool `[lane, time]`) made harmless.
+
+    tokens         what `SlotMemory.tokens` makes, each `[lane, head, time, dim]`
+    lr, retention  `[lane, head, time, pass]`: one entry, or one for each pass where these have their own
+    """
+
+    start: MemoryState
+    state: MemoryState
+    tokens: Weights
+    lr: Tensor
+    retention: Factor | None
+    fine: Tensor
+    reset: Tensor | None
+    valid: Tensor | None
+
+
+class Moved(NamedTuple):
+    """What a tile did: answers `[lane, head, place, dim]`, weights after it, sound bool `[lane, place]`: gradients were finite
+    in all heads, and for a report surprise and size of the steps `[lane, head, place]` (gradients, without η)."""
+
+    y: Tensor
+    weights: Weights
+    sound: Tensor
+    surprise: Tensor
+    size: Tensor
+
+
+def rows_of(read: Read) -> slice:
+    """Which rows of a tile's coefficients a read takes."""
+    return slice(1, None) if read == "after" else slice(None, -1)
+
+
+def normalized(kind: str, code: Tensor) -> Tensor:
+    """A code as it is used: of unit length, of unit mean square, a distribution over the slots, or as it is."""
+    if kind == "l2":
+        return l2_norm(code)
+    if kind == "rms":
+        return l2_norm(code) * math.sqrt(code.shape[-1])
+    return code.softmax(-1) if kind == "softmax" else code
+
+
+def unit_slots(w: Tensor) -> Tensor:
+    """Every slot, a row `[…, slot, dim]`, put on the unit sphere."""
+    return w / slot_norms(w).unsqueeze(-1)
+
+
+def slot_norms(w: Tensor) -> Tensor:
+    """Norm of every slot, at least 1e-6."""
+    norms: Tensor = w.square().sum(-1).clamp_min(EPS**2).sqrt()
+    return norms
+
+
+def orthonormal(heads: int, rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
+    """Random rows of unit norm `[head, rows, columns]`, orthogonal as far as there is room."""
+    drawn = torch.randn(heads, rows, columns, generator=generator)
+    if rows <= columns:
+        basis, r = torch.linalg.qr(drawn.mT)
+        drawn = (basis * r.diagonal(0, -2, -1).sign().unsqueeze(-2)).mT
+    return F.normalize(drawn, dim=-1)
+
+
+@dataclass(frozen=True)
+class SlotMemory(Memory):
+    """The part of the protocol that slot memories share; finished ones are `Lattice` and `Trellis`.
+
+    key_dim, value_dim   sizes per head
+    slots                m, the number of slots of a head
+    chunk                period of the anchor in tokens
+    read                 token t is answered "after" its own write, "before" it, or from the chunk's start ("boundary")
+    """
+
+    key_dim: int
+    value_dim: int
+    slots: int = 64
+    chunk: int = 16
+    read: Read = "after"
+    name: str = "slots"
+
+    def __post_init__(self) -> None:
+        for field in ("key_dim", "value_dim", "slots", "chunk"):
+            number = getattr(self, field)
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{self.name}: {field} is {number!r}; expected a whole number of at least 1")
+        self.choose("read", ("after", "before", "boundary"))
+
+    def choose(self, field: str, known: tuple[str, ...]) -> None:
+        """Refuse a setting that is not known."""
+        if (given := getattr(self, field)) not in known:
+            raise ValueError(f"{self.name}: {field} is {given!r}; expected one of: {', '.join(map(repr, known))}")
+
+    @property
+    def passes(self) -> int:
+        """Sets of gates: `lr` and `retention` have so many entries."""
+        return 1
+
+    @property
+    def states(self) -> int:
+        """How many of w0 are initial states; the others are projections."""
+        raise NotImplementedError
+
+    @property
+    def reads_weights(self) -> bool:
+        """The inner gradient depends on the weights, so that the anchor matters."""
+        return True
+
+    @property
+    def update_period(self) -> int:
+        return self.chunk
+
+    @property
+    def anchored(self) -> bool:
+        return True
+
+    @property
+    def gate_channels(self) -> dict[str, int]:
+        return {} if self.passes == 1 else dict.fromkeys(sorted(self.gates_used), self.passes)
+
+    def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
+        """Shape of each of the state's weights, without the lane."""
+        return tuple((heads, *shape) for shape in self.shapes[: self.states])
+
+    def tokens(self, slow: Weights, q: Tensor, k: Tensor, v: Tensor, fine: Tensor) -> tuple[Weights, Tensor]:
+        """What engines are given of every token, and which tokens are still fine; slow: the projections."""
+        raise NotImplementedError
+
+    def settle(self, weights: Weights) -> Weights:
+        """What happens to the weights at a chunk's end, and to the initial ones."""
+        return weights
+
+    def tile(
+        self,
+        tokens: Weights,
+        lr: Sequence[Tensor],
+        c: Sequence[Coefficients],
+        anchor: Weights,
+        weights: Weights,
+        begins: bool,
+    ) -> Moved:
+        """Answer and write a tile at once; lr and c for each pass. begins: `weights` are the anchor in all lanes."""
+        raise NotImplementedError
+
+    def loss(self, tokens: Weights, weights: Weights) -> Tensor:
+        """The written loss, summed over `[lane, head, 1, dim]` tokens: its gradient is the definition's G."""
+        raise NotImplementedError
+
+    def answer(self, tokens: Weights, anchor: Weights, weights: Weights) -> Tensor:
+        """What the memory answers to the tokens' queries at fixed weights."""
+        raise NotImplementedError
+
+    def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
+        """State of lanes that have read nothing; weights in at least float32."""
+        check_weights(self.name, self.shapes, w0)
+        live = torch.is_grad_enabled()
+        first = tuple(
+            (w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32)) for w in w0[: self.states]
+        )
+        weights = tuple(w.expand(lanes, *w.shape) for w in self.settle(first))
+        return MemoryState(
+            weights,
+            weights,
+            (),
+            None,
+            torch.zeros(lanes, dtype=torch.int64),
+            torch.zeros(lanes, dtype=torch.int64, device=weights[0].device),
+        )
+
+    def scan(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None = None,
+        state: MemoryState | None = None,
+        *,
+        engine: Engine = "chunked",
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+        report: Report | None = None,
+        tile: int | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """Read a stretch of tokens with memory running; arguments as `MemorySpec.scan`."""
+        from nestling.memory import slots_chunked, slots_reference
+
+        if engine not in ("chunked", "reference"):
+            raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
+        with torch.autocast(q.device.type, enabled=False):
+            x = self._prepare(w0, q, k, v, gates, state, reset, valid)
+            if engine == "reference":
+                y, new = slots_reference.scan(self, x)
+            else:
+                y, new = slots_chunked.scan(self, x, tile=tile, report=report)
+        return y.to(q.dtype), new
+
+    def _prepare(
+        self,
+        w0: Sequence[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates | None,
+        state: MemoryState | None,
+        reset: Tensor | None,
+        valid: Tensor | None,
+    ) -> Streams:
+        gates = Gates() if gates is None else gates
+        lanes, heads, time = check_call(
+            self, w0, q, k, v, gates, None if state is None else state.position, reset, valid
+        )
+        if state is not None:
+            shapes = tuple((lanes, *shape) for shape in self.state_shapes(heads))
+            found = tuple(tuple(w.shape) for w in state.weights)
+            if found != shapes:
+                raise ValueError(
+                    f"state.weights have shapes {found}; expected {shapes}: the state was made by another memory than {self.name}"
+                )
+        start = self.start(w0, lanes) if state is None or reset is not None else state  # read after resets only
+        state = start if state is None else state
+        dtype = state.weights[0].dtype
+        for x in (q, k, v):
+            dtype = torch.promote_types(dtype, x.dtype)
+        fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
+        slow = tuple(w.to(dtype) for w in w0[self.states :])
+        tokens, fine = self.tokens(slow, q.to(dtype), k, v, fine)
+        lr = q.new_ones(lanes, heads, time, dtype=dtype) if gates.lr is None else gates.lr
+        retention = factor(gates.retention, gates.log_retention, dtype)
+        if lr.dim() == 3:
+            lr = lr.unsqueeze(-1).expand(*lr.shape, self.passes)
+        if retention is not None and retention.log.dim() == 3:
+            retention = retention.map(lambda gate: gate.unsqueeze(-1))
+        return Streams(start, state, tokens, lr, retention, fine, reset, valid)
+
+    def described(self, **words: str) -> dict[str, str]:
+        """`describe` with what a leaf has to say."""
+        numbers = sum(rows * columns for rows, columns in self.shapes[: self.states])
+        return {
+            "name": self.name,
+            **words,
+            "period": f"{self.chunk} tokens",
+            "read": self.read,
+            "gates": ", ".join(sorted(self.gates_used)),
+            "state": f"{2 * numbers} numbers per lane and head",
+        }
+
+    def example(
+        self,
+        generator: torch.Generator,
+        *,
+        lanes: int = 2,
+        heads: int = 2,
+        time: int = 40,
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        """Random q, k of unit norm, v of about unit norm, steps of at most 1/√chunk and retention near 1."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        q, k = (F.normalize(normal(lanes, heads, time, self.key_dim), dim=-1) for _ in range(2))
+        v = normal(lanes, heads, time, self.value_dim) * self.value_dim**-0.5
+        shape = (lanes, heads, time, *(() if self.passes == 1 else (self.passes,)))
+        made = {"lr": torch.sigmoid(normal(*shape)) * self.chunk**-0.5}
+        if "retention" in self.gates_used:
+            made["retention"] = torch.sigmoid(normal(*shape) + 4)
+        return q.to(dtype), k.to(dtype), v.to(dtype), Gates(**{n: g.to(dtype) for n, g in made.items()})
+
+
+def sound_rows(fine: Tensor, raw: Tensor) -> Tensor:
+    """Fine tokens whose projected rows `[lane, head, time, dim]` have finite squares, as their norms need."""
+    return fine & torch.isfinite(raw.detach().square().sum((1, 3)))
+
+
+def harmless(fine: Tensor, x: Tensor) -> Tensor:
+    """Rows `[lane, head, time, dim]` of tokens that are not fine made 0."""
+    return x if surely(fine) else torch.where(fine[:, None, :, None], x, 0.0)
