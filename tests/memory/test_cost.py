@@ -70,6 +70,7 @@ def test_scan_work_grows_linearly_with_length(name: str) -> None:
         "rwkv7_like",
         "tnt",
         "lattice_decode",
+        "trellis",
     ],
 )
 def test_a_compiled_decode_step_is_one_graph_for_a_thousand_positions(name: str) -> None:

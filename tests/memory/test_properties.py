@@ -25,6 +25,7 @@ SHORT = {
     "lattice_decode": {"slots": 5},
     "lattice_similarity": {"slots": 3},
     "lattice_encode": {"slots": 4},
+    "trellis": {"slots": 5},
 }
 
 cases = st.builds(

@@ -35,6 +35,7 @@ from nestling.memory.self_modifying import SelfModifying
 from nestling.memory.spec import Engine, Memory, MemorySpec, Part
 from nestling.memory.state import MemoryState, Tail
 from nestling.memory.tnt import Tnt, TntState
+from nestling.memory.trellis import Trellis
 
 
 def scan(
@@ -108,6 +109,7 @@ __all__ = [
     "Tail",
     "Tnt",
     "TntState",
+    "Trellis",
     "Unit",
     "cost",
     "describe",
