@@ -13,6 +13,7 @@ layer's input, which a memory does not see.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -129,9 +130,10 @@ class SlotMemory(Memory):
         return 1
 
     @property
+    @abstractmethod
     def states(self) -> int:
         """How many of w0 are initial states; the others are projections."""
-        raise NotImplementedError
+        ...
 
     @property
     def reads_weights(self) -> bool:
@@ -154,14 +156,16 @@ class SlotMemory(Memory):
         """Shape of each of the state's weights, without the lane."""
         return tuple((heads, *shape) for shape in self.shapes[: self.states])
 
+    @abstractmethod
     def tokens(self, slow: Weights, q: Tensor, k: Tensor, v: Tensor, fine: Tensor) -> tuple[Weights, Tensor]:
         """What engines are given of every token, and which tokens are still fine; slow: the projections."""
-        raise NotImplementedError
+        ...
 
     def settle(self, weights: Weights) -> Weights:
         """What happens to the weights at a chunk's end, and to the initial ones."""
         return weights
 
+    @abstractmethod
     def tile(
         self,
         tokens: Weights,
@@ -172,15 +176,17 @@ class SlotMemory(Memory):
         begins: bool,
     ) -> Moved:
         """Answer and write a tile at once; lr and c for each pass. begins: `weights` are the anchor in all lanes."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def loss(self, tokens: Weights, weights: Weights) -> Tensor:
         """The written loss, summed over `[lane, head, 1, dim]` tokens: its gradient is the definition's G."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def answer(self, tokens: Weights, anchor: Weights, weights: Weights) -> Tensor:
         """What the memory answers to the tokens' queries at fixed weights."""
-        raise NotImplementedError
+        ...
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
         """State of lanes that have read nothing; weights in at least float32."""
