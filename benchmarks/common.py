@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestling as nl
+from nestling.memory import native
 from nestling.memory.cost import FLOPS
 
 Run = Callable[[], object]
@@ -77,6 +78,7 @@ def flops(run: Run) -> int:
         mock.patch("nestling.memory.chunked.checkpoint", plain),
         mock.patch("nestling.layers.memory.checkpoint", plain),
         mock.patch("nestling.layers.self_referential.checkpoint", plain),
+        native.without(),
         FlopCounterMode(display=False, custom_mapping=FLOPS) as counter,
     ):
         run()

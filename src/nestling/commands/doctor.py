@@ -59,7 +59,7 @@ def run(config: DoctorConfig) -> int:
 
     table = Table(title=f"nestling {version('nestling')}", title_justify="left", show_header=False)
     findings = []
-    checks: list[Callable[[], Finding]] = [_python, _torch, _threads, _speed, _devices, _extras, _disk]
+    checks: list[Callable[[], Finding]] = [_python, _torch, _threads, _speed, _native, _devices, _extras, _disk]
     checks.append(partial(_self_test, config.device))
     for check in checks:
         try:
@@ -114,6 +114,15 @@ def _speed() -> Finding:
     mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     blas = "MKL" if mkl else "OpenBLAS or other"
     return Finding("matmul", True, f"{2 * size**3 / best / 1e9:.0f} GFLOP/s in float32 on the CPU ({blas})")
+
+
+def _native() -> Finding:
+    from nestling.memory import native
+
+    text = native.status()
+    on = text.startswith("on")
+    hint = "" if on else ": memories train two to three times slower on the CPU"
+    return Finding("memory in C", True if on else None, text + hint)
 
 
 def _devices() -> Finding:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nestling.memory import channel, directed, fused
+from nestling.memory import channel, directed, fused, native
 from nestling.memory.biases import Bias
 from nestling.memory.coefficients import Coefficients, coefficients, each, leading
 from nestling.memory.gates import Factor
@@ -352,6 +352,8 @@ def scan(
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.periods, tile=size, halo=halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return _silence(spec, x), x.state
+    if report is None and (found := _natively(spec, x, cut)) is not None:
+        return found
     groups, count = _tiles(spec, x, cut).groups(), cut.tokens.shape[1]
     running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)
 
@@ -375,6 +377,40 @@ def scan(
         report.count(faults=faults - x.state.faults)
     tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut)
     return y, MemoryState(running.anchor, running.weights, running.momentum, tail, cut.position, faults)
+
+
+def _natively(spec: MemorySpec, x: Inputs, cut: Layout) -> tuple[Tensor, MemoryState] | None:
+    """A call of whole chunks, each one tile, by the C code; None where that does not serve, or a guard would have to step in."""
+    cell, count = native.Cell.of(spec, spec.network), cut.tokens.shape[1]
+    if not (
+        cut.ok is None
+        and cut.reset is None
+        and cut.size <= native.LONGEST
+        and bool(cut.border.all())
+        and native.serves(cell, x.q)
+        and surely(x.fine)
+        and native.anchored(x.state.anchor, x.state.weights)
+    ):
+        return None
+
+    def pick(gate: Tensor) -> Tensor:
+        return gate.reshape(*gate.shape[:2], count, cut.size)
+
+    c = coefficients(
+        pick(x.lr),
+        None if x.retention is None else x.retention.map(pick),
+        None if x.momentum is None else x.momentum.map(pick),
+        None,
+        alive=None,
+        present=None,
+        erases=x.erase is not None,
+    )
+    erase = None if x.erase is None else pick(x.erase)
+    found = native.scan(cell, count, (x.q, x.k, x.v), c, erase, x.state.weights, x.state.momentum)
+    if found is None:
+        return None
+    y, weights, momentum = found
+    return y, MemoryState(weights, weights, momentum, None, cut.position, x.state.faults)
 
 
 def _silence(spec: MemorySpec, x: Inputs) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nestling.memory import native
 from nestling.state import leaves
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def cost(spec: Memory, time: int = TIME) -> Cost:
     generator = torch.Generator().manual_seed(0)
     w0 = spec.init(1, generator)
     example = spec.example(generator, lanes=1, heads=1, time=time)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+    with torch.no_grad(), native.without(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         _, state = spec.scan(w0, *example)
     return Cost(counter.get_total_flops() / time, sum(x.numel() for x in leaves(state) if x.is_floating_point()), time)
 

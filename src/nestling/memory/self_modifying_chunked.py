@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling.memory import native
 from nestling.memory import step as one
 from nestling.memory.chunked import (
     TILE,
@@ -46,18 +47,29 @@ from nestling.memory.state import MemoryState, Weights
 class Made(NamedTuple):
     """What the memories make of some tokens at the anchors, harmless where a token is not `live` (bool `[lane, time]`).
 
-    q, k    `[lane, 1, head, time, dim]`: the dimension of memories is there already
-    lr      η `[lane, 1, head, time]`, the rule's constant not included;  erase: ε or None;  retention: α or None
-    found   factors of each bank
+    q, k     `[lane, 1, head, time, dim]`: the dimension of memories is there already
+    lr       η `[lane, 1, head, time]`, the rule's constant not included;  retention: α or None
+    targets  v̂ of each bank `[lane, memory, head, time, dim]`
     """
 
     q: Tensor
     k: Tensor
     lr: Tensor
-    erase: Tensor | None
     retention: Factor | None
-    found: tuple[Factors, ...]
+    targets: tuple[Tensor, ...]
     live: Tensor
+
+    def erase(self, spec: SelfModifying) -> Tensor | None:
+        """ε, or None."""
+        if spec.rule.erase == "none":
+            return None
+        if spec.rule.erase == "after_decay" and self.retention is not None:
+            return self.lr * self.retention.plain()
+        return self.lr
+
+    def keys(self, count: int) -> Tensor:
+        """k of `count` memories, spread once: each product would copy it again."""
+        return self.k.expand(-1, count, -1, -1, -1).contiguous()
 
 
 def ask(spec: SelfModifying, x: Streams) -> Tensor:
@@ -67,7 +79,7 @@ def ask(spec: SelfModifying, x: Streams) -> Tensor:
 
 
 def make(spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, asked: Tensor, fine: Tensor) -> Made:
-    """Keys, values, gates, targets and factors of tokens.
+    """Keys, gates and targets of tokens.
 
     q `[lane, head, time, dim]`, asked `[lane, memory, head, time, dim]`, fine bool `[lane, time]`
     """
@@ -90,26 +102,33 @@ def make(spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, asked: Ten
     value = l2_norm(value) if spec.unit_values else value
     query, key, value = only(fine[:, None, None], (query, l2_norm(key), value))
 
-    drafts, live = [], fine
+    targets = []
     for bank in spec.banks:
-        own, count = anchor[bank.layers], len(bank.names)
-        # Spread over the memories once: each product would copy it again.
-        k, v = (u.expand(-1, count, -1, -1, -1).contiguous() for u in (key, value))
-        draft = gradients(bank.network, spec.bias, own, k, bank.network.apply(at(own), v))
+        given = value.expand(-1, len(bank.names), -1, -1, -1).contiguous()
+        targets.append(bank.network.apply(at(anchor[bank.layers]), given))
+    lr = spec.lr_max * logits["lr"].sigmoid()
+    retention = Factor(F.logsigmoid(logits["retention"])) if "retention" in logits else None
+    return _kept(Made(query, key, lr, retention, tuple(targets), fine), fine)
+
+
+def _kept(made: Made, live: Tensor) -> Made:
+    """With step sizes 0 and nothing forgotten at tokens that are not live."""
+    if surely(live):
+        return made
+    acts = live[:, None, None]
+    retention = None if made.retention is None else made.retention.masked(acts)
+    return made._replace(lr=torch.where(acts, made.lr, 0.0), retention=retention, live=live)
+
+
+def write(spec: SelfModifying, anchor: Weights, made: Made) -> tuple[Made, tuple[Factors, ...]]:
+    """The factors of each bank, and what was made without the tokens whose factors are not finite."""
+    drafts, live = [], made.live
+    for bank, target in zip(spec.banks, made.targets, strict=True):
+        draft = gradients(bank.network, spec.bias, anchor[bank.layers], made.keys(len(bank.names)), target)
         live = live & draft.finite.all((1, 2))
         drafts.append(draft)
     acts = live[:, None, None]
-    found = tuple(draft.only(acts) for draft in drafts)
-
-    lr = spec.lr_max * logits["lr"].sigmoid()
-    retention = Factor(F.logsigmoid(logits["retention"])) if "retention" in logits else None
-    if not surely(live):
-        lr = torch.where(acts, lr, 0.0)
-        retention = None if retention is None else retention.masked(acts)
-    erase = None if spec.rule.erase == "none" else lr
-    if spec.rule.erase == "after_decay" and retention is not None:
-        erase = lr * retention.plain()
-    return Made(query, key, lr, erase, retention, found, live)
+    return _kept(made, live), tuple(draft.only(acts) for draft in drafts)
 
 
 def scan(
@@ -194,6 +213,23 @@ def _group(
             momentum = lanes_where(fresh, x.start.momentum, momentum)
         tile = tiles[n]
         made = make(spec, x, anchor, tile.q, tile.asked, tile.fine)
+        if (
+            not noting
+            and cut.ok is None
+            and all(cut.begins[n])
+            and native.anchored(anchor, weights)
+            and surely(made.live)
+        ):
+            found = _natively(spec, made, tile.momentum, weights, momentum)
+            if found is not None:
+                y, weights, momentum = found
+                outputs.append(y)
+                anchor, weights, momentum, faults = close(
+                    spec, cut.borders[:, n].unbind(), anchor, weights, momentum, faults
+                )
+                continue
+        made, factors = write(spec, anchor, made)
+        erase = made.erase(spec)
         mu, alive = tile.momentum, None
         if mu is not None and not surely(made.live):
             alive = made.live[:, None, None]
@@ -205,13 +241,13 @@ def _group(
             None,
             alive=alive,
             present=None,
-            erases=made.erase is not None,
+            erases=erase is not None,
         )
-        system = None if made.erase is None else triangle(c, 0, made.k, made.erase, 0)
+        system = None if erase is None else triangle(c, 0, made.k, erase, 0)
         moved = []
-        for bank, found, begins in zip(spec.banks, made.found, cut.begins[n], strict=True):
+        for bank, own_factors, begins in zip(spec.banks, factors, cut.begins[n], strict=True):
             own = bank.layers
-            writes = solve(found, c, weights[own], momentum[own], made.erase, 0, begins, system)
+            writes = solve(own_factors, c, weights[own], momentum[own], erase, 0, begins, system)
             if bank.names == ("main",):
                 y = read(spec, c, anchor[own], weights[own], momentum[own], writes, made.q)
             moved.append(advance(c, weights[own], momentum[own], writes))
@@ -221,9 +257,39 @@ def _group(
         faults = faults + (tile.use & ~made.live).sum(1)
         if noting:
             kept = torch.ones_like(made.lr) if made.retention is None else made.retention.plain()
-            seen = (*surprise_and_update(made.found[1], made.lr, 0), made.lr.detach(), kept.detach())
+            seen = (*surprise_and_update(factors[1], made.lr, 0), made.lr.detach(), kept.detach())
             notes.append(tuple(part.squeeze(1) for part in seen))
     return torch.stack(outputs, 2), Running(anchor, weights, momentum, faults), notes
+
+
+def _natively(
+    spec: SelfModifying, made: Made, mu: Factor | None, weights: Weights, momentum: Weights
+) -> tuple[Tensor, Weights, Weights] | None:
+    """A tile at whose start the weights are the anchors, by the C code; None where that does not serve."""
+    cells = [native.Cell.of(spec, bank.network, reads=bank.names == ("main",)) for bank in spec.banks]
+    if not all(native.serves(cell, made.q) for cell in cells):
+        return None
+    erase = made.erase(spec)
+    c = coefficients(
+        made.lr * spec.rule.step(spec.key_dim),
+        made.retention,
+        mu,
+        None,
+        alive=None,
+        present=None,
+        erases=erase is not None,
+    )
+    y, moved = made.q, []
+    for bank, cell, target in zip(spec.banks, cells, made.targets, strict=True):
+        own, count = bank.layers, len(bank.names)
+        given = made.q if cell.reads else None, made.keys(count), target
+        found = native.scan(cell, 1, given, c, erase, weights[own], momentum[own])
+        if found is None:
+            return None
+        y = found[0]
+        moved.append(found[1:])
+    after, moved_s = (sum(parts, ()) for parts in zip(*moved, strict=True))
+    return y.squeeze(1), after, moved_s
 
 
 def step(spec: SelfModifying, x: Streams) -> tuple[Tensor, MemoryState]:
@@ -237,7 +303,7 @@ def step(spec: SelfModifying, x: Streams) -> tuple[Tensor, MemoryState]:
         momentum = lanes_where(fresh, x.start.momentum, momentum)
         position = torch.where(fresh.cpu(), 0, position)
     fine = x.fine if alive is None else x.fine & alive.to(x.fine.device)[:, None]
-    made = make(spec, x, anchor, x.q, ask(spec, x), fine)
+    made, factors = write(spec, anchor, make(spec, x, anchor, x.q, ask(spec, x), fine))
     size = (made.lr * spec.rule.step(spec.key_dim)).unsqueeze(-1)
     retention = None if made.retention is None else made.retention.plain()
     mu = None if x.momentum is None else x.momentum.plain().unsqueeze(1)
@@ -251,11 +317,11 @@ def step(spec: SelfModifying, x: Streams) -> tuple[Tensor, MemoryState]:
             size,
             retention,
             mu,
-            made.erase,
+            made.erase(spec),
             acts,
             0,
         )
-        for bank, found in zip(spec.banks, made.found, strict=True)
+        for bank, found in zip(spec.banks, factors, strict=True)
     ]
     after, moved_s = (sum(parts, ()) for parts in zip(*moved, strict=True))
     served = {"after": after, "before": weights, "boundary": anchor}[spec.read]

@@ -1,0 +1,151 @@
+// Small matrix products, row-major, for operands that lie in a core's cache.
+//
+//     C = A B,  C += A B,  C -= A B      each operand as it lies, or transposed
+//
+// B is packed into panels of PANEL columns, so that the inner loop reads it in order. Works for any size; sizes that are
+// multiples of ROWS and PANEL are the fast ones.
+
+#ifndef NESTLING_MATRIX_H
+#define NESTLING_MATRIX_H
+
+#include <stddef.h>
+#include <string.h>
+
+#ifdef DOUBLE  // to be held against the definition
+typedef double real;
+#else
+typedef float real;
+#endif
+#define R(constant) ((real)(constant))
+
+#if defined(__AVX512F__)
+#define REGISTER 64  // bytes of a vector register
+#define ROWS 8       // rows of C that are summed in registers at a time
+#else
+#define REGISTER 32
+#define ROWS 4
+#endif
+#define LANES ((int)(REGISTER / sizeof(real)))
+#define PANEL (2 * LANES)
+
+typedef real vec __attribute__((vector_size(REGISTER), aligned(4), may_alias));
+
+typedef struct {
+    const real *at;
+    ptrdiff_t row, column;  // strides
+} Operand;
+
+static inline Operand plain(const real *at, int width) { return (Operand){at, width, 1}; }
+static inline Operand turned(const real *at, int width) { return (Operand){at, 1, width}; }
+
+// One panel of B, `depth` rows of PANEL columns; columns from `live` on are 0.
+static void pack(Operand b, int depth, int live, real *restrict panel) {
+    if (b.column == 1 && live == PANEL) {
+        for (int k = 0; k < depth; k++) memcpy(panel + (size_t)k * PANEL, b.at + k * b.row, PANEL * sizeof(real));
+        return;
+    }
+    if (live < PANEL) memset(panel, 0, (size_t)depth * PANEL * sizeof(real));
+    if (b.column == 1) {
+        for (int k = 0; k < depth; k++) memcpy(panel + (size_t)k * PANEL, b.at + k * b.row, live * sizeof(real));
+        return;
+    }
+    // Transposed: blocks of 8 by 8 keep both sides in few cache lines.
+    for (int k = 0; k < depth; k += 8)
+        for (int n = 0; n < live; n += 8) {
+            int rows = depth - k < 8 ? depth - k : 8, columns = live - n < 8 ? live - n : 8;
+            const real *from = b.at + k * b.row + n * b.column;
+            real *to = panel + (size_t)k * PANEL + n;
+            if (rows == 8 && columns == 8 && b.row == 1) {
+                typedef real v8 __attribute__((vector_size(8 * sizeof(real)), aligned(4), may_alias));
+                v8 r[8], t[8];
+                for (int i = 0; i < 8; i++) r[i] = *(const v8 *)(from + i * b.column);
+                for (int i = 0; i < 8; i += 2) {
+                    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+                    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+                }
+                for (int i = 0; i < 8; i += 4)
+                    for (int j = 0; j < 2; j++) {
+                        v8 a = t[i + j], c = t[i + j + 2];
+                        r[i + j] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
+                        r[i + j + 2] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+                    }
+                for (int i = 0; i < 4; i++) {
+                    v8 a = r[i], c = r[i + 4];
+                    *(v8 *)(to + i * PANEL) =
+                        __builtin_shufflevector(a, c, 0, 1, 2, 3, 8, 9, 10, 11);
+                    *(v8 *)(to + (i + 4) * PANEL) =
+                        __builtin_shufflevector(a, c, 4, 5, 6, 7, 12, 13, 14, 15);
+                }
+                continue;
+            }
+            for (int i = 0; i < rows; i++)
+                for (int j = 0; j < columns; j++) to[i * PANEL + j] = from[i * b.row + j * b.column];
+        }
+}
+
+// `rows` rows of C, PANEL columns. sign 0: C = A B; 1: C += A B; -1: C -= A B.
+#define KERNEL(rows)                                                                                        \
+    static inline void kernel_##rows(                                                                       \
+        const real *restrict a, ptrdiff_t row, ptrdiff_t column, const real *restrict panel, int depth,   \
+        real *restrict c, ptrdiff_t width, int sign                                                        \
+    ) {                                                                                                     \
+        vec sum[rows][2];                                                                                   \
+        for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vec){};                                     \
+        for (int k = 0; k < depth; k++) {                                                                   \
+            vec b0 = *(const vec *)(panel + (size_t)k * PANEL);                                             \
+            vec b1 = *(const vec *)(panel + (size_t)k * PANEL + LANES);                                     \
+            _Pragma("GCC unroll 8") for (int i = 0; i < rows; i++) {                                        \
+                real x = a[i * row + k * column];                                                          \
+                sum[i][0] += x * b0;                                                                        \
+                sum[i][1] += x * b1;                                                                        \
+            }                                                                                               \
+        }                                                                                                   \
+        _Pragma("GCC unroll 8") for (int i = 0; i < rows; i++) for (int j = 0; j < 2; j++) {                \
+            vec *to = (vec *)(c + i * width + j * LANES);                                                   \
+            if (sign == 0) *to = sum[i][j];                                                                 \
+            else if (sign > 0) *to += sum[i][j];                                                            \
+            else *to -= sum[i][j];                                                                          \
+        }                                                                                                   \
+    }
+KERNEL(1)
+#if ROWS == 8
+KERNEL(8)
+#define kernel_full kernel_8
+#else
+KERNEL(4)
+#define kernel_full kernel_4
+#endif
+
+// C `[rows, columns]` of row length `width` from A `[rows, depth]` and B `[depth, columns]`. scratch: depth · PANEL floats.
+static void product(
+    int rows, int depth, int columns, Operand a, Operand b, real *c, int width, int sign, real *restrict scratch
+) {
+    for (int n = 0; n < columns; n += PANEL) {
+        int live = columns - n < PANEL ? columns - n : PANEL;
+        Operand part = {b.at + n * b.column, b.row, b.column};
+        pack(part, depth, live, scratch);
+        real edge[ROWS * PANEL];
+        for (int m = 0; m < rows; m += ROWS) {
+            int block = rows - m < ROWS ? rows - m : ROWS;
+            real *to = c + (size_t)m * width + n;
+            ptrdiff_t stride = width;
+            if (live < PANEL) {  // sum beside, then copy what there is room for
+                to = edge, stride = PANEL;
+                if (sign)
+                    for (int i = 0; i < block; i++)
+                        memcpy(edge + i * PANEL, c + (size_t)(m + i) * width + n, live * sizeof(real));
+            }
+            const real *from = a.at + m * a.row;
+            if (block == ROWS)
+                kernel_full(from, a.row, a.column, scratch, depth, to, stride, sign);
+            else
+                for (int i = 0; i < block; i++)
+                    kernel_1(from + i * a.row, a.row, a.column, scratch, depth, to + i * stride, stride, sign);
+            if (live < PANEL)
+                for (int i = 0; i < block; i++)
+                    memcpy(c + (size_t)(m + i) * width + n, edge + i * PANEL, live * sizeof(real));
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,302 @@
+"""The C code against the framework's operations and the reference: values, state, every gradient; what it leaves to them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import nestling as nl
+from nestling.memory import MLP, DeltaGradient, DotProduct, Full, Gates, Gradient, Matrix, MemorySpec, Momentum, native
+
+SERVES = native.serves
+NEEDS = pytest.mark.skipif(
+    not native.status().startswith("on"), reason=f"the C code is not used here: {native.status()}"
+)
+HEADS = 2
+
+CELLS = {
+    "titans": ("titans", {}),
+    "titans, read before": ("titans", {"read": "before"}),
+    "titans, matrix": ("titans", {"network": Matrix()}),
+    "titans, three layers": ("titans", {"network": MLP(depth=3, expansion=1.5, activation="silu")}),
+    "titans, neither norm nor residual": ("titans", {"network": MLP(norm=False, residual=False)}),
+    "titans, dot product": ("titans", {"bias": DotProduct()}),
+    "titans, dot product, no norm": ("titans", {"bias": DotProduct(), "network": MLP(norm=False)}),
+    "titans, nothing forgotten": ("titans", {"retention": Full(), "network": MLP(activation="gelu_tanh")}),
+    "decay without momentum": ("titans", {"rule": Gradient()}),
+    "momentum of a dot product": ("linear_attention", {"rule": Momentum()}),
+    "erases, deep": ("titans", {"rule": DeltaGradient("with_decay")}),
+    "decays, then erases, deep": (
+        "titans",
+        {"rule": DeltaGradient("after_decay"), "network": MLP(depth=3, norm=False)},
+    ),
+    **{
+        name: (name, {})
+        for name in (
+            "ttt_linear",
+            "ttt_mlp",
+            "linear_attention",
+            "retnet",
+            "mamba2_like",
+            "deltanet",
+            "gated_deltanet",
+            "comba_like",
+            "longhorn",
+        )
+    },
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tiles the C code has read so far, scan after scan."""
+    seen: list[int] = []
+    scan = native.scan
+
+    def counting(cell: native.Cell, tiles: int, *arguments: object) -> object:
+        found = scan(cell, tiles, *arguments)
+        if found is not None:
+            seen.append(tiles)
+        return found
+
+    monkeypatch.setattr(native, "scan", counting)
+    return seen
+
+
+def example(spec: MemorySpec, time: int, seed: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Gates]:
+    """Initial weights, q, k, v and gates, the same numbers in every precision, all to be differentiated."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v, gates = spec.example(g, heads=HEADS, time=time)
+    w0 = [w + 0.2 * torch.randn(w.shape, generator=g) for w in spec.init(HEADS, g)]
+    return (
+        [w.to(dtype).requires_grad_() for w in w0],
+        [x.to(dtype).requires_grad_() for x in (q, k, v)],
+        gates.map(lambda gate: gate.to(dtype).requires_grad_()),
+    )
+
+
+def everything(spec: MemorySpec, time: int, seed: int, dtype: torch.dtype, **options: object) -> list[Tensor]:
+    """Outputs, final weights and momentum, and the gradients of a random sum of them to every input."""
+    w0, streams, gates = example(spec, time, seed, dtype)
+    y, state = nl.memory.scan(spec, w0, *streams, gates, **options)
+    outputs = [y, *state.weights, *state.momentum]
+    g = torch.Generator().manual_seed(seed + 1)
+    total = sum((x * torch.randn(x.shape, generator=g).to(dtype)).sum() for x in outputs)
+    inputs = [*w0, *streams, *(gate for _, gate in gates.items())]
+    found = torch.autograd.grad(total, inputs, allow_unused=True)
+    zeros = (torch.zeros_like(x) for x in inputs)
+    return [*(x.detach() for x in outputs), *(z if x is None else x for x, z in zip(found, zeros, strict=True))]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-4) -> None:
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.shape == b.shape, number
+        error = float((a.double() - b.double()).abs().max())
+        assert error <= tolerance * max(1.0, float(b.abs().max())), f"{number}: off by {error:.1e}"
+
+
+@NEEDS
+@pytest.mark.parametrize("cell", CELLS)
+@given(dim=st.sampled_from([3, 8, 16, 20]), chunk=st.sampled_from([1, 5, 8, 13]), seed=st.integers(0, 10_000))
+def test_equals_the_definition(cell: str, dim: int, chunk: int, seed: int) -> None:
+    """In double precision, to 1e-8; in single precision the same code has but its roundings of its own."""
+    name, choices = CELLS[cell]
+    spec = nl.memory.named(name, key_dim=dim, chunk=chunk, **choices)
+    assert native.serves(native.Cell.of(spec, spec.network), torch.zeros(1))
+    time = (3 if spec.reads_weights else 2) * spec.period
+    expected = everything(spec, time, seed, torch.float64, engine="reference")
+    assert_close(everything(spec, time, seed, torch.float64), expected, 1e-8)
+
+
+@NEEDS
+@pytest.mark.parametrize("cell", CELLS)
+def test_single_precision_is_as_good_as_the_framework_s(cell: str) -> None:
+    name, choices = CELLS[cell]
+    spec = nl.memory.named(name, key_dim=16, chunk=16, **choices)
+    expected = everything(spec, 2 * spec.period, 1, torch.float64)
+    found = everything(spec, 2 * spec.period, 1, torch.float32)
+    with native.without():
+        others = everything(spec, 2 * spec.period, 1, torch.float32)
+    for a, b, true in zip(found, others, expected, strict=True):
+        size = max(1.0, float(true.abs().max()))
+        error, other = (float((x.double() - true).abs().max()) / size for x in (a, b))
+        assert error <= max(1e-6, 4 * other)
+
+
+@NEEDS
+@pytest.mark.parametrize(("rule", "chunks"), [(DeltaGradient("with_decay"), {}), (Momentum(), {"chunk_others": 4})])
+def test_serves_the_self_modifying_memory(rule: object, chunks: dict, calls: list[int]) -> None:
+    spec = nl.memory.named("self_modifying", key_dim=8, chunk=8, rule=rule, unit_values=True, adaptive_q=True, **chunks)
+    w0, streams, gates = example(spec, 32, 3, torch.float64)
+    with torch.no_grad():
+        nl.memory.scan(spec, w0, *streams, gates)
+    assert calls == [1] * 8  # two banks at each of the four tiles where both chunks begin
+    assert_close(
+        everything(spec, 32, 3, torch.float64), everything(spec, 32, 3, torch.float64, engine="reference"), 1e-8
+    )
+
+
+@NEEDS
+def test_leaves_what_is_not_whole_chunks_to_the_other_path_and_goes_on_from_it(calls: list[int]) -> None:
+    spec = nl.memory.named("titans", key_dim=8, chunk=8)
+    w0, streams, gates = example(spec, 80, 5, torch.float32)
+    with torch.no_grad():
+        whole, end = nl.memory.scan(spec, w0, *streams, gates)
+        assert calls == [10]
+        state, outputs = None, []
+        for first, last in ((0, 16), (16, 21), (21, 24), (24, 64), (64, 80)):
+            part = (x[:, :, first:last] for x in streams)
+            y, state = nl.memory.scan(spec, w0, *part, gates[first:last], state)
+            outputs.append(y)
+        assert calls == [10, 2, 5, 2]
+    assert_close([torch.cat(outputs, 2), *nl.state.leaves(state)], [whole, *nl.state.leaves(end)])
+    assert state is not None
+    assert torch.equal(state.position, end.position)
+
+
+@NEEDS
+def test_all_modes_and_any_number_of_threads_give_the_same(calls: list[int]) -> None:
+    spec = nl.memory.named("titans", key_dim=8, chunk=8)
+    w0, streams, gates = example(spec, 32, 7, torch.float32)
+    y, state = nl.memory.scan(spec, w0, *streams, gates)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            z, other = nl.memory.scan(spec, w0, *streams, gates)
+        assert all(torch.equal(a, b) for a, b in zip([y, *state.weights], [z, *other.weights], strict=True))
+    alone = everything(spec, 32, 7, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        together = everything(spec, 32, 7, torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert len(calls) == 5
+
+
+@NEEDS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_guards_step_in_as_ever(bad: float, calls: list[int]) -> None:
+    """A bad token, and values that overflow on the way, which the inputs do not show."""
+    spec = nl.memory.named("titans", key_dim=8, chunk=8)
+    w0, streams, gates = example(spec, 32, 9, torch.float32)
+    _, k, v = streams
+    with torch.no_grad():
+        broken = k.clone()
+        broken[0, 1, 11] = bad
+        huge = v.clone()
+        huge[1, 0, 3] = 3e38
+        given = [(streams[0], broken, v), (streams[0], k, huge)]
+        runs = [nl.memory.scan(spec, w0, *x, gates) for x in given]
+        with native.without():
+            runs += [nl.memory.scan(spec, w0, *x, gates) for x in given]
+    assert not calls, "the C code must leave these to the guards"
+    for (y, state), (z, other) in zip(runs[:2], runs[2:], strict=True):
+        assert torch.isfinite(y).all()
+        assert state.faults.sum() > 0
+        assert_close([y, *nl.state.leaves(state)], [z, *nl.state.leaves(other)], 0.0)
+
+
+@NEEDS
+def test_a_state_that_was_changed_by_hand_is_read_as_it_is(calls: list[int]) -> None:
+    """Where the weights are not the anchor the C code, which takes them for one, must not serve."""
+    spec = nl.memory.named("titans", key_dim=8, chunk=8)
+    w0, streams, gates = example(spec, 16, 11, torch.float32)
+    with torch.no_grad():
+        start = spec.start(w0, 2)
+        changed = start._replace(weights=tuple(2 * w for w in start.weights))
+        y, _ = nl.memory.scan(spec, w0, *streams, gates, changed)
+        expected, _ = nl.memory.scan(spec, w0, *streams, gates, changed, engine="reference")
+    assert not calls
+    assert_close([y], [expected])
+
+
+@NEEDS
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet"])
+def test_second_derivatives(name: str, calls: list[int]) -> None:
+    spec = nl.memory.named(name, key_dim=4, chunk=4)
+
+    def twice() -> list[Tensor]:
+        w0, streams, gates = example(spec, 2 * spec.period, 13, torch.float64)
+        y, _ = nl.memory.scan(spec, w0, *streams, gates)
+        inputs = [*w0, *streams, *(gate for _, gate in gates.items())]
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True, allow_unused=True)
+        total = sum(g.square().sum() for g in first if g is not None)
+        return [x for x in torch.autograd.grad(total, inputs, allow_unused=True) if x is not None]
+
+    found = twice()
+    assert calls
+    with native.without():
+        assert_close(found, twice(), 1e-8)
+
+
+@NEEDS
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_activations(mean: float) -> None:
+    """σ, σ' and σ'' are correct to single precision far out as well, where they go to 0, 1 and x."""
+    for activation in ("gelu", "gelu_tanh", "silu"):
+        network = MLP(depth=2, expansion=1.0, activation=activation, norm=False, residual=False)
+        spec = nl.memory.named("titans", key_dim=16, chunk=16, network=network, rule=Gradient())
+        runs = []
+        for dtype in (torch.float32, torch.float64):
+            g = torch.Generator().manual_seed(17)
+            w = [mean * torch.eye(16) + torch.randn(HEADS, 16, 16, generator=g), torch.eye(16).expand(HEADS, -1, -1)]
+            w0 = [x.to(dtype).requires_grad_() for x in w]
+            q, k, v = (torch.randn(1, HEADS, 16, 16, generator=g).to(dtype) for _ in range(3))
+            lr = torch.full((1, HEADS, 16), 1e-3, dtype=dtype)
+            y, state = nl.memory.scan(spec, w0, q, k, v, Gates(lr=lr))
+            total = y.sum() + sum(x.square().sum() for x in state.weights)
+            runs.append([y.detach(), *torch.autograd.grad(total, w0)])
+        assert_close(runs[0], runs[1], 1e-5)
+
+
+def run(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    kept = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+READS = """
+import torch, nestling as nl
+spec = nl.memory.named("titans", key_dim=4, chunk=4)
+y, _ = nl.memory.scan(spec, spec.init(2), *spec.example(torch.Generator().manual_seed(0), time=8))
+assert torch.isfinite(y).all()
+from nestling.memory import native
+print(native.status())
+"""
+
+
+def test_does_without(tmp_path: Path) -> None:
+    """Switched off, without a compiler, with one that fails, and where nothing can be written: it still reads."""
+    assert run(READS, NESTLING_NATIVE="0") == "off (NESTLING_NATIVE=0)"
+    assert "no C compiler" in run(READS, PATH=str(tmp_path))
+    fails = tmp_path / "cc"
+    fails.write_text("#!/bin/sh\necho 'no such thing' >&2\nexit 1\n")
+    fails.chmod(0o755)
+    assert "could not build it (no such thing)" in run(
+        READS, PATH=f"{tmp_path}:/usr/bin:/bin", XDG_CACHE_HOME=str(tmp_path / "one")
+    )
+    (tmp_path / "file").write_text("")
+    assert run(READS, XDG_CACHE_HOME=str(tmp_path / "file")).startswith("off: ")
+
+
+@NEEDS
+def test_is_built_once(tmp_path: Path) -> None:
+    assert run(READS, XDG_CACHE_HOME=str(tmp_path)).startswith("on")
+    (built,) = (tmp_path / "nestling").iterdir()
+    before = built.stat().st_mtime_ns
+    assert run(READS, XDG_CACHE_HOME=str(tmp_path)).startswith("on")
+    assert [built] == list((tmp_path / "nestling").iterdir())
+    assert built.stat().st_mtime_ns == before
