@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestling as nl
-from nestling.memory import native
+from nestling import native
 from nestling.memory.cost import FLOPS
 
 Run = Callable[[], object]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling import native
 from nestling.layers import fused, l2_norm
 
 
@@ -33,6 +34,19 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple
 }
 
 
+@pytest.fixture(params=["in C", "framework"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways, where there are two."""
+    if request.param == "framework":
+        with native.without():
+            yield
+    else:
+        if not native.status().startswith("on"):
+            pytest.skip(f"the C code is not used here: {native.status()}")
+        yield
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_formula(case: str) -> None:
     torch.manual_seed(0)
@@ -43,6 +57,7 @@ def test_gradients_are_those_of_the_formula(case: str) -> None:
     assert torch.autograd.gradgradcheck(fast, inputs)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("time", [fused.BLOCK, fused.BLOCK + 1, 2 * fused.BLOCK + 17])
 def test_convolution_goes_on_over_its_blocks(time: int) -> None:
     torch.manual_seed(0)
@@ -51,3 +66,21 @@ def test_convolution_goes_on_over_its_blocks(time: int) -> None:
     found, expected = (torch.autograd.grad(f(*inputs), inputs, grad) for f in (fused.convolve, convolution))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_wide_convolutions_by_threads_and_in_single_precision() -> None:
+    """More channels than the C code takes at a time, one lane over several threads."""
+    torch.manual_seed(0)
+    x, tail, weight = (torch.randn(*shape, requires_grad=True) for shape in ((1, 9, 1100), (1, 3, 1100), (4, 1100)))
+    grad = torch.randn(1, 9, 1100)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        y = fused.convolve(x, tail, weight)
+        found = torch.autograd.grad(y, (x, tail, weight), grad)
+    finally:
+        torch.set_num_threads(threads)
+    expected = convolution(x, tail, weight)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(found, torch.autograd.grad(expected, (x, tail, weight), grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

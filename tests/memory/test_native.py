@@ -15,11 +15,9 @@ from torch import Tensor
 
 import nestling as nl
 from nestling.memory import MLP, DeltaGradient, DotProduct, Full, Gates, Gradient, Matrix, MemorySpec, Momentum, native
+from nestling.native import status, without
 
-SERVES = native.serves
-NEEDS = pytest.mark.skipif(
-    not native.status().startswith("on"), reason=f"the C code is not used here: {native.status()}"
-)
+NEEDS = pytest.mark.skipif(not status().startswith("on"), reason=f"the C code is not used here: {status()}")
 HEADS = 2
 
 CELLS = {
@@ -123,7 +121,7 @@ def test_single_precision_is_as_good_as_the_framework_s(cell: str) -> None:
     spec = nl.memory.named(name, key_dim=16, chunk=16, **choices)
     expected = everything(spec, 2 * spec.period, 1, torch.float64)
     found = everything(spec, 2 * spec.period, 1, torch.float32)
-    with native.without():
+    with without():
         others = everything(spec, 2 * spec.period, 1, torch.float32)
     for a, b, true in zip(found, others, expected, strict=True):
         size = max(1.0, float(true.abs().max()))
@@ -196,7 +194,7 @@ def test_guards_step_in_as_ever(bad: float, calls: list[int]) -> None:
         huge[1, 0, 3] = 3e38
         given = [(streams[0], broken, v), (streams[0], k, huge)]
         runs = [nl.memory.scan(spec, w0, *x, gates) for x in given]
-        with native.without():
+        with without():
             runs += [nl.memory.scan(spec, w0, *x, gates) for x in given]
     assert not calls, "the C code must leave these to the guards"
     for (y, state), (z, other) in zip(runs[:2], runs[2:], strict=True):
@@ -234,7 +232,7 @@ def test_second_derivatives(name: str, calls: list[int]) -> None:
 
     found = twice()
     assert calls
-    with native.without():
+    with without():
         assert_close(found, twice(), 1e-8)
 
 
@@ -273,8 +271,8 @@ import torch, nestling as nl
 spec = nl.memory.named("titans", key_dim=4, chunk=4)
 y, _ = nl.memory.scan(spec, spec.init(2), *spec.example(torch.Generator().manual_seed(0), time=8))
 assert torch.isfinite(y).all()
-from nestling.memory import native
-print(native.status())
+from nestling.native import status
+print(status())
 """
 
 

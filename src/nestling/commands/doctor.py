@@ -117,12 +117,12 @@ def _speed() -> Finding:
 
 
 def _native() -> Finding:
-    from nestling.memory import native
+    from nestling import native
 
     text = native.status()
     on = text.startswith("on")
-    hint = "" if on else ": memories train two to three times slower on the CPU"
-    return Finding("memory in C", True if on else None, text + hint)
+    hint = "" if on else "; memories train two to three times slower on the CPU"
+    return Finding("code in C", True if on else None, text + hint)
 
 
 def _devices() -> Finding:

@@ -7,7 +7,9 @@ operations widen) and a compiler, which fuses by itself, take the formula as it 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.layers.norm import EPS, l2_norm
+from nestling.native import DEFINES, library, threads
 
+CONVOLUTION = Path(__file__).parent / "convolution.c"
+MOST_TAPS = 8  # that the C code has room for
 BLOCK = 128  # tokens of the convolution at a time, so that what one pass leaves the next finds in the cache
 
 
@@ -72,6 +77,8 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, tail, weight)
         y = torch.empty_like(x)
+        if _run_in_c(x.contiguous(), tail.contiguous(), weight.contiguous(), y=y):
+            return y
         for first in range(0, x.shape[1], BLOCK):
             z = _block(x, tail, weight, first)[1]
             torch.ops.aten.silu.out(z, out=y[:, first : first + BLOCK])
@@ -84,6 +91,10 @@ class _Convolution(torch.autograd.Function):
             return _again(_convolve, (x, tail, weight), grad)
         halo, time = tail.shape[1], x.shape[1]
         d_x, d_tail, d_weight = torch.empty_like(x), torch.zeros_like(tail), torch.zeros_like(weight)
+        whole = x.contiguous(), tail.contiguous(), weight.contiguous()
+        per_lane = weight.new_empty(x.shape[0], *weight.shape)
+        if _run_in_c(*whole, of_y=grad.contiguous(), of_x=d_x, of_tail=d_tail, of_weight=per_lane):
+            return d_x, d_tail, per_lane.sum(0)
         # The gradient of the taps of a block, and behind it the first ones of the next block: a token is also a later tap.
         after = x.new_zeros(x.shape[0], halo, x.shape[2])
         scratch = x.new_empty(x.shape[0], min(BLOCK, time), x.shape[2])
@@ -103,6 +114,31 @@ class _Convolution(torch.autograd.Function):
             for j in range(halo - place, halo + 1):
                 d_tail[:, place].addcmul_(after[:, place - halo + j], weight[j])
         return d_x, d_tail, d_weight
+
+
+class _InC(ctypes.Structure):
+    """`Convolution` of convolution.c, field for field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("lanes", "time", "channels", "width", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "tail", "weight", "y", "of_y", "of_x", "of_tail", "of_weight")),
+    ]
+
+
+def _run_in_c(x: Tensor, tail: Tensor, weight: Tensor, **others: Tensor) -> bool:
+    """The convolution by the C code; False where it does not serve."""
+    given = {"x": x, "tail": tail, "weight": weight, **others}
+    if x.device.type != "cpu" or x.dtype not in DEFINES or weight.shape[0] > MOST_TAPS or x.numel() == 0:
+        return False
+    code = library(CONVOLUTION, x.dtype)
+    if code is None or not all(u.is_contiguous() for u in given.values()):
+        return False
+    lanes, time, channels = x.shape
+    c = _InC(lanes, time, channels, weight.shape[0], threads(lanes * channels))
+    for name, u in given.items():
+        setattr(c, name, u.data_ptr())
+    code.nestling_convolution(ctypes.byref(c))
+    return True
 
 
 def _block(x: Tensor, tail: Tensor, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nestling.memory import native
+from nestling import native
 from nestling.state import leaves
 
 if TYPE_CHECKING:

@@ -82,8 +82,6 @@ static size_t lay(const Scan *c, Space *m, real *at) {
     int L = c->length, most = widest(c);
     for (int l = 0; l < c->depth; l++) {
         int in = c->width[l], out = c->width[l + 1];
-        m->w[l] = take(&at, (size_t)in * out);
-        m->s[l] = take(&at, c->momentum ? (size_t)in * out : 0);
         m->x[l] = take(&at, l ? (size_t)L * in : 0);
         m->z[l] = take(&at, (size_t)L * out);
         m->slope[l] = take(&at, (size_t)L * out);
@@ -276,29 +274,35 @@ static void answers(const Scan *c, Space *m, const Tile *t, real *y) {
     if (c->residual) add((size_t)L * last, t->q, y);
 }
 
-// Weights and momentum after the tile.
-static void advance(const Scan *c, Space *m, const Tile *t) {
+// Weights and momentum after the tile, which go to `to`, in the order of `stand`.
+static void advance(const Scan *c, Space *m, const Tile *t, real *to) {
     int L = c->length;
     const real *a = t->write + (size_t)L * L;
     for (int l = 0; l < c->depth; l++) {
         int in = c->width[l], out = c->width[l + 1], narrow = in <= out;
-        const real *x = m->x[l], *r = m->rows[l];
-        real *restrict w = m->w[l], *restrict s = m->s[l];
-        if (t->keep || c->momentum) {
-            real keep = t->keep ? t->keep[L] : R(1.0), carry = c->momentum ? t->carry[L] : R(0.0);
-            real kept = c->momentum ? *t->keep_s : R(0.0);
-            if (c->momentum)
-                for (int i = 0; i < in * out; i++) w[i] = keep * w[i] + carry * s[i], s[i] *= kept;
-            else
-                for (int i = 0; i < in * out; i++) w[i] *= keep;
+        size_t n = (size_t)in * out;
+        const real *x = m->x[l], *r = m->rows[l], *w = m->w[l], *s = m->s[l];
+        real keep = t->keep ? t->keep[L] : R(1.0), *new_w = to, *new_s = to + n;
+        if (c->momentum) {
+            real carry = t->carry[L], kept = *t->keep_s;
+#pragma omp simd
+            for (size_t i = 0; i < n; i++) {
+                real old = s[i];
+                new_w[i] = keep * w[i] + carry * old;
+                new_s[i] = kept * old;
+            }
+        } else {
+#pragma omp simd
+            for (size_t i = 0; i < n; i++) new_w[i] = keep * w[i];
         }
         for (int of_s = 0; of_s <= c->momentum; of_s++) {
             scaled(L, narrow ? in : out, of_s ? t->write_s : a, narrow ? x : r, m->spare);
             product(
-                in, L, out, turned(narrow ? m->spare : x, in), plain(narrow ? r : m->spare, out), of_s ? s : w, out, -1,
-                m->panel
+                in, L, out, turned(narrow ? m->spare : x, in), plain(narrow ? r : m->spare, out), of_s ? new_s : new_w, out,
+                -1, m->panel
             );
         }
+        to += c->momentum ? 2 * n : n;
     }
 }
 
@@ -314,23 +318,17 @@ static int sound(const Scan *c, const Space *m) {
     return total - total == 0;
 }
 
-static void load(const Scan *c, Space *m, const real *from) {
+// Let the weights and momentum be those at `at`: layer after layer, W, then S.
+static void stand(const Scan *c, Space *m, real *at) {
     for (int l = 0; l < c->depth; l++) {
         size_t n = (size_t)c->width[l] * c->width[l + 1];
-        memcpy(m->w[l], from, n * sizeof(real)), from += n;
-        if (c->momentum) memcpy(m->s[l], from, n * sizeof(real)), from += n;
+        m->w[l] = at, at += n;
+        if (c->momentum) m->s[l] = at, at += n;
     }
 }
 
-static void store(const Scan *c, const Space *m, real *to) {
-    for (int l = 0; l < c->depth; l++) {
-        size_t n = (size_t)c->width[l] * c->width[l + 1];
-        memcpy(to, m->w[l], n * sizeof(real)), to += n;
-        if (c->momentum) memcpy(to, m->s[l], n * sizeof(real)), to += n;
-    }
-}
-
-static void forward(const Scan *c, Space *m, int memory) {
+static void forward(const Scan *c, Space *m, real *state, int memory) {
+    stand(c, m, state);
     for (int l = 0; l < c->depth; l++) {
         size_t n = (size_t)c->width[l] * c->width[l + 1];
         memcpy(m->w[l], c->w[l] + memory * n, n * sizeof(real));
@@ -338,11 +336,12 @@ static void forward(const Scan *c, Space *m, int memory) {
     }
     size_t size = numbers(c), row = (size_t)c->length * c->width[c->depth];
     for (int n = 0; n < c->tiles; n++) {
-        if (c->kept && n % c->group == 0) store(c, m, c->kept + ((size_t)(n / c->group) * c->memories + memory) * size);
+        if (c->kept && n % c->group == 0)
+            memcpy(c->kept + ((size_t)(n / c->group) * c->memories + memory) * size, state, size * sizeof(real));
         Tile t = tile_of(c, memory, n);
         gradients(c, m, &t);
         if (c->q) answers(c, m, &t, c->y + ((size_t)memory * c->tiles + n) * row);
-        advance(c, m, &t);
+        advance(c, m, &t, state);
         if (!sound(c, m)) {
             c->broken[memory] = 1;
             return;
@@ -553,15 +552,16 @@ static void backward(const Scan *c, Space *m, real *states, int memory) {
     int groups = (c->tiles + c->group - 1) / c->group;
     for (int group = groups - 1; group >= 0; group--) {
         int first = group * c->group, end = first + c->group < c->tiles ? first + c->group : c->tiles;
-        load(c, m, c->kept + ((size_t)group * c->memories + memory) * size);
+        memcpy(states, c->kept + ((size_t)group * c->memories + memory) * size, size * sizeof(real));
         for (int n = first; n < end - 1; n++) {  // weights before each tile of the group
-            store(c, m, states + (n - first) * size);
+            real *state = states + (n - first) * size;
+            stand(c, m, state);
             Tile t = tile_of(c, memory, n);
             gradients(c, m, &t);
-            advance(c, m, &t);
+            advance(c, m, &t, state + size);
         }
         for (int n = end - 1; n >= first; n--) {
-            if (n < end - 1) load(c, m, states + (n - first) * size);
+            stand(c, m, states + (n - first) * size);
             Tile t = tile_of(c, memory, n);
             size_t at = (size_t)memory * c->tiles + n;
             gradients(c, m, &t);
@@ -601,7 +601,7 @@ static void *work(void *given) {
     Share *share = given;
     const Scan *c = share->scan;
     Space m;
-    size_t space = lay(c, &m, 0), states = share->backward ? numbers(c) * (c->group - 1) : 0;
+    size_t space = lay(c, &m, 0), states = numbers(c) * (share->backward ? c->group : 1);
     real *at = aligned_alloc(64, ((space + states) * sizeof(real) + 63) / 64 * 64);
     if (!at) {
         share->failed = 1;
@@ -610,7 +610,7 @@ static void *work(void *given) {
     lay(c, &m, at);
     for (int memory = share->first; memory < c->memories; memory += c->threads)
         if (share->backward) backward(c, &m, at + space, memory);
-        else forward(c, &m, memory);
+        else forward(c, &m, at + space, memory);
     free(at);
     return 0;
 }

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
@@ -15,12 +13,13 @@ import torch
 from torch import Tensor
 
 from nestling.memory.biases import L2, Bias, DotProduct
-from nestling.memory.native.library import DEFINES, DEPTH, STREAMS, Scan, library
+from nestling.memory.native.fields import DEPTH, STREAMS, Scan
 from nestling.memory.networks import MLP, Matrix
 from nestling.memory.networks.base import Network
 from nestling.memory.networks.layer_norm import EPS
 from nestling.memory.retentions import Decay, Full, Retention
 from nestling.memory.rules import DeltaGradient, Gradient, Implicit, Momentum, Rule
+from nestling.native import DEFINES, SCAN, library, threads
 
 if TYPE_CHECKING:
     from nestling.memory.coefficients import Coefficients
@@ -63,28 +62,14 @@ class Cell:
         return Cell(spec.name, network, spec.bias, spec.retention, spec.rule, spec.read, reads)
 
 
-_AWAY: ContextVar[bool] = ContextVar("away", default=False)
-
-
-@contextmanager
-def without() -> Iterator[None]:
-    """Run on the framework's operations alone, whose work its counters see."""
-    token = _AWAY.set(True)
-    try:
-        yield
-    finally:
-        _AWAY.reset(token)
-
-
 def serves(cell: Cell, x: Tensor) -> bool:
     """Whether there is C code for these choices and for such tensors, on this machine."""
     return (
         not torch.compiler.is_compiling()
-        and not _AWAY.get()
         and x.device.type == "cpu"
         and x.dtype in DEFINES
         and _known(cell)
-        and library(x.dtype) is not None
+        and library(SCAN, x.dtype) is not None
     )
 
 
@@ -154,7 +139,7 @@ class _Plan:
         shapes = [w.shape for w in weights]
         cell, network = self.cell, self.cell.network
         c = Scan(memories=self.memories, tiles=self.tiles, length=self.length, depth=network.depth, group=self.group)
-        c.threads = max(1, min(torch.get_num_threads(), self.memories, 64))
+        c.threads = threads(self.memories)
         c.width[: len(shapes) + 1] = [*(shape[-2] for shape in shapes), shapes[-1][-1]]
         if isinstance(network, MLP):
             c.activation, c.residual, c.norm = ACTIVATIONS[network.activation], network.residual, network.norm
@@ -165,7 +150,7 @@ class _Plan:
                 getattr(c, name)[: len(x)] = [w.data_ptr() for w in x]
             elif x is not None:
                 setattr(c, name, x.data_ptr())
-        code = library(weights[0].dtype)
+        code = library(SCAN, weights[0].dtype)
         assert code is not None
         if code.nestling_scan(ctypes.byref(c), int(backward)):
             raise MemoryError(f"{cell.name}: no memory for the scratch space of {c.threads} threads")
