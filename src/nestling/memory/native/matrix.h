@@ -83,65 +83,76 @@ static void pack(Operand b, int depth, int live, real *restrict panel) {
         }
 }
 
-// `rows` rows of C, PANEL columns. sign 0: C = A B; 1: C += A B; -1: C -= A B.
-#define KERNEL(rows)                                                                                        \
-    static inline void kernel_##rows(                                                                       \
-        const real *restrict a, ptrdiff_t row, ptrdiff_t column, const real *restrict panel, int depth,   \
-        real *restrict c, ptrdiff_t width, int sign                                                        \
-    ) {                                                                                                     \
-        vec sum[rows][2];                                                                                   \
-        for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vec){};                                     \
-        for (int k = 0; k < depth; k++) {                                                                   \
-            vec b0 = *(const vec *)(panel + (size_t)k * PANEL);                                             \
-            vec b1 = *(const vec *)(panel + (size_t)k * PANEL + LANES);                                     \
-            _Pragma("GCC unroll 8") for (int i = 0; i < rows; i++) {                                        \
-                real x = a[i * row + k * column];                                                          \
-                sum[i][0] += x * b0;                                                                        \
-                sum[i][1] += x * b1;                                                                        \
-            }                                                                                               \
-        }                                                                                                   \
-        _Pragma("GCC unroll 8") for (int i = 0; i < rows; i++) for (int j = 0; j < 2; j++) {                \
-            vec *to = (vec *)(c + i * width + j * LANES);                                                   \
-            if (sign == 0) *to = sum[i][j];                                                                 \
-            else if (sign > 0) *to += sum[i][j];                                                            \
-            else *to -= sum[i][j];                                                                          \
-        }                                                                                                   \
+// `rows` rows of C, `vectors` registers of columns. sign 0: C = A B; 1: C += A B; -1: C -= A B.
+#define KERNEL(rows, vectors)                                                                                        \
+    static inline void kernel_##rows##_##vectors(                                                                    \
+        const real *restrict a, ptrdiff_t row, ptrdiff_t column, const real *restrict b, ptrdiff_t stride, int depth, \
+        real *restrict c, ptrdiff_t width, int sign                                                                  \
+    ) {                                                                                                              \
+        vec sum[rows][vectors];                                                                                      \
+        for (int i = 0; i < rows; i++)                                                                               \
+            for (int j = 0; j < vectors; j++) sum[i][j] = (vec){};                                                   \
+        for (int k = 0; k < depth; k++, b += stride) {                                                               \
+            vec part[vectors];                                                                                       \
+            for (int j = 0; j < vectors; j++) part[j] = *(const vec *)(b + j * LANES);                               \
+            _Pragma("GCC unroll 8") for (int i = 0; i < rows; i++) {                                                 \
+                real x = a[i * row + k * column];                                                                    \
+                for (int j = 0; j < vectors; j++) sum[i][j] += x * part[j];                                          \
+            }                                                                                                        \
+        }                                                                                                            \
+        _Pragma("GCC unroll 8") for (int i = 0; i < rows; i++) for (int j = 0; j < vectors; j++) {                   \
+            vec *to = (vec *)(c + i * width + j * LANES);                                                            \
+            if (sign == 0) *to = sum[i][j];                                                                          \
+            else if (sign > 0) *to += sum[i][j];                                                                     \
+            else *to -= sum[i][j];                                                                                   \
+        }                                                                                                            \
     }
-KERNEL(1)
+KERNEL(1, 1)
+KERNEL(1, 2)
 #if ROWS == 8
-KERNEL(8)
-#define kernel_full kernel_8
+KERNEL(8, 1)
+KERNEL(8, 2)
+#define kernel_full_1 kernel_8_1
+#define kernel_full_2 kernel_8_2
 #else
-KERNEL(4)
-#define kernel_full kernel_4
+KERNEL(4, 1)
+KERNEL(4, 2)
+#define kernel_full_1 kernel_4_1
+#define kernel_full_2 kernel_4_2
 #endif
 
-// C `[rows, columns]` of row length `width` from A `[rows, depth]` and B `[depth, columns]`. scratch: depth · PANEL floats.
+// C `[rows, columns]` of row length `width` from A `[rows, depth]` and B `[depth, columns]`. scratch: depth · PANEL reals.
 static void product(
     int rows, int depth, int columns, Operand a, Operand b, real *c, int width, int sign, real *restrict scratch
 ) {
     for (int n = 0; n < columns; n += PANEL) {
-        int live = columns - n < PANEL ? columns - n : PANEL;
+        int live = columns - n < PANEL ? columns - n : PANEL, narrow = live <= LANES, whole = live == LANES || live == PANEL;
         Operand part = {b.at + n * b.column, b.row, b.column};
-        pack(part, depth, live, scratch);
+        const real *panel = part.at;
+        ptrdiff_t stride = part.row;
+        if (part.column != 1 || !whole || rows > 2 * ROWS) {  // for few rows what lies in order already is read as it lies
+            pack(part, depth, live, scratch);
+            panel = scratch, stride = PANEL;
+        }
         real edge[ROWS * PANEL];
         for (int m = 0; m < rows; m += ROWS) {
             int block = rows - m < ROWS ? rows - m : ROWS;
             real *to = c + (size_t)m * width + n;
-            ptrdiff_t stride = width;
-            if (live < PANEL) {  // sum beside, then copy what there is room for
-                to = edge, stride = PANEL;
+            ptrdiff_t step = width;
+            if (!whole) {  // sum beside, then copy what there is room for
+                to = edge, step = PANEL;
                 if (sign)
                     for (int i = 0; i < block; i++)
                         memcpy(edge + i * PANEL, c + (size_t)(m + i) * width + n, live * sizeof(real));
             }
             const real *from = a.at + m * a.row;
-            if (block == ROWS)
-                kernel_full(from, a.row, a.column, scratch, depth, to, stride, sign);
+            if (block == ROWS && narrow) kernel_full_1(from, a.row, a.column, panel, stride, depth, to, step, sign);
+            else if (block == ROWS) kernel_full_2(from, a.row, a.column, panel, stride, depth, to, step, sign);
             else
-                for (int i = 0; i < block; i++)
-                    kernel_1(from + i * a.row, a.row, a.column, scratch, depth, to + i * stride, stride, sign);
-            if (live < PANEL)
+                for (int i = 0; i < block; i++, from += a.row, to += step)
+                    if (narrow) kernel_1_1(from, a.row, a.column, panel, stride, depth, to, step, sign);
+                    else kernel_1_2(from, a.row, a.column, panel, stride, depth, to, step, sign);
+            if (!whole)
                 for (int i = 0; i < block; i++)
                     memcpy(c + (size_t)(m + i) * width + n, edge + i * PANEL, live * sizeof(real));
         }
