@@ -14,7 +14,7 @@ from nestling.memory.biases import L2, Bias, reads_threshold
 from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Gates
 from nestling.memory.inputs import check_weights, prepare
-from nestling.memory.networks import Matrix, Network
+from nestling.memory.networks import Matrix, Network, Vector
 from nestling.memory.networks.base import at
 from nestling.memory.report import Report
 from nestling.memory.retentions import Full, Retention, Settled, per_channel, toward_initial
@@ -236,6 +236,20 @@ class MemorySpec(Memory):
                 f"{self.value_dim}: make value_dim no larger, or set residual=False, leading=False"
             )
         self.shapes  # noqa: B018  refuses dimensions that do not fit
+        self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        """Refuse what acts along the key where the network's first weights are not read by it."""
+        if isinstance(self.network, Vector):
+            along = {
+                repr(self.retention): per_channel(self.retention),
+                repr(self.rule): isinstance(self.rule, Implicit) or (self.rule.erase != "none" and self.network.keyed),
+            }
+            for choice in (choice for choice, acts in along.items() if acts):
+                raise ValueError(
+                    f"{self.name}: {choice} acts along the key, but the weights of {self.network!r} have one number for each "
+                    "channel of the value: choose Decay(), and Gradient() or Momentum(), or Matrix()"
+                )
 
     @cached_property
     def width(self) -> int:
