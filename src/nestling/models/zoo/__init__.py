@@ -1,5 +1,5 @@
 """The named models, a file for each family: each reads as its diagram."""
 
-from nestling.models.zoo import atlas, baselines, hope, miras, titans, tnt
+from nestling.models.zoo import atlas, baselines, hope, miras, slots, titans, tnt
 
-__all__ = ["atlas", "baselines", "hope", "miras", "titans", "tnt"]
+__all__ = ["atlas", "baselines", "hope", "miras", "slots", "titans", "tnt"]
