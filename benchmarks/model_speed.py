@@ -32,8 +32,9 @@ from common import Spread, flops, interleaved, machine, matmul_rate, peak_bytes,
 class Settings:
     """Training speed of language models beside the transformer.
 
-    models: names from `nl.models.names()`; default all.  shapes: lanes x tokens.  seconds: of timing per figure; slow models take
-    what three rounds take.  dim, layers, heads, chunk, window: of every model that has them.  threads: default PyTorch's own.
+    models: names from `nl.models.names()`; default all.  shapes: lanes x tokens.  seconds: of timing per figure; a model whose
+    round takes twice that gets one.  dim, layers, heads, chunk, window: of every model that has them.  threads: default PyTorch's
+    own.
     quick: one shape, 1x1024.
     cpu_time: one thread, timed by the processor time it gets, not the clock on the wall: for a machine that is busy otherwise.
     """

@@ -1,8 +1,7 @@
-"""Every named model trains, on a text whose next token depends on the last, and, in the deep profile, on real text."""
+"""Every named model trains, on a text whose next token depends on the last."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,15 +24,6 @@ def chains(steps: int, lanes: int, time: int, vocab: int) -> Iterator[Tensor]:
             fork = torch.randint(2, (lanes,), generator=generator)
             tokens = torch.cat([tokens, ((5 * tokens[:, -1] + 3 + 7 * fork) % vocab)[:, None]], 1)
         yield tokens[:, -time - 1 :]
-
-
-def real_text(steps: int, lanes: int, time: int) -> tuple[Tensor, float]:
-    """Stretches `[step, lane, time + 1]` of the embedded corpus, and the entropy of their bytes in nats."""
-    text = "".join(document.text for document in nl.stream.corpus.standard_library().train[:40]).encode()
-    rows = torch.frombuffer(bytearray(text[: lanes * (len(text) // lanes)]), dtype=torch.uint8).view(lanes, -1).long()
-    stretches = rows[:, : steps * time + 1].unfold(1, time + 1, time).transpose(0, 1)
-    share = torch.bincount(stretches.flatten()).double() / stretches.numel()
-    return stretches, float(-torch.xlogy(share, share).sum())
 
 
 def trained(model: nl.models.LanguageModel, stretches: Any, lr: float) -> list[float]:
@@ -64,15 +54,3 @@ def test_a_model_trains(name: str) -> None:
     unigram = torch.tensor(16.0).log()
     assert abs(losses[0] - unigram) < 0.1, "an untrained model knows nothing"
     assert sum(losses[-3:]) / 3 < unigram / 2
-
-
-@pytest.mark.skipif(os.environ.get("NESTLING_DEEP") != "1", reason="long: runs in the deep profile")
-@pytest.mark.parametrize("name", NAMES)
-def test_a_model_trains_on_real_text(name: str) -> None:
-    """200 steps of 8 lanes of 64 bytes of Python's standard library."""
-    torch.manual_seed(0)
-    stretches, unigram = real_text(200, 8, 64)
-    losses = trained(nl.models.build(name, "tiny"), stretches, lr=1e-2)
-    final = sum(losses[-20:]) / 20
-    print(f"{name}: {final:.3f} nats a byte, unigram {unigram:.3f}")
-    assert final < unigram - 0.3
