@@ -18,6 +18,7 @@ from torch import Tensor
 from nestling import state as fast
 
 Scan = Callable[..., tuple[Tensor, Any]]
+Start = Callable[[int], Any]
 
 
 class Packing(NamedTuple):
@@ -127,20 +128,25 @@ def _rows(begins: np.ndarray, there: np.ndarray | None, shard: int) -> tuple[lis
     return rows, home
 
 
-def unfold(scan: Scan, packing: Packing, start: Any, state: Any, at_start: Tensor, inputs: Any) -> tuple[Tensor, Any]:
+def unfold(scan: Scan, packing: Packing, start: Start, state: Any, at_start: Tensor, inputs: Any) -> tuple[Tensor, Any]:
     """Read a packed call: answers in the tokens' own order, and the lanes' new states.
 
     scan      `scan(inputs, state, reset=…, valid=…)` of the memory
-    start     state of lanes that have read nothing, as many as there are rows beside the first of each lane
+    start     states of so many lanes that have read nothing
     state     of the lanes;  at_start: bool `[lane]`, the call's first token begins a shard
     inputs    a tree of `[lane, head, time, …]`
     """
     rows, lanes = packing.rows, len(packing.ends)
-    others = torch.arange(lanes * (rows - 1)).view(lanes, -1)
-    mine = fast.take(start, others[:, 0])
-    state = fast.where(at_start, mine, state, keep=("faults",))
-    order = torch.cat([torch.arange(lanes)[:, None], lanes + others], 1)
-    first = fast.take(fast.stack([state, start]), order.flatten())
+    if bool(at_start.all()):  # nothing goes on from the states but their faults; a fresh state's anchor is its weights
+        first = start(lanes * rows)
+        faults = torch.cat([state.faults[:, None], first.faults.view(lanes, rows)[:, 1:]], 1).flatten()
+        first = first._replace(faults=faults)
+    else:
+        fresh = start(lanes * (rows - 1))
+        others = torch.arange(lanes * (rows - 1)).view(lanes, -1)
+        own = fast.where(at_start, fast.take(fresh, others[:, 0]), state, keep=("faults",))
+        order = torch.cat([torch.arange(lanes)[:, None], lanes + others], 1)
+        first = fast.take(fast.stack([own, fresh]), order.flatten())
     y, ends = scan(fast.tree_map(packing.put, inputs), first, reset=packing.reset, valid=packing.valid)
     faults = ends.faults.view(-1, rows).sum(1)
     new = fast.take(ends, torch.arange(lanes) * rows + packing.ends)

@@ -81,7 +81,9 @@ def _read(spec: Tnt, x: Call, n: int, q: Tensor, begins: Tensor | None, options:
                 q, k, v, gates = inputs
                 return memory.scan(w0, q, k, v, Gates(**gates), state, **masks, **options)
 
-            start = memory.start(w0, len(begins) * (packing.rows - 1))
+            def start(count: int) -> Any:
+                return memory.start(w0, count)
+
             inputs = (q, x.k, x.v, dict(x.gates[n].items()))
             return unfold(run, packing, start, state, _first(begins, x.valid), inputs)
     return memory.scan(w0, q, x.k, x.v, x.gates[n], state, reset=begins, valid=x.valid, **options)
