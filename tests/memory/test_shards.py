@@ -121,11 +121,12 @@ def test_packed_and_unpacked_reading_agree(case: dict, projection: str) -> None:
 def test_a_long_call_takes_as_many_steps_as_a_shard_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes TNT quick: the local memory reads the call's shards at once, also when lanes are out of step."""
     spec = nl.memory.named("tnt", key_dim=4, chunk=4, shard=16, global_chunk=32)
-    calls = []
+    calls, states = [], []
     scan = nl.memory.MemorySpec.scan
 
     def noting(self: nl.memory.MemorySpec, w0: object, q: Tensor, *rest: object, **options: object) -> object:
         calls.append((self.read, tuple(q.shape[::2])))
+        states.append(rest[-1])
         return scan(self, w0, q, *rest, **options)
 
     monkeypatch.setattr(nl.memory.MemorySpec, "scan", noting)
@@ -135,6 +136,10 @@ def test_a_long_call_takes_as_many_steps_as_a_shard_has(monkeypatch: pytest.Monk
     calls.clear()
     spec.scan(w0, *example, state)
     assert calls == [("boundary", (2, 128)), ("after", (2 * 8, 16))]
+    spec.scan(w0, *example)
+    assert states[-1].anchor[0] is states[-1].weights[0], (
+        "as in a fresh state, by which the engine knows a chunk's start"
+    )
 
 
 def test_orthonormal_keys_project_on_their_span_and_at_last_change_nothing() -> None:
