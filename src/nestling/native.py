@@ -78,7 +78,7 @@ def _load(source: Path, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()
         return None, f"off: {compiler} could not build it ({last[-1] if last else error})"
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return None, f"off: {error}"
 
 
@@ -90,18 +90,27 @@ def _build(compiler: str, source: Path, defines: tuple[str, ...]) -> Path:
     digest.update(" ".join((compiler, *FLAGS, *defines, platform.machine(), _processor())).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestling"
     target = folder / f"{source.stem}-{digest.hexdigest()[:24]}.so"
-    if target.exists():
-        return target
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _own(folder)
+    if target.exists():
+        _own(target)
+        return target
     handle, draft = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
         command = [compiler, *FLAGS, *defines, f"-I{HEADERS}", str(source), "-o", draft, "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120)
         os.replace(draft, target)  # whole or not at all, also if several processes build at once
     finally:
         Path(draft).unlink(missing_ok=True)
     return target
+
+
+def _own(path: Path) -> None:
+    """Refuse code from where others may write."""
+    found = path.lstat()
+    if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & 0o022 or path.is_symlink()):
+        raise PermissionError(f"{path} is not this user's alone: remove it, or name another XDG_CACHE_HOME")
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -236,6 +237,42 @@ def test_second_derivatives(name: str, calls: list[int]) -> None:
         assert_close(found, twice(), 1e-8)
 
 
+@pytest.mark.parametrize("name", ["self_modifying", "titans", "gated_deltanet", "omeganet"])
+@pytest.mark.parametrize("in_c", [False, pytest.param(True, marks=NEEDS)])
+def test_a_gradient_to_be_differentiated_is_the_gradient(name: str, in_c: bool) -> None:
+    """Also where inputs of a step were made from one another, as keys from the weights that they then change."""
+    spec = nl.memory.named(name, key_dim=4, chunk=4)
+    g = torch.Generator().manual_seed(19)
+    w0 = [w.double().requires_grad_() for w in spec.init(HEADS, g)]
+    q, k, v, gates = spec.example(g, heads=HEADS, time=2 * spec.period)
+    k = k.double() @ w0[0] if w0[0].shape[-2:] == (4, 4) else k.double() @ w0[0] @ w0[0].mT
+    with contextlib.nullcontext() if in_c else without():
+        y, state = nl.memory.scan(spec, w0, q.double(), k, v.double(), gates.map(lambda gate: gate.double()))
+        total = y.square().sum() + sum(w.square().sum() for w in state.weights)
+        plain = torch.autograd.grad(total, w0, retain_graph=True)
+        again = torch.autograd.grad(total, w0, create_graph=True)
+    assert_close([x.detach() for x in again], list(plain), 1e-10)
+
+
+@NEEDS
+def test_backward_goes_the_way_that_forward_went() -> None:
+    spec = nl.memory.named("titans", key_dim=8, chunk=8)
+    w0, streams, gates = example(spec, 16, 21, torch.float32)
+    y, _ = nl.memory.scan(spec, w0, *streams, gates)
+    expected = torch.autograd.grad(y.sum(), w0, retain_graph=True)
+    with without():
+        found = torch.autograd.grad(y.sum(), w0)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@NEEDS
+@pytest.mark.parametrize("dim", [17, 31, 33])
+def test_odd_widths_in_single_precision(dim: int) -> None:
+    """Around the widths of the vector registers and panels, keys and values of different widths."""
+    spec = nl.memory.named("titans", key_dim=dim, value_dim=dim + 2, chunk=9, network=Matrix())
+    assert_close(everything(spec, 27, 23, torch.float32), everything(spec, 27, 23, torch.float64), 1e-5)
+
+
 @NEEDS
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_activations(mean: float) -> None:
@@ -286,6 +323,10 @@ def test_does_without(tmp_path: Path) -> None:
     assert "could not build it (no such thing)" in run(
         READS, PATH=f"{tmp_path}:/usr/bin:/bin", XDG_CACHE_HOME=str(tmp_path / "one")
     )
+    shared = tmp_path / "shared" / "nestling"
+    shared.mkdir(parents=True)
+    shared.chmod(0o777)
+    assert "is not this user's alone" in run(READS, XDG_CACHE_HOME=str(tmp_path / "shared"))
     (tmp_path / "file").write_text("")
     assert run(READS, XDG_CACHE_HOME=str(tmp_path / "file")).startswith("off: ")
 

@@ -49,7 +49,11 @@ def _call(function: type[torch.autograd.Function], formula: Callable[..., Tensor
 
 
 def _again(formula: Callable[..., Tensor], saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated once more."""
+    """Gradients that can be differentiated once more.
+
+    To names of their own: where one input was made from another, the way through it is not to be counted here.
+    """
+    saved = tuple(x.view_as(x) if x.requires_grad else x for x in saved)
     found = iter(torch.autograd.grad(formula(*saved), [x for x in saved if x.requires_grad], grad, create_graph=True))
     return tuple(next(found) if x.requires_grad else None for x in saved)
 

@@ -119,7 +119,11 @@ def _sides(x: Tensor, a: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _again(formula: Callable[..., Tensor], saved: Parts, grad: Tensor) -> Parts:
-    """Gradients that can be differentiated once more."""
+    """Gradients that can be differentiated once more.
+
+    To names of their own: where one input was made from another, the way through it is not to be counted here.
+    """
+    saved = tuple(x.view_as(x) if x is not None and x.requires_grad else x for x in saved)
     wanted = [x for x in saved if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(formula(*saved), wanted, grad, create_graph=True))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in saved)

@@ -49,12 +49,16 @@ static void pack(Operand b, int depth, int live, real *restrict panel) {
         for (int k = 0; k < depth; k++) memcpy(panel + (size_t)k * PANEL, b.at + k * b.row, live * sizeof(real));
         return;
     }
+#ifndef __has_builtin
+#define __has_builtin(name) 0
+#endif
     // Transposed: blocks of 8 by 8 keep both sides in few cache lines.
     for (int k = 0; k < depth; k += 8)
         for (int n = 0; n < live; n += 8) {
             int rows = depth - k < 8 ? depth - k : 8, columns = live - n < 8 ? live - n : 8;
             const real *from = b.at + k * b.row + n * b.column;
             real *to = panel + (size_t)k * PANEL + n;
+#if __has_builtin(__builtin_shufflevector)  // gcc from 12 on, clang
             if (rows == 8 && columns == 8 && b.row == 1) {
                 typedef real v8 __attribute__((vector_size(8 * sizeof(real)), aligned(4), may_alias));
                 v8 r[8], t[8];
@@ -78,6 +82,7 @@ static void pack(Operand b, int depth, int live, real *restrict panel) {
                 }
                 continue;
             }
+#endif
             for (int i = 0; i < rows; i++)
                 for (int j = 0; j < columns; j++) to[i * PANEL + j] = from[i * b.row + j * b.column];
         }

@@ -509,7 +509,7 @@ static void back_gradients(const Scan *c, Space *m, Gradients *g) {
         for (int i = 0; i < L; i++) {
             real *restrict g_ = of_error + (size_t)i * last, *restrict to = of_z + (size_t)i * last;
             const real *restrict e = m->error + (size_t)i * last, *restrict n = m->normed + (size_t)i * last;
-            real s = m->scale[i], of_scale = dot(g_, m->delta[D - 1] + (size_t)i * last, last) / s;
+            real s = m->scale[i], of_scale = s > 0 ? dot(g_, m->delta[D - 1] + (size_t)i * last, last) / s : 0;
             real along = dot(g_, n, last) / last, error_along = dot(e, n, last) / last, mean = sum(g_, last) / last;
             for (int j = 0; j < last; j++) {
                 to[j] = -s * (g_[j] * error_along + e[j] * along);  // to n

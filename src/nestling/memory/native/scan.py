@@ -111,6 +111,9 @@ def scan(
     c        coefficients `[…, tile, …]` or, of a single tile, `[…]`; leading dimensions may be broadcast, as those of erase
     weights  `[…, in, out]`
     """
+    everything = [x for x in (*given, *c, erase, *weights, *momentum) if x is not None]
+    if given[1].numel() == 0 or any(x.dtype != given[1].dtype or x.device.type != "cpu" for x in everything):
+        return None
     lead = given[1].shape[:-2]
     write = c.running if c.write is None else c.write
     places = (None if x is None else x.reshape(*lead, -1, x.shape[-1]) for x in given)
@@ -133,6 +136,7 @@ class _Plan:
         """Tiles between two that weights are kept of: those kept and those made again then grow with the root of the length.
         Those kept are of all memories, those made again of one at a time: rather few are kept."""
         self.broken = torch.zeros(memories, dtype=torch.int32)
+        self.code: Any = None
 
     def call(self, weights: Weights, backward: bool, tensors: dict[str, Any]) -> None:
         """Run it. tensors: by the names of `Scan`, tuples for the layers; weights: or what is like them."""
@@ -150,16 +154,15 @@ class _Plan:
                 getattr(c, name)[: len(x)] = [w.data_ptr() for w in x]
             elif x is not None:
                 setattr(c, name, x.data_ptr())
-        code = library(SCAN, weights[0].dtype)
-        assert code is not None
-        if code.nestling_scan(ctypes.byref(c), int(backward)):
+        self.code = self.code or library(SCAN, weights[0].dtype)  # a backward pass goes the way the forward pass went
+        if self.code.nestling_scan(ctypes.byref(c), int(backward)):
             raise MemoryError(f"{cell.name}: no memory for the scratch space of {c.threads} threads")
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *given: Tensor | None) -> tuple[Tensor, ...]:
-        whole = [None if x is None else x.contiguous() for x in given]
+        whole = _whole(given)
         streams, rest = dict(zip(STREAMS, whole, strict=False)), whole[len(STREAMS) :]
         weights = tuple(w for w in rest if w is not None)
         v, depth = streams["v"], plan.cell.network.depth
@@ -188,11 +191,14 @@ class _Scan(torch.autograd.Function):
         plan: _Plan = ctx.plan
         *given, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            outputs = _again(plan, *given)
+            # Their own names: where one of them was made from another, the way through it is not to be counted here.
+            given = [x.view_as(x) if x is not None and x.requires_grad else x for x in given]
+            pairs = [p for p in zip(_again(plan, *given), (of_y, *of_ends), strict=True) if p[0].requires_grad]
+            outputs, grads_of = zip(*pairs, strict=True)
             wanted = [x for x in given if x is not None and x.requires_grad]
-            found = iter(torch.autograd.grad(outputs, wanted, (of_y, *of_ends), create_graph=True, allow_unused=True))
+            found = iter(torch.autograd.grad(outputs, wanted, grads_of, create_graph=True, allow_unused=True))
             return None, *(next(found) if x is not None and x.requires_grad else None for x in given)
-        whole = [None if x is None else x.contiguous() for x in given]
+        whole = _whole(given)
         depth = plan.cell.network.depth
         streams = dict(zip(STREAMS, whole, strict=False))
         grads = {f"of_{name}": None if x is None else torch.zeros_like(x) for name, x in streams.items()}
@@ -207,6 +213,11 @@ class _Scan(torch.autograd.Function):
         }
         plan.call(ends[:depth], True, tensors)
         return None, *grads.values(), *ends
+
+
+def _whole(given: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """As the C code reads them."""
+    return [None if x is None else x.resolve_neg().contiguous() for x in given]
 
 
 def _again(plan: _Plan, *whole: Tensor | None) -> tuple[Tensor, ...]:
