@@ -45,6 +45,11 @@ VERBS = {
         "nestling.commands.generate:GenerateConfig",
         "nestling.commands.generate:run",
     ),
+    "convert": Verb(
+        "add levels to a trained model, or change those it has",
+        "nestling.commands.convert:ConvertConfig",
+        "nestling.commands.convert:run",
+    ),
     "levels": Verb(
         "show what learns in a model, and how often",
         "nestling.commands.levels:LevelsConfig",

@@ -19,6 +19,7 @@ from torch import nn
 from nestling import models, stream
 from nestling.config import SettingError, did_you_mean, override, to_json
 from nestling.learn import checkpoint, folder
+from nestling.learn.assembly import assemble
 from nestling.learn.budget import Budget
 from nestling.learn.checkpoint import Checkpoint
 from nestling.learn.config import TrainConfig
@@ -28,8 +29,6 @@ from nestling.learn.evaluation import Score, bits_per_byte, evaluate, passages
 from nestling.learn.interrupt import Interrupt
 from nestling.learn.learner import Learner
 from nestling.learn.metrics import MetricsLog, draw_curve, read_metrics
-from nestling.learn.optimizer import from_config
-from nestling.learn.schedule import Schedule
 
 EVAL_BYTES = 8192
 
@@ -90,29 +89,12 @@ def _train(config: TrainConfig, saved: Checkpoint | None, device: torch.device, 
     """The run from `saved` on; a new run makes its folder and owns it, one that is resumed is owned by the caller."""
     parts = stream.parts_of(config.data) if config.continual else ()
     corpus = stream.joined(parts) if parts else open_corpus(config.data)
-    tokenizer = stream.ByteTokenizer()
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     if config.source is not None and saved is None:
         _begin_from(config.source, model)
-    align = model.window if model.window is not None and config.length % model.window == 0 else 1
-
-    def lanes_of(documents: Sequence[stream.Document]) -> stream.Lanes:
-        return stream.Lanes(documents, tokenizer, config.lanes, config.length, seed=config.seed, align=align)
-
-    reading = stream.Parts([lanes_of(p.corpus.train) for p in parts]) if parts else lanes_of(corpus.train)
-    optimizer = from_config(config, model)
     budget = Budget(**saved.numbers["budget"]) if saved else Budget(tokens=config.tokens, minutes=config.minutes)
-    schedule = Schedule(shape=config.schedule, warmup=config.warmup * config.lanes * config.length)
-    learner = Learner(
-        model,
-        optimizer,
-        reading,
-        schedule=lambda tokens: schedule(tokens, budget.progress(tokens), budget.total),
-        clip=config.clip,
-        carry=config.carry,
-        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
-    )
+    learner = assemble(config, model, corpus, parts, budget)
     if saved:
         learner.restore(saved)
 

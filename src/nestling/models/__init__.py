@@ -2,6 +2,7 @@
 
 from nestling.models import zoo
 from nestling.models.block import Block, ModelConfig
+from nestling.models.convert import convert
 from nestling.models.lm import LanguageModel, ModelState
 from nestling.models.registry import SIZES, build, describe, levels, names, register, settings
 
@@ -12,6 +13,7 @@ __all__ = [
     "ModelConfig",
     "ModelState",
     "build",
+    "convert",
     "describe",
     "levels",
     "names",
