@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from nestling.config import SettingError
 from nestling.learn.config import Overrides, TrainConfig
 
 if TYPE_CHECKING:
     from nestling.layers import Level
 
 Run = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
+Drawing = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class LevelsConfig:
     """What moves its slow weights, whose memories are levels too."""
     overrides: Overrides = field(default_factory=dict)
     """Settings of the model that differ from its size's, for example --set dim=128 layers=4."""
+    draw: Drawing = None
+    """Draw the nest into this .svg, .png or .pdf file as well."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -49,6 +53,7 @@ def run(config: LevelsConfig) -> int:
     from nestling.learn.folder import settings_of
     from nestling.learn.optimizer import from_config
     from nestling.learn.run import build_model, parameters
+    from nestling.models import drawing
 
     if config.run is not None:
         settings = settings_of(config.run)
@@ -59,6 +64,11 @@ def run(config: LevelsConfig) -> int:
     with torch.device("meta"):  # names and sizes are all that is asked for
         model = build_model(settings)
     levels = models.levels(model, from_config(settings, model))
+    if config.draw is not None:
+        try:
+            drawing.draw(levels, config.draw, f"{settings.model} {settings.size}")
+        except ValueError as error:
+            raise SettingError(str(error)) from error
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if config.json:
         rows = [dataclasses.asdict(level) | {"period": str(level.period)} for level in levels]
@@ -81,7 +91,10 @@ def run(config: LevelsConfig) -> int:
             "rule": level.rule,
             "learns from": level.flow,
             "hands on by": level.transfer,
+            "per lane": "grows with the text" if level.weights is None else f"{level.weights:,} numbers",
         }
+        if level.period.unit == "step":
+            del what["per lane"]
         lines = Table.grid(padding=(0, 1))
         for word, text in what.items():
             lines.add_row(Text(word, "dim"), Text(text))
@@ -96,7 +109,9 @@ def merge(levels: Sequence[Level]) -> list[tuple[str, Level]]:
     """Levels that differ in nothing but their block as one line, `blocks.*.mixer.memory (4 times)`, in the order of the first."""
     groups: dict[Level, list[Level]] = {}
     for level in levels:
-        kind = dataclasses.replace(level, name=re.sub(r"\d+", "*", level.name, count=1), params=(), state_paths=())
+        kind = dataclasses.replace(
+            level, name=re.sub(r"\d+", "*", level.name, count=1), params=(), state_paths=(), slow=0
+        )
         groups.setdefault(kind, []).append(level)
     lines = []
     for kind, members in groups.items():

@@ -22,6 +22,11 @@ class Period:
         """Sorts fast before slow."""
         return (0 if self.unit == "token" else 1, self.n)
 
+    @property
+    def frequency(self) -> float:
+        """Updates per token or step: 1/n, ∞ for n = 0."""
+        return 1 / self.n if self.n else float("inf")
+
     def __str__(self) -> str:
         if self.n == 0:
             return "every token, from all data"
@@ -37,6 +42,9 @@ class Level:
     transfer      how knowledge reaches the next slower level (none, direct, backpropagation, initialization, generation)
     params        names of the slow parameters this level moves
     state_paths   paths of the state tensors that are this level's fast weights
+    weights       numbers that a fresh lane keeps there, without the window that is still open; None: they grow with the text.
+                  Filled in by `nestling.models.levels`, as is
+    slow          how many slow parameters `params` are
     """
 
     name: str
@@ -49,6 +57,8 @@ class Level:
     transfer: str
     params: tuple[str, ...] = ()
     state_paths: tuple[str, ...] = ()
+    weights: int | None = 0
+    slow: int = 0
 
     def under(self, prefix: str, state: str | None = None) -> Level:
         """The same level inside a larger module, whose state stands under `state` (default: the same prefix)."""

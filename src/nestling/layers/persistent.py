@@ -40,6 +40,8 @@ class Persistent(Layer):
         """What the layer answers at P `[1, number, dim]`, and the state behind it."""
         if self.tokens is None:
             return None, self.layer.start(lanes)
+        if self.tokens.is_meta:  # shapes alone, which reading leaves as they are
+            return self.tokens[None], self.layer.start(lanes)
         y, state = self.layer(torch.stack([self.tokens]), self.layer.start(1))
         return y, fast.tree_map(lambda leaf: leaf.expand(lanes, *leaf.shape[1:]), state)
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from nestling import optim
-from nestling.layers import Attention, Level, Period
+from nestling.layers import Attention, Level
+from nestling.models import nest
 from nestling.models.block import Block, ModelConfig
 from nestling.models.lm import LanguageModel
 
@@ -153,29 +153,15 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
 
 
 def levels(model: LanguageModel, optimizer: torch.optim.Optimizer | None = None) -> list[Level]:
-    """The nested system: every level of a model by frequency, fast to slow. With an optimizer, its name stands in the rule, and
-    what it remembers of gradients are levels too: of equal frequency before the weights, which need them to move.
+    """The nested system: every level of a model by frequency, fast to slow, with what it weighs. With an optimizer, its name
+    stands in the rule, and what it remembers of gradients are levels too; see `nestling.models.nest.of_optimizer`.
     """
-    found = model.levels()
+    found = nest.weighed(model, model.levels())
     if optimizer is None:
         return found
-    inner = optimizer.optimizer if isinstance(optimizer, optim.Periodic) else optimizer
-    found = [replace(x, rule=type(inner).__name__) if x.period.unit == "step" else x for x in found]
-    made = [
-        Level(
-            f"optimizer.{m.name}",
-            Period(m.period, "step"),
-            m.network,
-            m.bias,
-            m.retention,
-            m.rule,
-            "gradients",
-            "generation",
-            state_paths=tuple(f"optimizer.{name}" for name in m.tensors),
-        )
-        for m in optim.memories(optimizer)
-    ]
-    return sorted([*made, *found], key=lambda level: level.period.key())
+    rule = nest.name_of(optimizer)
+    found = [replace(x, rule=rule) if x.period.unit == "step" else x for x in found]
+    return sorted([*nest.memories(optimizer), *found], key=lambda level: level.period.key())
 
 
 def _whole(setting: Setting, given: Any) -> tuple[int, ...]:
