@@ -123,10 +123,7 @@ def test_help_needs_no_pytorch():
     ("argv", "words"),
     [
         ("trian", r"there is no verb 'trian'\. Did you mean 'train'\?"),
-        (
-            "--lanes 3",
-            r"there is no verb '--lanes'\. There is: train, eval, generate, convert, levels, memories, bench, doctor, demo\.",
-        ),
+        ("--lanes 3", r"there is no verb '--lanes'\. There is: train, .*, levels, memories, plan, bench, doctor, demo\."),
         ("train --lans 3", r"there is no option --lans\. Did you mean --lanes\? See nestling train --help\."),
         ("train --lerning-rate=3", r"there is no option --lerning-rate\. See nestling train --help\."),
         ("train -m 3", r"there is no option -m\."),

@@ -60,6 +60,11 @@ VERBS = {
         "nestling.commands.memories:MemoriesConfig",
         "nestling.commands.memories:run",
     ),
+    "plan": Verb(
+        "count what a model costs, and how fast a machine could run it at best",
+        "nestling.commands.plan:PlanConfig",
+        "nestling.commands.plan:run",
+    ),
     "bench capacity": Verb(
         "store random pairs, and measure how many each kind of memory holds",
         "nestling.commands.bench_capacity:CapacityConfig",
