@@ -13,9 +13,7 @@ from nestling.learn import planning
 from nestling.learn.planning import Counts, Machine, Plan, bounds, count, plan
 
 CLOSE = 0.05
-KEPT = (
-    0.1  # of activations: at few tokens, constants that are shared between real tensors and not between fake ones show
-)
+KEPT = 0.1  # of activations, of which a few percent more are seen at few tokens
 # Attention; alternating blocks and windows; fast weights; learning from the model's loss.
 KINDS = ["transformer", "samba_like", "gated_deltanet", "ttt_e2e"]
 
