@@ -64,7 +64,8 @@ register(
     equation="W ← (diag(α) − β kᵀk)W + η kᵀv, β = delta",
     source="Miras, Table 1; Atlas, Table 1",
     notes="Like RWKV-7: our source is not its paper. Channel decay, a delta rule that erases what stood before the decay, with "
-    "a strength of its own (delta; not given: lr). Left out: a removal key apart from the key, and strengths per channel.",
+    "a strength of its own (delta; not given: lr). Miras's table prints diag(α)(I − βkᵀk)W, "
+    "where the removal decays as well. Left out: a removal key apart from the key, and strengths per channel.",
     network=Matrix(),
     bias=DotProduct(),
     retention=Decay(per_channel=True),

@@ -11,7 +11,8 @@ register(
     equation="Z ← αZ − η∇½‖M(k; softmax(Z)) − v‖², W = softmax(Z)",
     source="Miras, eq. 21 and 27",
     notes="The rule is the paper's in its exact logit form (derived). Softmax over each output unit's inputs, slice sum 1, and "
-    "reads at softmax(Z_t) of every token are our defaults.",
+    "reads at softmax(Z_t) of every token are our defaults; so is one α and η per head and token, where the paper has them per "
+    "channel.",
     network=MLP(),
     bias=L2(),
     retention=Softmax(),
@@ -24,7 +25,8 @@ register(
     source="Miras, eq. 24–25; network as in its §5.3",
     notes="From the paper: p = 3, q = 4, the dual state, smooth sign and modulus, normalizing at the end of chunks (§5.4). Our "
     "defaults: the printed read-out, a norm over each whole weight matrix, at least 0.001, A of norm 1 at the start, slope "
-    "10 in tanh. The printed read-out shrinks as A grows; LqDual() has the exact one.",
+    "10 in tanh. The printed read-out shrinks as A grows; LqDual() has the exact one. One α and η per head and token, where the "
+    "paper has them per channel.",
     network=MLP(),
     bias=Lp(3.0),
     retention=Lq(4.0),
@@ -36,7 +38,7 @@ register(
     equation="W ← αW − η∇½‖M(k) − v‖² where ‖M(k) − v‖ ≤ δ, else αW − ηδ∇‖M(k) − v‖₁",
     source="Miras, eq. 16 and 26; network as in its §5.3",
     notes="The rule is the paper's, with ½ in the quadratic branch. Our default: one threshold δ per head and token for the test "
-    "and the step (the paper has one per channel). Huber('coordinate') is the continuous alternative.",
+    "and the step, one α and one η (the paper has them per channel). Huber('coordinate') is the continuous alternative.",
     network=MLP(),
     bias=Huber("mixture"),
     retention=Decay(),
