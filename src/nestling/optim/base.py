@@ -80,10 +80,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. `closure` evaluates the model anew and returns the loss, which is handed back."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             self._begin(group)
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
@@ -134,6 +131,14 @@ class Optimizer(torch.optim.Optimizer, ABC):
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
     ) -> list[Tensor]:
         """Take in the gradients and answer D of every parameter, in its shape. May not change `grads` in place."""
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What a step's closure returns, evaluated with gradients; None where there is none."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def raised(grad: Tensor | None) -> Tensor:

@@ -9,20 +9,21 @@ for large gradients and does nothing for small ones. Default is the unit gradien
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestling.memory.rules.delta import erasure
-from nestling.optim.base import GradientMemory, Optimizer, Params, State, blank, every, rows, unit
-from nestling.optim.preconditioners import Identity, Preconditioner
+from nestling.optim.base import GradientMemory, Params, rows, unit
+from nestling.optim.momentum import Preconditioned
+from nestling.optim.preconditioners import Preconditioner
 
 FORMS = ("matrix", "elementwise", "printed")
 
 
-class DeltaMomentum(Optimizer):
+class DeltaMomentum(Preconditioned):
     """Momentum with the delta rule. Update W ← W + m, with η outside the memory.
 
     lr               η
@@ -47,9 +48,10 @@ class DeltaMomentum(Optimizer):
         preconditioner: Preconditioner | None = None,
         weight_decay: float = 0.0,
     ) -> None:
-        self.preconditioner: Preconditioner = Identity() if preconditioner is None else preconditioner
         super().__init__(
-            params, {"lr": lr, "momentum": momentum, "erase": erase, "form": form, "weight_decay": weight_decay}
+            params,
+            preconditioner,
+            {"lr": lr, "momentum": momentum, "erase": erase, "form": form, "weight_decay": weight_decay},
         )
 
     def _check(self, group: Mapping[str, Any]) -> None:
@@ -62,26 +64,16 @@ class DeltaMomentum(Optimizer):
                 "or what is erased turns its sign"
             )
 
-    def _start(self, group: dict[str, Any], p: Tensor) -> State:
-        return {"momentum": blank(p), **self.preconditioner.start(p)}
-
-    def _directions(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
-    ) -> list[Tensor]:
-        momentum = every(states, "momentum")
+    def _forget(self, group: Mapping[str, Any], momentum: list[Tensor], grads: list[Tensor]) -> None:
         lost = [self._lost(group, m, g) for m, g in zip(momentum, grads, strict=True)] if self._erases(group) else []
         torch._foreach_mul_(momentum, group["momentum"])
         if lost:
             torch._foreach_sub_(momentum, lost)
-        torch._foreach_add_(
-            momentum, [self.preconditioner.apply(g, state) for g, state in zip(grads, states, strict=True)]
-        )
-        return momentum
 
-    def _erases(self, group: dict[str, Any]) -> bool:
+    def _erases(self, group: Mapping[str, Any]) -> bool:
         return bool(group["erase"]) or group["form"] == "printed"
 
-    def _lost(self, group: dict[str, Any], m: Tensor, g: Tensor) -> Tensor:
+    def _lost(self, group: Mapping[str, Any], m: Tensor, g: Tensor) -> Tensor:
         """What m loses along the gradient."""
         if group["form"] == "elementwise":
             share: Tensor = group["erase"] * unit(g)[0].square()
@@ -99,6 +91,6 @@ class DeltaMomentum(Optimizer):
                 f"L2 to {self.preconditioner}",
                 f"decay {group['momentum']}",
                 f"delta rule, {group['form']}, erasing {group['erase']}",
-                tensors=("momentum", *self.preconditioner.start(torch.empty(0))),
+                tensors=self._tensors,
             )
         ]

@@ -6,7 +6,8 @@ without keys; with P = 1/√V it remembers gradients in AdaGrad's or RMSProp's c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,37 @@ from nestling.optim.base import GradientMemory, Optimizer, Params, State, blank,
 from nestling.optim.preconditioners import Identity, Preconditioner
 
 
-class PreconditionedMomentum(Optimizer):
+class Preconditioned(Optimizer):
+    """Base of optimizers that keep one matrix of preconditioned gradients, m ← what is kept of m, + Pg."""
+
+    def __init__(self, params: Params, preconditioner: Preconditioner | None, defaults: dict[str, Any]) -> None:
+        self.preconditioner: Preconditioner = Identity() if preconditioner is None else preconditioner
+        super().__init__(params, defaults)
+
+    def _start(self, group: dict[str, Any], p: Tensor) -> State:
+        return {"momentum": blank(p), **self.preconditioner.start(p)}
+
+    def _directions(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
+    ) -> list[Tensor]:
+        momentum = every(states, "momentum")
+        self._forget(group, momentum, grads)
+        torch._foreach_add_(
+            momentum, [self.preconditioner.apply(g, state) for g, state in zip(grads, states, strict=True)]
+        )
+        return momentum
+
+    @abstractmethod
+    def _forget(self, group: Mapping[str, Any], momentum: list[Tensor], grads: list[Tensor]) -> None:
+        """Leave of m, in place, what is kept of it."""
+
+    @property
+    def _tensors(self) -> tuple[str, ...]:
+        """Names of what is remembered of a parameter."""
+        return "momentum", *self.preconditioner.start(torch.empty(0))
+
+
+class PreconditionedMomentum(Preconditioned):
     """Momentum of preconditioned gradients.
 
     lr               η, outside the memory (see `nestling.optim.base`); its default is ours, as all defaults here
@@ -36,21 +67,10 @@ class PreconditionedMomentum(Optimizer):
         preconditioner: Preconditioner | None = None,
         weight_decay: float = 0.0,
     ) -> None:
-        self.preconditioner: Preconditioner = Identity() if preconditioner is None else preconditioner
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, preconditioner, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def _start(self, group: dict[str, Any], p: Tensor) -> State:
-        return {"momentum": blank(p), **self.preconditioner.start(p)}
-
-    def _directions(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
-    ) -> list[Tensor]:
-        momentum = every(states, "momentum")
+    def _forget(self, group: Mapping[str, Any], momentum: list[Tensor], grads: list[Tensor]) -> None:
         torch._foreach_mul_(momentum, group["momentum"])
-        torch._foreach_add_(
-            momentum, [self.preconditioner.apply(g, state) for g, state in zip(grads, states, strict=True)]
-        )
-        return momentum
 
     def memories(self) -> list[GradientMemory]:
         share = self.param_groups[0]["momentum"]
@@ -61,6 +81,6 @@ class PreconditionedMomentum(Optimizer):
                 f"dot product with {self.preconditioner}",
                 f"decay {share}",
                 "gradient descent",
-                tensors=("momentum", *self.preconditioner.start(torch.empty(0))),
+                tensors=self._tensors,
             )
         ]

@@ -6,6 +6,7 @@ A linear momentum memory read through a non-linear output (eq. 52): Newton–Sch
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,8 +45,9 @@ class Matrices(Optimizer):
             return self._start_matrix(group, p)
         return {"mean": blank(p), "square": blank(p), "step": 0}
 
+    @abstractmethod
     def _start_matrix(self, group: dict[str, Any], p: Tensor) -> State:
-        raise NotImplementedError
+        """`_start` of what is taken as a matrix."""
 
     def _directions(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
@@ -65,10 +67,11 @@ class Matrices(Optimizer):
             made.update(zip(here, found, strict=True))
         return [made[i] for i in range(len(params))]
 
+    @abstractmethod
     def _matrices(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
     ) -> list[Tensor]:
-        raise NotImplementedError
+        """`_directions` of what is taken as a matrix."""
 
     def _others(self) -> list[GradientMemory]:
         """The memory of what is no matrix, if there is any such."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.optim.base import GradientMemory, Optimizer, raised
+from nestling.optim.base import GradientMemory, Optimizer, loss_of, raised
 from nestling.optim.inventory import memories
 
 PENDING = "pending_gradient"
@@ -65,10 +65,7 @@ class Periodic(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: groups whose period ends move, the others take their gradient in."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         groups, due = self.param_groups, []
         for group in groups:
             group["waited"] += 1
