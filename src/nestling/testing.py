@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nestling import state as fast
 from nestling.memory import Memory
-from nestling.memory.spec import Example, Read
+from nestling.memory.protocol import Example, Read
 
 HEADS = 2
 READS: tuple[Read, ...] = ("after", "before", "boundary")
@@ -121,8 +121,7 @@ def masks(seed: int, lanes: int, time: int, wanted: bool) -> dict[str, Any]:
 def inputs(spec: Memory, seed: int, time: int, lanes: int = 2, dtype: torch.dtype = torch.float64) -> Example:
     """The memory's own example."""
     generator = torch.Generator().manual_seed(seed)
-    example: Example = cast(Any, spec).example(generator, lanes=lanes, heads=HEADS, time=time, dtype=dtype)
-    return example
+    return spec.example(generator, lanes=lanes, heads=HEADS, time=time, dtype=dtype)
 
 
 def run(made: Memory, w0: list[Tensor], example: Example, state: Any = None, **options: Any) -> tuple[Tensor, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import nestling as nl
 from nestling.memory import Decay, Gates, Matrix, MemorySpec
-from nestling.memory.spec import PARTS
+from nestling.memory.protocol import PARTS
 
 NAMES = nl.memory.names()
 TOKEN = 6

@@ -15,6 +15,7 @@ from nestling.memory.lattice import Lattice
 from nestling.memory.named import Entry, describe, describe_and_count, entry, named, names, register
 from nestling.memory.networks import MLP, GatedMLP, Matrix, Network, Vector
 from nestling.memory.newton_schulz import newton_schulz
+from nestling.memory.protocol import Engine, Memory, Part
 from nestling.memory.report import Report
 from nestling.memory.retentions import (
     Bregman,
@@ -32,7 +33,7 @@ from nestling.memory.retentions import (
 )
 from nestling.memory.rules import DeltaGradient, Directed, Gradient, Implicit, Leader, Momentum, Muon, Nesterov, Rule
 from nestling.memory.self_modifying import SelfModifying
-from nestling.memory.spec import Engine, Memory, MemorySpec, Part
+from nestling.memory.spec import MemorySpec
 from nestling.memory.state import MemoryState, Tail
 from nestling.memory.tnt import Tnt, TntState
 from nestling.memory.trellis import Trellis
@@ -49,7 +50,7 @@ def scan(
     engine: Engine = "chunked",
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """`spec.scan(w0, q, k, v, gates, state, engine=engine, reset=…, valid=…, report=…, tile=…)`; see `MemorySpec.scan`."""
+    """`spec.scan(w0, q, k, v, gates, state, engine=engine, reset=…, valid=…, report=…, tile=…)`; see `Memory.scan`."""
     return spec.scan(w0, q, k, v, gates, state, engine=engine, **options)
 
 

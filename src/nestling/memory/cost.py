@@ -12,7 +12,7 @@ from nestling import native
 from nestling.state import leaves
 
 if TYPE_CHECKING:
-    from nestling.memory.spec import Memory
+    from nestling.memory.protocol import Memory
 
 TIME = 128  # tokens over which a memory is counted
 

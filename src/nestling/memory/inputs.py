@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,34 +16,9 @@ from nestling.memory.rules.delta import proximal
 from nestling.memory.state import MemoryState, Tail, Weights
 
 if TYPE_CHECKING:
-    from nestling.memory.biases import Bias
-    from nestling.memory.rules import Rule
+    from nestling.memory.protocol import Call, Memory
+    from nestling.memory.self_modifying import SelfModifying
     from nestling.memory.spec import MemorySpec
-
-    class Sized(Protocol):
-        """What the checks ask of any memory."""
-
-        @property
-        def name(self) -> str: ...
-        @property
-        def key_dim(self) -> int: ...
-        @property
-        def value_dim(self) -> int: ...
-        @property
-        def gates_used(self) -> frozenset[str]: ...
-        @property
-        def gate_channels(self) -> dict[str, int]: ...
-        @property
-        def shapes(self) -> tuple[tuple[int, int], ...]: ...
-
-    class Stateful(Sized, Protocol):
-        """What they ask of one with a `MemoryState`."""
-
-        @property
-        def bias(self) -> Bias: ...
-        @property
-        def rule(self) -> Rule: ...
-        def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]: ...
 
 
 class Inputs(NamedTuple):
@@ -84,25 +59,20 @@ def lanes_where(mask: Tensor, a: Weights, b: Weights) -> Weights:
     return tuple(torch.where(mask.to(x.device).view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(a, b, strict=True))
 
 
-def prepare(
-    spec: MemorySpec,
-    w0: Sequence[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates | None,
-    state: MemoryState | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-) -> Inputs:
+def widest(dtype: torch.dtype, *tensors: Tensor) -> torch.dtype:
+    """The compute dtype: one that holds this one and the tensors'."""
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def prepare(spec: MemorySpec, call: Call) -> Inputs:
     """Check shapes, cast up to at least float32 (C7), find the tokens the guard must skip (C8)."""
-    gates = Gates() if gates is None else gates
-    lanes, heads, time = check(spec, w0, q, k, v, gates, state, reset, valid)
+    lanes, heads, time = check(spec, call)
+    w0, q, k, v, gates, state, reset, valid = call
     start = spec.start(w0, lanes)
     state = start if state is None else state
-    dtype = state.weights[0].dtype
-    for x in (q, k, v):
-        dtype = torch.promote_types(dtype, x.dtype)
+    dtype = widest(state.weights[0].dtype, q, k, v)
     q = q.to(dtype)
     fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
     own = tuple(w.to(dtype) for w in w0[spec.network.depth :])
@@ -127,8 +97,9 @@ def prepare(
     return Inputs(start, state, q, k, v, lr, retention, momentum, erase, gates.window, fine, reset, valid)
 
 
-def check_weights(name: str, shapes: Sequence[tuple[int, int]], w0: Sequence[Tensor]) -> None:
+def check_weights(spec: Memory, w0: Sequence[Tensor]) -> None:
     """Refuse initial weights of the wrong number or shape."""
+    name, shapes = spec.name, spec.shapes
     if len(w0) != len(shapes):
         raise ValueError(f"{name}: w0 has {len(w0)} weights; expected {len(shapes)}, from spec.init")
     for number, (w, shape) in enumerate(zip(w0, shapes, strict=True)):
@@ -163,19 +134,10 @@ def _neutral(gate: str) -> float:
     return 1.0 if gate in ("retention", "momentum") else 0.0
 
 
-def check_call(
-    spec: Sized,
-    w0: Sequence[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    position: Tensor | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-) -> tuple[int, int, int]:
-    """Refuse what does not fit, in words; position: the state's. Returns lanes, heads, time."""
-    check_weights(spec.name, spec.shapes, w0)
+def check_call(spec: Memory, call: Call) -> tuple[int, int, int]:
+    """Refuse what does not fit, in words. Returns lanes, heads, time."""
+    w0, q, k, v, gates, state, reset, valid = call
+    check_weights(spec, w0)
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [lane, head, time, key_dim]")
     lanes, heads, time, _ = q.shape
@@ -194,28 +156,18 @@ def check_call(
             raise ValueError(
                 f"{name} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {(lanes, time)} ([lane, time])"
             )
-    if position is not None and position.shape[0] != lanes:
+    if state is not None and state.position.shape[0] != lanes:
         raise ValueError(
-            f"state holds {position.shape[0]} lanes, q has {lanes}: take or repeat lanes with nl.state first"
+            f"state holds {state.position.shape[0]} lanes, q has {lanes}: take or repeat lanes with nl.state first"
         )
     check_gates(gates, used=spec.gates_used, name=spec.name, shape=(lanes, heads, time), channels=spec.gate_channels)
     return lanes, heads, time
 
 
-def check(
-    spec: Stateful,
-    w0: Sequence[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    state: MemoryState | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-) -> tuple[int, int, int]:
+def check(spec: MemorySpec | SelfModifying, call: Call) -> tuple[int, int, int]:
     """`check_call`, and that the state is this memory's."""
-    position = None if state is None else state.position
-    lanes, heads, time = check_call(spec, w0, q, k, v, gates, position, reset, valid)
+    lanes, heads, time = check_call(spec, call)
+    state: MemoryState | None = call.state
     if state is not None:
         shapes = spec.state_shapes(heads)
         for layer, (w, shape) in enumerate(zip(state.weights, shapes, strict=False)):

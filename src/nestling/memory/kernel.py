@@ -27,15 +27,16 @@ import torch
 from torch import Tensor
 
 from nestling.memory.biases import Bias, DotProduct, reads_threshold
+from nestling.memory.draw import Draw
 from nestling.memory.features.exponential import CAP, Exponential
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import check_call, check_weights, token_guard
+from nestling.memory.inputs import check_call, check_weights, token_guard, widest
 from nestling.memory.networks import MLP, Matrix
-from nestling.memory.report import Report
+from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Full
 from nestling.memory.rules import Gradient
-from nestling.memory.spec import Engine, Example, Memory, Read
-from nestling.memory.state import Tail, Weights
+from nestling.memory.settings import read_timing, whole_numbers
+from nestling.memory.state import Tail, Weights, raised
 from nestling.state import register
 
 
@@ -95,7 +96,7 @@ class Streams(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KernelMemory(Memory):
+class KernelMemory(TwoEngines[Streams, KernelState]):
     """A memory whose first layer reads exponential features.
 
     key_dim, value_dim   sizes per head
@@ -124,12 +125,8 @@ class KernelMemory(Memory):
     name: str = "kernel"
 
     def __post_init__(self) -> None:
-        for field in ("key_dim", "value_dim", "chunk"):
-            number = getattr(self, field)
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{self.name}: {field} is {number!r}; expected a whole number of at least 1")
-        if self.read not in ("after", "before", "boundary"):
-            raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
+        whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, chunk=self.chunk)
+        read_timing(self.name, self.read)
         if not isinstance(self.network, MLP | Matrix):
             raise ValueError(
                 f"{self.name}: network is {self.network!r}; expected one whose first layer is one: MLP or Matrix"
@@ -208,17 +205,9 @@ class KernelMemory(Memory):
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         return (*self.network.init(self.fast_shapes, heads, generator), self.kernel.init(self.key_dim, heads))
 
-    def check_weights(self, w0: Sequence[Tensor]) -> None:
-        """Refuse initial weights of the wrong number or shape."""
-        check_weights(self.name, self.shapes, w0)
-
     def start(self, w0: Sequence[Tensor], lanes: int) -> KernelState:
-        self.check_weights(w0)
-        live = torch.is_grad_enabled()
-        made = tuple(
-            (w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32)).expand(lanes, *w.shape)
-            for w in w0[: self.network.depth]
-        )
+        check_weights(self, w0)
+        made = tuple(w.expand(lanes, *w.shape) for w in raised(w0[: self.network.depth]))
         heads, like = w0[0].shape[0], made[0]
         pairs, tail = None, None
         if self.span is None:
@@ -227,11 +216,7 @@ class KernelMemory(Memory):
                 like.new_zeros(lanes, 0, heads, self.key_dim), like.new_zeros(lanes, 0, heads, like.shape[-1]), one, one
             )
         if self.halo:
-            tail = Tail(
-                like.new_zeros(lanes, heads, self.halo, self.key_dim),
-                like.new_zeros(lanes, heads, self.halo, self.value_dim + (self.span is not None)),
-                torch.zeros(lanes, self.halo, dtype=torch.bool, device=like.device),
-            )
+            tail = Tail.empty(like, self.halo, self.key_dim, self.value_dim + (self.span is not None))
         weights = made if self.span is None else ()
         zeros = torch.zeros(lanes, dtype=torch.int64)
         return KernelState(weights, weights, pairs, tail, zeros, zeros.to(like.device))
@@ -256,54 +241,18 @@ class KernelMemory(Memory):
         total = shares.sum(-1, keepdim=True)
         return (shares @ writes) / torch.where(total > 0, total, 1.0)
 
-    def scan(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None = None,
-        state: KernelState | None = None,
-        *,
-        engine: Engine = "chunked",
-        reset: Tensor | None = None,
-        valid: Tensor | None = None,
-        report: Report | None = None,
-        tile: int | None = None,
-    ) -> tuple[Tensor, KernelState]:
-        """Read a stretch of tokens; arguments as `MemorySpec.scan`."""
+    def _engines(self) -> Engines[KernelState]:
         from nestling.memory import kernel_chunked, kernel_reference
 
-        if engine not in ("chunked", "reference"):
-            raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
-        with torch.autocast(q.device.type, enabled=False):
-            x = self._prepare(w0, q, k, v, gates, state, reset, valid)
-            if engine == "reference":
-                y, new = kernel_reference.scan(self, x)
-            else:
-                y, new = kernel_chunked.scan(self, x, tile=tile, report=report)
-        return y.to(q.dtype), new
+        return kernel_reference.scan, kernel_chunked.scan
 
-    def _prepare(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None,
-        state: KernelState | None,
-        reset: Tensor | None,
-        valid: Tensor | None,
-    ) -> Streams:
-        gates = Gates() if gates is None else gates
-        position = None if state is None else state.position
-        lanes, heads, time = check_call(self, w0, q, k, v, gates, position, reset, valid)
+    def _prepare(self, call: Call) -> Streams:
+        lanes, heads, time = check_call(self, call)
+        w0, q, k, v, gates, state, reset, valid = call
         start = self.start(w0, lanes)
         state = start if state is None else state
         self._check_state(state, start)
-        dtype = w0[0].dtype
-        for x in (torch.empty((), dtype=torch.float32), q, k, v, *w0, *state.weights):
-            dtype = torch.promote_types(dtype, x.dtype)
+        dtype = widest(torch.float32, q, k, v, *w0, *state.weights)
         fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
         lr = q.new_ones(lanes, heads, time, dtype=dtype) if gates.lr is None else gates.lr
         retention = factor(gates.retention, gates.log_retention, dtype)
@@ -344,25 +293,12 @@ class KernelMemory(Memory):
             "state": state,
         }
 
-    def example(
-        self,
-        generator: torch.Generator,
-        *,
-        lanes: int = 2,
-        heads: int = 2,
-        time: int = 40,
-        dtype: torch.dtype = torch.float32,
-    ) -> Example:
-        """Random q, k of unit norm, normal v and gates of every kind the system reads, inside its stability region."""
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        q, k = (torch.nn.functional.normalize(normal(lanes, heads, time, self.key_dim), dim=-1) for _ in range(2))
-        v, shape = normal(lanes, heads, time, self.value_dim), (lanes, heads, time)
-        made = {"lr": torch.sigmoid(normal(*shape)) / (self.bias.window * self.chunk**0.5)}
+    def _example(self, draw: Draw) -> Example:
+        """Random q, k of unit norm, normal v and gates of every kind the memory reads."""
+        q, k, v = draw.unit(self.key_dim), draw.unit(self.key_dim), draw.normal(self.value_dim)
+        made = {"lr": draw.share() / (self.bias.window * self.chunk**0.5)}
         if "retention" in self.gates_used:
-            made["retention"] = torch.sigmoid(normal(*shape) + 4)
+            made["retention"] = draw.share(shift=4)
         if "window" in self.gates_used:
-            made["window"] = torch.sigmoid(normal(*shape, self.bias.window))
-        return q.to(dtype), k.to(dtype), v.to(dtype), Gates(**{n: g.to(dtype) for n, g in made.items()})
+            made["window"] = draw.share(self.bias.window)
+        return q, k, v, Gates(**made)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from nestling.memory.cost import Cost, cost
-from nestling.memory.spec import Memory, MemorySpec
+from nestling.memory.protocol import Memory
+from nestling.memory.spec import MemorySpec
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 
 from nestling.memory.biases import L2, Bias, reads_threshold
+from nestling.memory.draw import Draw
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import border_guard, check, check_weights, token_guard
+from nestling.memory.inputs import border_guard, check, check_weights, token_guard, widest
 from nestling.memory.networks import MLP, Matrix, Network
-from nestling.memory.report import Report
+from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import DeltaGradient, Directed, Implicit, Leader, Nesterov, Rule
-from nestling.memory.spec import Engine, Example, Memory, Read
-from nestling.memory.state import MemoryState, Weights
+from nestling.memory.settings import read_timing, whole_numbers
+from nestling.memory.state import MemoryState, Weights, raised
 
 SMALL = 0.02 / 2**0.5  # last layers at first: M(x) ≈ x, so that k ≈ x, v ≈ x and every v̂ ≈ v
 FIRST_BIAS = {"lr": -2.0, "retention": 5.0}  # η ≈ 0.12 η_max, α ≈ 0.993
@@ -88,7 +89,7 @@ def close(
 
 
 @dataclass(frozen=True)
-class SelfModifying(Memory):
+class SelfModifying(TwoEngines[Streams, MemoryState]):
     """The self-modifying memory. `scan(w0, q, k, v)`: q the query, k and v the inputs x of the generators, not keys and values.
 
     M_k, M_η and M_α read the argument k, M_v reads v; plain use gives the same x twice, a layer with short convolutions two.
@@ -126,19 +127,15 @@ class SelfModifying(Memory):
     name: str = "self_modifying"
 
     def __post_init__(self) -> None:
-        numbers = {"key_dim": self.key_dim, "value_dim": self.value_dim, "chunk": self.chunk}
+        whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, chunk=self.chunk)
         if self.chunk_others is not None:
-            numbers["chunk_others"] = self.chunk_others
-        for field, number in numbers.items():
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{self.name}: {field} is {number!r}; expected a whole number of at least 1")
+            whole_numbers(self.name, chunk_others=self.chunk_others)
         if self.key_dim != self.value_dim:
             raise ValueError(
                 f"{self.name}: key_dim is {self.key_dim} and value_dim {self.value_dim}; expected equal sizes, as every "
                 "memory is asked both for keys and for values"
             )
-        if self.read not in ("after", "before", "boundary"):
-            raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
+        read_timing(self.name, self.read)
         single = self.bias.window == 1 and not reads_threshold(self.bias)
         mapped = not self.retention.linear or isinstance(self.retention, Settled)
         if not single or mapped or per_channel(self.retention) or toward_initial(self.retention):
@@ -247,18 +244,10 @@ class SelfModifying(Memory):
             made.append(torch.full((heads, 1, 1), FIRST_BIAS[gate]))
         return tuple(made)
 
-    def check_weights(self, w0: Sequence[Tensor]) -> None:
-        """Refuse initial weights of the wrong number or shape."""
-        check_weights(self.name, self.shapes, w0)
-
     def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
         """State of lanes that have read nothing; weights in at least float32."""
-        self.check_weights(w0)
-        live = torch.is_grad_enabled()
-        named = {
-            name: (w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32))
-            for name, w in zip(self.names, w0, strict=True)
-        }
+        check_weights(self, w0)
+        named = dict(zip(self.names, raised(w0), strict=True))
         joined = self.join(
             {
                 name: tuple(named[f"{name}.{layer}"] for layer in range(bank.network.depth))
@@ -267,61 +256,19 @@ class SelfModifying(Memory):
             }
         )
         weights = tuple(w.expand(lanes, *w.shape) for w in joined)
-        return MemoryState(
-            weights,
-            weights,
-            tuple(torch.zeros_like(w) for w in weights) if self.rule.momentum else (),
-            None,
-            torch.zeros(lanes, dtype=torch.int64),
-            torch.zeros(lanes, dtype=torch.int64, device=weights[0].device),
-        )
+        return MemoryState.fresh(weights, momentum=self.rule.momentum)
 
-    def scan(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None = None,
-        state: MemoryState | None = None,
-        *,
-        engine: Engine = "chunked",
-        reset: Tensor | None = None,
-        valid: Tensor | None = None,
-        report: Report | None = None,
-        tile: int | None = None,
-    ) -> tuple[Tensor, MemoryState]:
-        """Read a stretch of tokens with memory running; arguments as `MemorySpec.scan`, with k and v the generators' inputs."""
+    def _engines(self) -> Engines[MemoryState]:
         from nestling.memory import self_modifying_chunked, self_modifying_reference
 
-        if engine not in ("chunked", "reference"):
-            raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
-        with torch.autocast(q.device.type, enabled=False):
-            x = self._prepare(w0, q, k, v, gates, state, reset, valid)
-            if engine == "reference":
-                y, new = self_modifying_reference.scan(self, x)
-            else:
-                y, new = self_modifying_chunked.scan(self, x, tile=tile, report=report)
-        return y.to(q.dtype), new
+        return self_modifying_reference.scan, self_modifying_chunked.scan
 
-    def _prepare(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None,
-        state: MemoryState | None,
-        reset: Tensor | None,
-        valid: Tensor | None,
-    ) -> Streams:
-        gates = Gates() if gates is None else gates
-        check(self, w0, q, k, v, gates, state, reset, valid)
-        start = self.start(w0, q.shape[0]) if state is None or reset is not None else state  # read after resets only
+    def _prepare(self, call: Call) -> Streams:
+        lanes, _, _ = check(self, call)
+        w0, q, k, v, gates, state, reset, valid = call
+        start = self.start(w0, lanes) if state is None or reset is not None else state  # read after resets only
         state = start if state is None else state
-        dtype = state.weights[0].dtype
-        for x in (q, k, v):
-            dtype = torch.promote_types(dtype, x.dtype)
+        dtype = widest(state.weights[0].dtype, q, k, v)
         gates = gates.map(lambda gate: gate.to(dtype))
         fine, (q, k, v), gates = token_guard((q.to(dtype), k.to(dtype), v.to(dtype)), gates)
         momentum = factor(gates.momentum, gates.log_momentum, dtype)
@@ -353,22 +300,8 @@ class SelfModifying(Memory):
             "state": f"{(3 if self.rule.momentum else 2) * numbers} numbers per lane and head",
         }
 
-    def example(
-        self,
-        generator: torch.Generator,
-        *,
-        lanes: int = 2,
-        heads: int = 2,
-        time: int = 40,
-        dtype: torch.dtype = torch.float32,
-    ) -> Example:
+    def _example(self, draw: Draw) -> Example:
         """Random unit-norm q, inputs of the generators with norms about 1, and momentum where the rule has it."""
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        shape = (lanes, heads, time)
-        q = torch.nn.functional.normalize(normal(*shape, self.key_dim), dim=-1)
-        k, v = (normal(*shape, self.key_dim) * self.key_dim**-0.5 for _ in range(2))
-        gates = Gates(momentum=torch.sigmoid(normal(*shape)).to(dtype)) if self.rule.momentum else Gates()
-        return q.to(dtype), k.to(dtype), v.to(dtype), gates
+        d = self.key_dim
+        q, k, v = draw.unit(d), draw.normal(d) * d**-0.5, draw.normal(d) * d**-0.5
+        return q, k, v, Gates(momentum=draw.share()) if self.rule.momentum else Gates()

@@ -16,19 +16,20 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.coefficients import Coefficients
+from nestling.memory.draw import Draw
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import check_call, check_weights, surely, token_guard
+from nestling.memory.inputs import check_call, check_weights, surely, token_guard, widest
 from nestling.memory.norm import EPS, l2_norm
-from nestling.memory.report import Report
-from nestling.memory.spec import Engine, Memory, Read
-from nestling.memory.state import MemoryState, Weights
+from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
+from nestling.memory.settings import whole_numbers
+from nestling.memory.state import MemoryState, Weights, raised
 
 CODES = ("l2", "rms", "softmax", "none")
 
@@ -96,7 +97,7 @@ def orthonormal(heads: int, rows: int, columns: int, generator: torch.Generator 
 
 
 @dataclass(frozen=True)
-class SlotMemory(Memory):
+class SlotMemory(TwoEngines[Streams, MemoryState]):
     """The part of the protocol that slot memories share; finished ones are `Lattice` and `Trellis`.
 
     key_dim, value_dim   sizes per head
@@ -113,10 +114,7 @@ class SlotMemory(Memory):
     name: str = "slots"
 
     def __post_init__(self) -> None:
-        for field in ("key_dim", "value_dim", "slots", "chunk"):
-            number = getattr(self, field)
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{self.name}: {field} is {number!r}; expected a whole number of at least 1")
+        whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, slots=self.slots, chunk=self.chunk)
         self.choose("read", ("after", "before", "boundary"))
 
     def choose(self, field: str, known: tuple[str, ...]) -> None:
@@ -190,64 +188,18 @@ class SlotMemory(Memory):
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
         """State of lanes that have read nothing; weights in at least float32."""
-        check_weights(self.name, self.shapes, w0)
-        live = torch.is_grad_enabled()
-        first = tuple(
-            (w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32)) for w in w0[: self.states]
-        )
-        weights = tuple(w.expand(lanes, *w.shape) for w in self.settle(first))
-        return MemoryState(
-            weights,
-            weights,
-            (),
-            None,
-            torch.zeros(lanes, dtype=torch.int64),
-            torch.zeros(lanes, dtype=torch.int64, device=weights[0].device),
-        )
+        check_weights(self, w0)
+        first = self.settle(raised(w0[: self.states]))
+        return MemoryState.fresh(tuple(w.expand(lanes, *w.shape) for w in first))
 
-    def scan(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None = None,
-        state: MemoryState | None = None,
-        *,
-        engine: Engine = "chunked",
-        reset: Tensor | None = None,
-        valid: Tensor | None = None,
-        report: Report | None = None,
-        tile: int | None = None,
-    ) -> tuple[Tensor, MemoryState]:
-        """Read a stretch of tokens with memory running; arguments as `MemorySpec.scan`."""
+    def _engines(self) -> Engines[MemoryState]:
         from nestling.memory import slots_chunked, slots_reference
 
-        if engine not in ("chunked", "reference"):
-            raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
-        with torch.autocast(q.device.type, enabled=False):
-            x = self._prepare(w0, q, k, v, gates, state, reset, valid)
-            if engine == "reference":
-                y, new = slots_reference.scan(self, x)
-            else:
-                y, new = slots_chunked.scan(self, x, tile=tile, report=report)
-        return y.to(q.dtype), new
+        return slots_reference.scan, slots_chunked.scan
 
-    def _prepare(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None,
-        state: MemoryState | None,
-        reset: Tensor | None,
-        valid: Tensor | None,
-    ) -> Streams:
-        gates = Gates() if gates is None else gates
-        lanes, heads, time = check_call(
-            self, w0, q, k, v, gates, None if state is None else state.position, reset, valid
-        )
+    def _prepare(self, call: Call) -> Streams:
+        lanes, heads, time = check_call(self, call)
+        w0, q, k, v, gates, state, reset, valid = call
         if state is not None:
             shapes = tuple((lanes, *shape) for shape in self.state_shapes(heads))
             found = tuple(tuple(w.shape) for w in state.weights)
@@ -257,9 +209,7 @@ class SlotMemory(Memory):
                 )
         start = self.start(w0, lanes) if state is None or reset is not None else state  # read after resets only
         state = start if state is None else state
-        dtype = state.weights[0].dtype
-        for x in (q, k, v):
-            dtype = torch.promote_types(dtype, x.dtype)
+        dtype = widest(state.weights[0].dtype, q, k, v)
         fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
         slow = tuple(w.to(dtype) for w in w0[self.states :])
         tokens, fine = self.tokens(slow, q.to(dtype), k, v, fine)
@@ -283,27 +233,14 @@ class SlotMemory(Memory):
             "state": f"{2 * numbers} numbers per lane and head",
         }
 
-    def example(
-        self,
-        generator: torch.Generator,
-        *,
-        lanes: int = 2,
-        heads: int = 2,
-        time: int = 40,
-        dtype: torch.dtype = torch.float32,
-    ) -> Any:
+    def _example(self, draw: Draw) -> Example:
         """Random q, k of unit norm, v of about unit norm, steps of at most 1/√chunk and retention near 1."""
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        q, k = (F.normalize(normal(lanes, heads, time, self.key_dim), dim=-1) for _ in range(2))
-        v = normal(lanes, heads, time, self.value_dim) * self.value_dim**-0.5
-        shape = (lanes, heads, time, *(() if self.passes == 1 else (self.passes,)))
-        made = {"lr": torch.sigmoid(normal(*shape)) * self.chunk**-0.5}
+        q, k, v = draw.unit(self.key_dim), draw.unit(self.key_dim), draw.normal(self.value_dim) * self.value_dim**-0.5
+        each = () if self.passes == 1 else (self.passes,)
+        made = {"lr": draw.share(*each) * self.chunk**-0.5}
         if "retention" in self.gates_used:
-            made["retention"] = torch.sigmoid(normal(*shape) + 4)
-        return q.to(dtype), k.to(dtype), v.to(dtype), Gates(**{n: g.to(dtype) for n, g in made.items()})
+            made["retention"] = draw.share(*each, shift=4)
+        return q, k, v, Gates(**made)
 
 
 def sound_rows(fine: Tensor, raw: Tensor) -> Tensor:

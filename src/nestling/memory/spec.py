@@ -1,167 +1,32 @@
-"""A memory as its choices, and the protocol every memory answers."""
+"""A memory as its choices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from nestling.memory.biases import L2, Bias, reads_threshold
+from nestling.memory.draw import Draw
 from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Gates
-from nestling.memory.inputs import check_weights, prepare
+from nestling.memory.inputs import Inputs, check_weights, prepare
 from nestling.memory.networks import Matrix, Network, Vector
 from nestling.memory.networks.base import at
-from nestling.memory.report import Report
+from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Full, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import Directed, Gradient, Implicit, Leader, Nesterov, Rule
-from nestling.memory.state import MemoryState, Tail, Weights
-
-Read = Literal["after", "before", "boundary"]
-Engine = Literal["chunked", "reference"]
-Example = tuple[Tensor, Tensor, Tensor, Gates]
-
-PARTS = ("name", "features", "network", "bias", "retention", "rule", "period", "read", "gates", "state")
-"""What every memory's `describe` has in words."""
+from nestling.memory.settings import read_timing, whole_numbers
+from nestling.memory.state import MemoryState, Tail, Weights, raised
 
 GUARD_PERIOD = 64  # border guard's period where `chunk` plays no part
 
 
-@runtime_checkable
-class Memory(Protocol):
-    """An associative memory with fast weights. `MemorySpec` is the main one; composites answer the same calls.
-
-    They are frozen dataclasses whose fields are their choices; `scan` returns a registered named tuple as the state.
-
-    key_dim, value_dim   sizes per head
-    name                 name of the system, for messages
-    growth               "constant", or "linear" where the state grows with the tokens read
-    """
-
-    key_dim: int
-    value_dim: int
-    name: str
-    growth: Literal["constant", "linear"] = "constant"
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(in, out) of each of the initial (slow) weights."""
-        ...
-
-    @property
-    def gates_used(self) -> frozenset[str]:
-        """Names of the gates that have an effect."""
-        ...
-
-    @property
-    def gate_channels(self) -> dict[str, int]:
-        """Size of the last dimension of those gates that have more than one number per head and token."""
-        return {}
-
-    @property
-    def update_period(self) -> int:
-        """Tokens between two changes of the weights that gradients read; 1 where every token changes them."""
-        return 1
-
-    @property
-    def anchored(self) -> bool:
-        """Whether the steps of a chunk add up at its anchor at full size, so that they should be smaller in longer chunks."""
-        return False
-
-    @property
-    def largest_steps(self) -> tuple[float, ...]:
-        """Largest inner step that a layer should take, for each channel of the gate `lr`."""
-        return (self.update_period**-0.5 if self.anchored else 1.0,)
-
-    @property
-    def deep(self) -> bool:
-        """Whether the network has hidden layers."""
-        return False
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The memories a composite is made of, or itself alone.
-
-        A gate of a composite has those of its parts side by side in its last dimension, in this order; its state has the field
-        `parts` with their states.
-        """
-        return (Part("memory", self, self.describe()),)
-
-    def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
-        """Initial (slow) weights, each `[head, in, out]`."""
-        ...
-
-    def start(self, w0: Sequence[Tensor], lanes: int) -> Any:
-        """State of lanes that have read nothing. Gradients reach w0 through it."""
-        ...
-
-    def scan(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None = None,
-        state: Any = None,
-        *,
-        engine: Engine = "chunked",
-        reset: Tensor | None = None,
-        valid: Tensor | None = None,
-        report: Report | None = None,
-        tile: int | None = None,
-    ) -> tuple[Tensor, Any]:
-        """Read and write a stretch of tokens: `[lane, head, time, dim]` → outputs of the same shape, new state."""
-        ...
-
-    def step(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None = None,
-        state: Any = None,
-        *,
-        reset: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
-        """One token: `scan` without the time dimension (q, k, v `[lane, head, dim]`, gates `[lane, head]`, masks `[lane]`)."""
-        gates = None if gates is None else Gates(**{n: g.unsqueeze(2) for n, g in gates.items()})
-        y, new = self.scan(
-            w0,
-            q.unsqueeze(2),
-            k.unsqueeze(2),
-            v.unsqueeze(2),
-            gates,
-            state,
-            reset=None if reset is None else reset.unsqueeze(1),
-            valid=None if valid is None else valid.unsqueeze(1),
-        )
-        return y.squeeze(2), new
-
-    def describe(self) -> dict[str, str]:
-        """The choices in words: name, features, network, bias, retention, rule, period, read, gates, state (`PARTS`)."""
-        ...
-
-    def example(self, generator: torch.Generator, *, lanes: int = 2, heads: int = 2, time: int = 40) -> Example:
-        """Valid random inputs inside the stability region."""
-        ...
-
-
-class Part(NamedTuple):
-    """One of the memories of a composite: its name there, and its choices in words."""
-
-    name: str
-    memory: Memory
-    words: dict[str, str]
-
-
 @dataclass(frozen=True)
-class MemorySpec(Memory):
+class MemorySpec(TwoEngines[Inputs, MemoryState]):
     """The five choices of an associative memory.
 
     key_dim, value_dim   sizes per head
@@ -190,12 +55,8 @@ class MemorySpec(Memory):
     features: Features = Identity()
 
     def __post_init__(self) -> None:
-        for field in ("key_dim", "value_dim", "chunk"):
-            number = getattr(self, field)
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{self.name}: {field} is {number!r}; expected a whole number of at least 1")
-        if self.read not in ("after", "before", "boundary"):
-            raise ValueError(f"{self.name}: read is {self.read!r}; expected 'after', 'before' or 'boundary'")
+        whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, chunk=self.chunk)
+        read_timing(self.name, self.read)
         if self.rule.erase != "none" and not self.retention.linear:
             raise ValueError(
                 f"{self.name}: {self.rule!r} erases along the running weights, but {self.retention!r} keeps a dual variable "
@@ -344,73 +205,20 @@ class MemorySpec(Memory):
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
         """State of lanes that have read nothing; weights in at least float32."""
-        self.check_weights(w0)
-        live = torch.is_grad_enabled()
-        weights = tuple(
-            (w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32)).expand(lanes, *w.shape)
-            for w in w0[: self.network.depth]
-        )
-        heads, like = w0[0].shape[0], weights[0]
+        check_weights(self, w0)
+        weights = tuple(w.expand(lanes, *w.shape) for w in raised(w0[: self.network.depth]))
         tail = None
         if (c := self.bias.window) > 1:
-            tail = Tail(
-                like.new_zeros(lanes, heads, c - 1, self.width),
-                like.new_zeros(lanes, heads, c - 1, self.target_dim),
-                torch.zeros(lanes, c - 1, dtype=torch.bool, device=like.device),
-            )
-        return MemoryState(
-            weights,
-            weights,
-            tuple(torch.zeros_like(w) for w in weights) if self.rule.momentum else (),
-            tail,
-            torch.zeros(lanes, dtype=torch.int64),
-            torch.zeros(lanes, dtype=torch.int64, device=like.device),
-        )
+            tail = Tail.empty(weights[0], c - 1, self.width, self.target_dim)
+        return MemoryState.fresh(weights, momentum=self.rule.momentum, tail=tail)
 
-    def check_weights(self, w0: Sequence[Tensor]) -> None:
-        """Refuse initial weights of the wrong number or shape."""
-        check_weights(self.name, self.shapes, w0)
+    def _prepare(self, call: Call) -> Inputs:
+        return prepare(self, call)
 
-    def scan(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None = None,
-        state: MemoryState | None = None,
-        *,
-        engine: Engine = "chunked",
-        reset: Tensor | None = None,
-        valid: Tensor | None = None,
-        report: Report | None = None,
-        tile: int | None = None,
-    ) -> tuple[Tensor, MemoryState]:
-        """Read a stretch of tokens with memory running.
-
-        w0           initial weights from `init`; where a lane is reset, it starts from these
-        q, k         `[lane, head, time, key_dim]`;  v `[lane, head, time, value_dim]`
-        gates        see `Gates`
-        state        what an earlier call returned; None: fresh lanes
-        engine       "chunked" (parallel inside chunks) or "reference" (token by token, gradients by autograd; the oracle)
-        reset        bool `[lane, time]`: before such a token the lane is put at position 0. Ignored at invalid tokens
-        valid        bool `[lane, time]`: a token that is not valid changes nothing and is answered with zeros
-        report       collects surprise, update size, gates and faults
-        tile         tokens per matrix product; never changes a value
-
-        Returns outputs `[lane, head, time, value_dim]` in q's dtype and the new state.
-        """
+    def _engines(self) -> Engines[MemoryState]:
         from nestling.memory import chunked, reference
 
-        if engine not in ("chunked", "reference"):
-            raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
-        with torch.autocast(q.device.type, enabled=False):
-            inputs = prepare(self, w0, q, k, v, gates, state, reset, valid)
-            if engine == "reference":
-                y, new = reference.scan(self, inputs)
-            else:
-                y, new = chunked.scan(self, inputs, tile=tile, report=report)
-        return y.to(q.dtype), new
+        return reference.scan, chunked.scan
 
     def recall(self, w0: Sequence[Tensor], weights: Sequence[Tensor], q: Tensor) -> Tensor:
         """M*(q), a read without a write (Titans, §2), at the weights of a state, which stand still for all of q."""
@@ -438,40 +246,26 @@ class MemorySpec(Memory):
             "state": f"{copies * per_head + tail} numbers per lane and head",
         }
 
-    def example(
-        self,
-        generator: torch.Generator,
-        *,
-        lanes: int = 2,
-        heads: int = 2,
-        time: int = 40,
-        dtype: torch.dtype = torch.float32,
-    ) -> Example:
-        """Random q, k of unit norm, normal v and gates of every kind the system reads, inside its stability region."""
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        q, k = (torch.nn.functional.normalize(normal(lanes, heads, time, self.key_dim), dim=-1) for _ in range(2))
-        v = normal(lanes, heads, time, self.value_dim)
-        shape = (lanes, heads, time)
+    def _example(self, draw: Draw) -> Example:
+        """Random q, k of unit norm, normal v and gates of every kind the system reads."""
+        q, k, v = draw.unit(self.key_dim), draw.unit(self.key_dim), draw.normal(self.value_dim)
         used = self.gates_used
-        made = {"lr": torch.sigmoid(normal(*shape)) / (self.bias.window * self.chunk**0.5)}
+        made = {"lr": draw.share() / (self.bias.window * self.chunk**0.5)}
         if self.bias.reads_prediction:  # biases steeper than L2 take smaller steps
             target = torch.cat([v, torch.ones_like(v[..., :1])], -1) if "threshold" in used else v
             steep = self.bias.error(torch.zeros_like(v), target).norm(dim=-1).mean() / v.norm(dim=-1).mean()
             made["lr"] = made["lr"] / steep.clamp_min(1.0)
         if "threshold" in used:  # near the typical error, so that both parts of the loss are met
-            made["threshold"] = self.value_dim**0.5 * (0.5 + torch.sigmoid(normal(*shape)))
+            made["threshold"] = self.value_dim**0.5 * (0.5 + draw.share())
         if "momentum" in used:
-            made["momentum"] = torch.sigmoid(normal(*shape))
+            made["momentum"] = draw.share()
         if "retention" in used:
-            made["retention"] = torch.sigmoid(normal(*shape, *self._last("retention")) + 4)
+            made["retention"] = draw.share(*self._last("retention"), shift=4)
         if "delta" in used and (self.reads_weights or self.rule.erase == "with_decay"):
-            made["delta"] = 0.5 * torch.sigmoid(normal(*shape))
+            made["delta"] = 0.5 * draw.share()
         if "window" in used:
-            made["window"] = torch.sigmoid(normal(*shape, *self._last("window")))
-        return q.to(dtype), k.to(dtype), v.to(dtype), Gates(**{n: g.to(dtype) for n, g in made.items()})
+            made["window"] = draw.share(*self._last("window"))
+        return q, k, v, Gates(**made)
 
     def _last(self, gate: str) -> tuple[int, ...]:
         return (self.gate_channels[gate],) if gate in self.gate_channels else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,28 @@ from nestling.state import register
 Weights = tuple[Tensor, ...]
 
 
+def raised(w0: Sequence[Tensor]) -> Weights:
+    """Initial weights in at least float32, as fast weights are (C7); constants where gradients are off."""
+    live = torch.is_grad_enabled()
+    return tuple((w if live else w.detach()).to(torch.promote_types(w.dtype, torch.float32)) for w in w0)
+
+
 class Tail(NamedTuple):
     """The last c − 1 tokens, for a windowed bias: key, value `[lane, head, c−1, dim]`, ok bool `[lane, c−1]`."""
 
     key: Tensor
     value: Tensor
     ok: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, length: int, key_dim: int, value_dim: int) -> Tail:
+        """That of lanes that have read nothing, for weights like `[lane, head, in, out]`."""
+        lanes, heads = like.shape[:2]
+        return cls(
+            like.new_zeros(lanes, heads, length, key_dim),
+            like.new_zeros(lanes, heads, length, value_dim),
+            torch.zeros(lanes, length, dtype=torch.bool, device=like.device),
+        )
 
     def only(self, keep: Tensor) -> Tail:
         """The same tail without the tokens not in `keep` (bool, broadcast to `[lane, c−1]`): zeros stand in their places."""
@@ -44,6 +61,19 @@ class MemoryState(NamedTuple):
     tail: Tail | None
     position: Tensor
     faults: Tensor
+
+    @classmethod
+    def fresh(cls, weights: Weights, *, momentum: bool = False, tail: Tail | None = None) -> MemoryState:
+        """That of lanes that have read nothing; weights `[lane, head, in, out]`, momentum: whether the rule has one."""
+        lanes, device = weights[0].shape[0], weights[0].device
+        return cls(
+            weights,
+            weights,
+            tuple(torch.zeros_like(w) for w in weights) if momentum else (),
+            tail,
+            torch.zeros(lanes, dtype=torch.int64),
+            torch.zeros(lanes, dtype=torch.int64, device=device),
+        )
 
 
 register(Tail)

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
+from nestling.memory.draw import Draw
 from nestling.memory.gates import Gates
-from nestling.memory.inputs import check_call, check_weights, surely, token_guard
+from nestling.memory.inputs import check_call, check_weights, surely, token_guard, widest
 from nestling.memory.named import named
 from nestling.memory.projection import Projecting
-from nestling.memory.report import Report
-from nestling.memory.spec import Engine, Example, Memory, Part, Read
+from nestling.memory.protocol import Call, Engines, Example, Memory, Part, Read, TwoEngines
 from nestling.memory.state import Weights
 from nestling.state import leaves, register
 
@@ -52,7 +52,7 @@ class TntState(NamedTuple):
     faults: Tensor
 
 
-class Call(NamedTuple):
+class Streams(NamedTuple):
     """A checked call in the compute dtype.
 
     k         NaN at tokens that are not `fine` (bool `[lane, time]`), so that no memory writes them
@@ -72,7 +72,7 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tnt(Memory):
+class Tnt(TwoEngines[Streams, TntState]):
     """The hierarchy. Its gates have the memories' gates side by side: with one local memory lr is `[lane, head, time, 2]`.
 
     key_dim, value_dim   sizes per head
@@ -84,6 +84,8 @@ class Tnt(Memory):
     read         put into the local memories. None: their own
     projection   what local memories are asked with: "normalized" q P (ours), "literal" (eq. 7), or "none": q
     steps        largest inner step of each memory, for a layer. None: theirs, which depend on their chunks
+
+    A report has every memory under its own name, "global", "local" (or "local0", "local1", …).
 
     Raises ValueError for what does not fit together.
     """
@@ -263,7 +265,7 @@ class Tnt(Memory):
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> TntState:
         """State of lanes that have read nothing."""
-        check_weights(self.name, self.shapes, w0)
+        check_weights(self, w0)
         heads, d, device = w0[0].shape[0], self.key_dim, w0[0].device
         dtype = torch.promote_types(w0[0].dtype, torch.float32)
         return TntState(
@@ -273,65 +275,27 @@ class Tnt(Memory):
             torch.zeros(lanes, dtype=torch.int64, device=device),
         )
 
-    def scan(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None = None,
-        state: TntState | None = None,
-        *,
-        engine: Engine = "chunked",
-        reset: Tensor | None = None,
-        valid: Tensor | None = None,
-        report: Report | None = None,
-        tile: int | None = None,
-    ) -> tuple[Tensor, TntState]:
-        """Read a stretch of tokens with all memories running; arguments as `MemorySpec.scan`.
-
-        report: every memory reports under its own name, "global", "local" (or "local0", "local1", …).
-        """
+    def _engines(self) -> Engines[TntState]:
         from nestling.memory import tnt_chunked, tnt_reference
 
-        if engine not in ("chunked", "reference"):
-            raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
-        with torch.autocast(q.device.type, enabled=False):
-            x = self._prepare(w0, q, k, v, gates, state, reset, valid)
-            if engine == "reference":
-                y, new = tnt_reference.scan(self, x)
-            else:
-                y, new = tnt_chunked.scan(self, x, tile=tile, report=report)
-        return y.to(q.dtype), new
+        return tnt_reference.scan, tnt_chunked.scan
 
-    def _prepare(
-        self,
-        w0: Sequence[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None,
-        state: TntState | None,
-        reset: Tensor | None,
-        valid: Tensor | None,
-    ) -> Call:
-        gates = Gates() if gates is None else gates
-        check_call(self, w0, q, k, v, gates, None if state is None else state.position, reset, valid)
+    def _prepare(self, call: Call) -> Streams:
+        lanes, _, _ = check_call(self, call)
+        w0, q, k, v, gates, state, reset, valid = call
         if state is not None and (len(state.parts), len(state.projection)) != (len(self.memories), len(self.lengths)):
             raise ValueError(
                 f"the state has {len(state.parts)} memories and {len(state.projection)} projections; expected "
                 f"{len(self.memories)} and {len(self.lengths)}: it does not belong to {self.name}"
             )
-        start = self.start(w0, q.shape[0])
-        dtype = torch.float32
-        for x in (*w0, q, k, v):
-            dtype = torch.promote_types(dtype, x.dtype)
+        start = self.start(w0, lanes)
+        dtype = widest(torch.float32, *w0, q, k, v)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         gates = gates.map(lambda gate: gate.to(dtype))
         fine = token_guard((k, v), gates)[0]
         if not surely(fine):
             k = torch.where(fine[:, None, :, None], k, torch.nan)
-        return Call(
+        return Streams(
             start, start if state is None else state, self.apart(w0), q, k, v, self._gates(gates), fine, reset, valid
         )
 
@@ -364,18 +328,12 @@ class Tnt(Memory):
             "state": f"{sum(x.numel() for x in carried if x.is_floating_point())} numbers per lane and head",
         }
 
-    def example(
-        self,
-        generator: torch.Generator,
-        *,
-        lanes: int = 2,
-        heads: int = 2,
-        time: int = 40,
-        dtype: torch.dtype = torch.float32,
-    ) -> Example:
+    def _example(self, draw: Draw) -> Example:
         """q, k, v of the first memory's example and every memory's gates."""
+        generator, lanes, heads, time = draw
         made = [
-            cast(Any, m).example(generator, lanes=lanes, heads=heads, time=time, dtype=dtype) for m in self.memories
+            memory.example(generator, lanes=lanes, heads=heads, time=time, dtype=torch.float64)
+            for memory in self.memories
         ]
         gates: dict[str, Tensor] = {}
         for name in dict(item for example in made for item in example[3].items()):

@@ -16,10 +16,10 @@ from nestling.memory.norm import l2_norm
 from nestling.memory.projection import project
 from nestling.memory.report import Report
 from nestling.memory.shards import pack, unfold
-from nestling.memory.tnt import Call, Tnt, TntState
+from nestling.memory.tnt import Streams, Tnt, TntState
 
 
-def scan(spec: Tnt, x: Call, *, tile: int | None = None, report: Report | None = None) -> tuple[Tensor, TntState]:
+def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | None = None) -> tuple[Tensor, TntState]:
     """Memory by memory."""
     time = x.q.shape[2]
     if time == 0:
@@ -66,7 +66,9 @@ def places(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: i
     return alive, before, after
 
 
-def _read(spec: Tnt, x: Call, n: int, q: Tensor, begins: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Any]:
+def _read(
+    spec: Tnt, x: Streams, n: int, q: Tensor, begins: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Any]:
     """One memory: in rows of a shard if its shards make several, else in a row, reset where they begin.
 
     A cache is read in a row: of rows it would come back with room for the longest.

@@ -15,13 +15,13 @@ from torch import Tensor
 from nestling import state as fast
 from nestling.memory import projection
 from nestling.memory.norm import l2_norm
-from nestling.memory.tnt import Call, Tnt, TntState
+from nestling.memory.tnt import Streams, Tnt, TntState
 
 if TYPE_CHECKING:
     from nestling.memory.gates import Gates
 
 
-def scan(spec: Tnt, x: Call) -> tuple[Tensor, TntState]:
+def scan(spec: Tnt, x: Streams) -> tuple[Tensor, TntState]:
     """Slow on purpose. Works under `no_grad`; refuses `inference_mode`, as the memories' references do."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("engine='reference' differentiates by autograd: call it outside torch.inference_mode()")
@@ -34,7 +34,7 @@ def scan(spec: Tnt, x: Call) -> tuple[Tensor, TntState]:
     return (y, state) if outer else (y.detach(), fast.detach(state))
 
 
-def _token(spec: Tnt, x: Call, state: TntState, t: int) -> tuple[Tensor, TntState]:
+def _token(spec: Tnt, x: Streams, state: TntState, t: int) -> tuple[Tensor, TntState]:
     here = slice(t, t + 1)
     alive = torch.ones(x.q.shape[0], dtype=torch.bool) if x.valid is None else x.valid[:, t].cpu()
     anew = torch.zeros_like(alive) if x.reset is None else x.reset[:, t].cpu() & alive
