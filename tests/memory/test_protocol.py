@@ -112,6 +112,79 @@ def test_what_lacks_a_part_of_the_protocol_is_no_memory() -> None:
     assert not isinstance(nl.memory.Matrix(), Memory)
 
 
+class Plain:
+    """A choice by a class that inherits nothing and answers as another does."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"network": nl.memory.MLP()},
+        {"bias": nl.memory.Huber()},
+        {"bias": nl.memory.Omega(nl.memory.DotProduct(), 3)},
+        {"retention": nl.memory.Bregman()},
+        {"retention": nl.memory.Decay(per_channel=True)},
+        {"rule": nl.memory.Momentum()},
+        {"rule": nl.memory.DeltaGradient()},
+        {"features": nl.memory.Polynomial()},
+    ],
+    ids=lambda choice: str(*choice.values()),
+)
+def test_a_choice_of_the_right_shape_serves_as_one(choice: dict[str, Any], engine: str) -> None:
+    """Without inheriting its protocol, whose defaults it then answers itself."""
+    ((kind, inner),) = choice.items()
+    runs = []
+    for given in (inner, Plain(inner)):
+        spec = nl.memory.MemorySpec(4, 4, chunk=4, **{kind: given})
+        w0 = spec.init(2, torch.Generator().manual_seed(1))
+        y, state = nl.memory.scan(spec, w0, *spec.example(torch.Generator().manual_seed(2), time=11), engine=engine)
+        runs.append((y, *state.weights))
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_choice_that_says_nothing_is_the_plain_one() -> None:
+    class Keeps(nl.memory.Retention):
+        pass
+
+    class Descends(nl.memory.Rule):
+        pass
+
+    plain, said = Keeps(), nl.memory.Decay()
+    x = torch.randn(2, 3)
+    assert (plain.decays, plain.linear) == (said.decays, said.linear) == (True, True)
+    assert plain.link(x) is x
+    assert plain.dual(x) is x
+    rule, gradient = Descends(), nl.memory.Gradient()
+    assert (rule.momentum, rule.erase, rule.step(4)) == (gradient.momentum, gradient.erase, gradient.step(4))
+
+
+def test_a_retention_with_a_link_is_not_linear() -> None:
+    class Squared(nl.memory.Retention):
+        def link(self, dual: Tensor) -> Tensor:
+            return dual.square()
+
+    assert not Squared().linear
+    assert [r.linear for r in (nl.memory.Full(), nl.memory.ElasticStep(), nl.memory.Divergence())] == [True] * 3
+    assert not any(r.linear for r in (nl.memory.Lq(), nl.memory.LqDual(), nl.memory.Softmax(), nl.memory.ElasticNet()))
+
+
+def test_a_loss_without_its_slope_is_refused_at_once() -> None:
+    class Half(nl.memory.Bias):
+        def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
+            return (prediction - value).sum(-1)
+
+    with pytest.raises(TypeError, match="error"):
+        Half()
+
+
 @pytest.mark.parametrize("name", nl.memory.names())
 def test_every_registered_memory_has_its_two_engines(name: str) -> None:
     spec = nl.memory.named(name, key_dim=4)

@@ -89,7 +89,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class Rounded(Features):
     """Features computed and kept in a lower precision."""
 
     inner: Features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Protocol
 
 from torch import Tensor
@@ -12,18 +13,23 @@ class Bias(Protocol):
 
     @property
     def window(self) -> int:
-        """How many of the last tokens one step's loss sums (1: only the token itself)."""
-        ...
+        """How many of the last tokens one step's loss sums. Default: 1, only the token itself."""
+        return 1
 
     @property
     def reads_prediction(self) -> bool:
-        """Whether ∂ℓ/∂p depends on p. If not, the gradient of a matrix memory does not read its weights."""
-        ...
+        """Whether ∂ℓ/∂p depends on p. If not, the gradient of a matrix memory does not read its weights.
 
+        Default: it does.
+        """
+        return True
+
+    @abstractmethod
     def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
         """ℓ, `[…]`. The reference differentiates it."""
         ...
 
+    @abstractmethod
     def error(self, prediction: Tensor, value: Tensor) -> Tensor:
         """∂ℓ/∂p, `[…, value_dim]`, in closed form."""
         ...

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nestling.memory.biases.base import Bias
+
 
 @dataclass(frozen=True)
-class DotProduct:
+class DotProduct(Bias):
     """ℓ(p, v) = −⟨p, v⟩, so ∂ℓ/∂p = −v: a descent step writes +kᵀv."""
 
     def __str__(self) -> str:
         return "dot product"
-
-    @property
-    def window(self) -> int:
-        return 1
 
     @property
     def reads_prediction(self) -> bool:

@@ -17,11 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nestling.memory.biases.base import Bias
+
 EPS = 1e-12  # under the root of ‖e‖², which has no slope at 0
 
 
 @dataclass(frozen=True)
-class Huber:
+class Huber(Bias):
     """δ is `gates.threshold`, one per lane, head and token (None: 1), and stands as the last coordinate of the target."""
 
     form: Literal["coordinate", "norm", "mixture"] = "mixture"
@@ -33,14 +35,6 @@ class Huber:
     def __str__(self) -> str:
         tail = {"coordinate": "linear", "norm": "linear in its norm", "mixture": "absolute"}[self.form]
         return f"squared error, {tail} beyond a threshold (Huber)"
-
-    @property
-    def window(self) -> int:
-        return 1
-
-    @property
-    def reads_prediction(self) -> bool:
-        return True
 
     @property
     def reads_threshold(self) -> bool:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling.memory.biases.base import Bias
+
 
 @dataclass(frozen=True)
-class EpsilonInsensitive:
+class EpsilonInsensitive(Bias):
     """The loss of support vector regression; `EpsilonInsensitive(0.0)` is exact L1, which `Lp(1)` smooths."""
 
     epsilon: float = 0.1
@@ -25,14 +27,6 @@ class EpsilonInsensitive:
 
     def __str__(self) -> str:
         return f"absolute error beyond {self.epsilon:g}" if self.epsilon else "absolute error (L1)"
-
-    @property
-    def window(self) -> int:
-        return 1
-
-    @property
-    def reads_prediction(self) -> bool:
-        return True
 
     def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
         return ((prediction - value).abs() - self.epsilon).clamp_min(0.0).sum(-1)

@@ -11,21 +11,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nestling.memory.biases.base import Bias
+
 
 @dataclass(frozen=True)
-class KL:
+class KL(Bias):
     """Kullback–Leibler divergence of the predicted distribution from the value's. Steps are bounded: ‖∂ℓ/∂p‖ ≤ √2."""
 
     def __str__(self) -> str:
         return "KL divergence from softmax(v)"
-
-    @property
-    def window(self) -> int:
-        return 1
-
-    @property
-    def reads_prediction(self) -> bool:
-        return True
 
     def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
         log_p, log_v = prediction.log_softmax(-1), value.log_softmax(-1)

@@ -6,21 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nestling.memory.biases.base import Bias
+
 
 @dataclass(frozen=True)
-class L2:
+class L2(Bias):
     """ℓ(p, v) = ½‖p − v‖², so ∂ℓ/∂p = p − v."""
 
     def __str__(self) -> str:
         return "squared error (L2)"
-
-    @property
-    def window(self) -> int:
-        return 1
-
-    @property
-    def reads_prediction(self) -> bool:
-        return True
 
     def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
         return 0.5 * (prediction - value).square().sum(-1)

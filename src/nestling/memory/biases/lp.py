@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nestling.memory.biases.base import Bias
 from nestling.memory.biases.smooth import power, sign, signed_power_integral
 
 
 @dataclass(frozen=True)
-class Lp:
+class Lp(Bias):
     """Sum of |e|^p over the coordinates. p = 2 is twice `L2()`.
 
     p       at least 1; 3 in Moneta. A step grows with |e|^{p−1}: large p asks for a small learning rate
@@ -33,14 +34,6 @@ class Lp:
 
     def __str__(self) -> str:
         return f"error to the power {self.p:g} (Lp){'' if self.slope is None else ', smooth sign'}"
-
-    @property
-    def window(self) -> int:
-        return 1
-
-    @property
-    def reads_prediction(self) -> bool:
-        return True
 
     def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
         error = prediction - value

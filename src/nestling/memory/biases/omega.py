@@ -16,7 +16,7 @@ from nestling.memory.biases.base import Bias, reads_threshold
 
 
 @dataclass(frozen=True)
-class Omega:
+class Omega(Bias):
     """`Omega(L2(), length=8)`: any bias, summed over a window of `length` tokens."""
 
     inner: Bias

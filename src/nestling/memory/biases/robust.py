@@ -9,23 +9,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nestling.memory.biases.base import Bias
+
 EPS = 1e-12  # under the root of ‖e‖², which has no slope at 0
 
 
 @dataclass(frozen=True)
-class Robust:
+class Robust(Bias):
     """Δ is `gates.threshold`, one per lane, head and token (None: 1), and stands as the last coordinate of the target."""
 
     def __str__(self) -> str:
         return "squared error at the worst shift up to a threshold"
-
-    @property
-    def window(self) -> int:
-        return 1
-
-    @property
-    def reads_prediction(self) -> bool:
-        return True
 
     @property
     def reads_threshold(self) -> bool:

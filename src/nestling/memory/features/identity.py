@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from nestling.memory.features.base import Features
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Features):
     """Keys and queries as they are."""
 
     def __str__(self) -> str:
@@ -18,12 +19,6 @@ class Identity:
 
     def width(self, key_dim: int) -> int:
         return key_dim
-
-    def shapes(self, key_dim: int) -> tuple[tuple[int, int], ...]:
-        return ()
-
-    def init(self, key_dim: int, heads: int, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        return ()
 
     def apply(self, x: Tensor, own: Sequence[Tensor]) -> Tensor:
         return x

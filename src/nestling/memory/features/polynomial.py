@@ -18,9 +18,11 @@ from math import comb
 import torch
 from torch import Tensor
 
+from nestling.memory.features.base import Features
+
 
 @dataclass(frozen=True)
-class Polynomial:
+class Polynomial(Features):
     """Polynomial features up to `degree`.
 
     degree   p

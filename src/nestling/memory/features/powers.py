@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling.memory.features.base import Features
+
 
 @dataclass(frozen=True)
-class Powers:
+class Powers(Features):
     """Every entry's powers up to `degree`; p·d features, no parameters."""
 
     degree: int = 2
@@ -27,12 +29,6 @@ class Powers:
 
     def width(self, key_dim: int) -> int:
         return self.degree * key_dim
-
-    def shapes(self, key_dim: int) -> tuple[tuple[int, int], ...]:
-        return ()
-
-    def init(self, key_dim: int, heads: int, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        return ()
 
     def apply(self, x: Tensor, own: Sequence[Tensor]) -> Tensor:
         made = [x]

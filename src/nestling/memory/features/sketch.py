@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling.memory.features.base import Features
+
 
 @dataclass(frozen=True)
-class Sketch:
+class Sketch(Features):
     """x itself, 1, and `size` sketched features for each degree from 2 to `degree`; a_i = 1/i!.
 
     The signs R are parameters: drawn once at `init`, and free to be learned.

@@ -14,7 +14,7 @@ from nestling.memory.norm import l2_norm
 
 
 @dataclass(frozen=True)
-class Unit:
+class Unit(Features):
     """`Unit(Polynomial())`: the unit vector's features. For keys that come without a norm; a memory layer's have one."""
 
     inner: Features = Identity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -31,28 +32,34 @@ class Network(Protocol):
     """A map from keys to values whose weights are matrices; the gradient of one token is rank one in each of them."""
 
     @property
+    @abstractmethod
     def depth(self) -> int:
         """Number of weight matrices."""
         ...
 
+    @abstractmethod
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         """(in, out) of every weight matrix, first applied first. Raises ValueError for dimensions it cannot join."""
         ...
 
+    @abstractmethod
     def init(
         self, shapes: Sequence[tuple[int, int]], heads: int, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
         """Initial weights `[head, in, out]`."""
         ...
 
+    @abstractmethod
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         """M(x), with every product by a weight matrix asked of `linear`. The one definition of the map."""
         ...
 
+    @abstractmethod
     def trace(self, weights: Sequence[Tensor], k: Tensor) -> Trace:
         """M(k) at fixed weights, with what the inner gradient needs."""
         ...
 
+    @abstractmethod
     def errors(self, weights: Sequence[Tensor], trace: Trace, error: Tensor) -> tuple[Tensor, ...]:
         """Backpropagate error = ∂ℓ/∂M(k): δ_l `[…, time, out_l]`, so that ∂ℓ/∂W_l = x_lᵀ δ_l. Analytic and differentiable."""
         ...

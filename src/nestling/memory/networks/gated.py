@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.networks.activation import NAMES, activate, activate_with_slope
-from nestling.memory.networks.base import Linear, Trace
+from nestling.memory.networks.base import Linear, Network, Trace
 from nestling.memory.networks.layer_norm import EPS, back, normalize
 from nestling.memory.networks.mlp import widths, words
 
 
 @dataclass(frozen=True)
-class GatedMLP:
+class GatedMLP(Network):
     """A gated perceptron of one hidden layer without biases; its weights in order: W_2, W_3, W_1.
 
     expansion, activation, residual, leading, norm, init_scale as in `MLP`

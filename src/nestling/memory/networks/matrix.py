@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestling.memory.networks.base import Linear, Trace
+from nestling.memory.networks.base import Linear, Network, Trace
 
 
 @dataclass(frozen=True)
-class Matrix:
+class Matrix(Network):
     """M(x) = x W, W `[head, key_dim, value_dim]`.
 
     init_scale: standard deviation of the initial entries times √key_dim; 0, the default, is the empty memory of the classics.

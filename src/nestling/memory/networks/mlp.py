@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.networks.activation import NAMES, activate, activate_with_slope
-from nestling.memory.networks.base import Linear, Trace
+from nestling.memory.networks.base import Linear, Network, Trace
 from nestling.memory.networks.layer_norm import EPS, back, normalize
 
 
 @dataclass(frozen=True)
-class MLP:
+class MLP(Network):
     """A multi-layer perceptron without biases.
 
     depth        number of weight matrices, at least 1

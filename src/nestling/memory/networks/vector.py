@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestling.memory.networks.base import Linear, Trace
+from nestling.memory.networks.base import Linear, Network, Trace
 
 
 @dataclass(frozen=True)
-class Vector:
+class Vector(Network):
     """One number for every channel, w `[head, 1, value_dim]`.
 
     keyed: True: x ∘ w, every channel a memory of one number for itself (needs key_dim = value_dim). False: w alone, which has no

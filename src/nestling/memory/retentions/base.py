@@ -7,7 +7,7 @@ For most retentions the link is the identity and Z = W.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Protocol
 
 import torch
@@ -17,39 +17,33 @@ from nestling.memory.state import Weights
 
 
 class Retention(Protocol):
+    """A retention that leaves all as it is here is a decay of the weights themselves."""
+
     @property
     def decays(self) -> bool:
-        """Whether it reads `gates.retention`."""
-        ...
+        """Whether it reads `gates.retention`. Default: it does."""
+        return True
 
     @property
     def linear(self) -> bool:
-        """Whether link is the identity."""
-        ...
+        """Whether link is the identity. Default: where a class has no `link` of its own."""
+        return type(self).link is Retention.link
 
     def link(self, dual: Tensor) -> Tensor:
-        """Weights of the dual variable, both `[…, in, out]`."""
-        ...
+        """Weights of the dual variable, both `[…, in, out]`. Default: the identity."""
+        return dual
 
     def dual(self, initial: Tensor) -> Tensor:
-        """Initial dual variable from a network's initial weights `[head, in, out]`."""
-        ...
+        """Initial dual variable from a network's initial weights `[head, in, out]`. Default: these."""
+        return initial
 
 
-class Scaled(ABC):
+class Scaled(Retention):
     """A retention whose link is a number per weight matrix, W = scale(Z) Z, taken at the anchor for the whole chunk.
 
     The chunk's last token reads at the scale of the new anchor, so that chunk 1 is W_t = link(Z_t). Weights inside a chunk are
     then linear in the dual, and cost about what they cost without a link.
     """
-
-    @property
-    def linear(self) -> bool:
-        return False
-
-    @property
-    @abstractmethod
-    def decays(self) -> bool: ...
 
     @abstractmethod
     def scale(self, dual: Tensor) -> Tensor:
@@ -58,33 +52,16 @@ class Scaled(ABC):
     def link(self, dual: Tensor) -> Tensor:
         return self.scale(dual) * dual
 
-    @abstractmethod
-    def dual(self, initial: Tensor) -> Tensor: ...
 
-
-class Settled(ABC):
+class Settled(Retention):
     """A retention that maps the weights themselves at the end of every chunk; inside, they are linear as without it.
 
     The chunk's last token reads what has been mapped, so that chunk 1 is a map at every token.
     """
 
-    @property
-    def linear(self) -> bool:
-        return True
-
-    @property
-    @abstractmethod
-    def decays(self) -> bool: ...
-
     @abstractmethod
     def settle(self, weights: Tensor, anchor: Tensor) -> Tensor:
         """Weights after a chunk, from those of the linear recurrence and those at its start, all `[…, in, out]`."""
-
-    def link(self, dual: Tensor) -> Tensor:
-        return dual
-
-    @abstractmethod
-    def dual(self, initial: Tensor) -> Tensor: ...
 
 
 def settled(retention: Retention, at: Tensor, weights: Weights, anchor: Weights) -> Weights:

@@ -17,11 +17,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from nestling.memory.retentions.base import Retention
+
 CAP = 30.0  # of the exponential: e^30 is far outside any memory, and its square is finite in float32
 
 
 @dataclass(frozen=True)
-class Bregman:
+class Bregman(Retention):
     """An elementwise mirror map; initial weights of a network are taken as the dual."""
 
     map: Literal["sigmoid", "tanh", "exp"] = "tanh"
@@ -33,18 +35,7 @@ class Bregman:
     def __str__(self) -> str:
         return f"decay of a dual, weights its {self.map} (Bregman)"
 
-    @property
-    def decays(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
-
     def link(self, dual: Tensor) -> Tensor:
         if self.map == "sigmoid":
             return dual.sigmoid()
         return dual.tanh() if self.map == "tanh" else dual.clamp_max(CAP).exp()
-
-    def dual(self, initial: Tensor) -> Tensor:
-        return initial

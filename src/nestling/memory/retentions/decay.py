@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from nestling.memory.retentions.base import Retention
 
 
 @dataclass(frozen=True)
-class Decay:
+class Decay(Retention):
     """Keeps the share `gates.retention` (None: all) of the weights at every token.
 
     per_channel     the gate has one share per channel of the key, `[lane, head, time, key_dim]`; for memories of one layer
@@ -27,17 +27,3 @@ class Decay:
     def __str__(self) -> str:
         channel = " of each channel" if self.per_channel else ""
         return f"decay{channel} to {'the initial weights' if self.toward_initial else 0}"
-
-    @property
-    def decays(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return True
-
-    def link(self, dual: Tensor) -> Tensor:
-        return dual
-
-    def dual(self, initial: Tensor) -> Tensor:
-        return initial

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling.memory.retentions.base import Retention
+
 
 @dataclass(frozen=True)
-class ElasticNet:
+class ElasticNet(Retention):
     """Soft threshold γ at every token's read, `gates.retention` as the share of A that is kept.
 
     smooth  the arctangent surrogate
@@ -34,14 +36,6 @@ class ElasticNet:
 
     def __str__(self) -> str:
         return f"decay, {'smooth' if self.smooth else 'soft'} threshold {self.threshold:g} (elastic net)"
-
-    @property
-    def decays(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
 
     def link(self, dual: Tensor) -> Tensor:
         if self.smooth:

@@ -42,14 +42,7 @@ class ElasticStep(Settled):
             f"decay to 0, then a {'smooth' if self.smooth else 'soft'} threshold {self.threshold:g} (elastic net step)"
         )
 
-    @property
-    def decays(self) -> bool:
-        return True
-
     def settle(self, weights: Tensor, anchor: Tensor) -> Tensor:
         if self.smooth:
             return weights.abs() * torch.atan(weights / self.threshold) * (2 / math.pi)
         return torch.nn.functional.softshrink(weights, self.threshold)
-
-    def dual(self, initial: Tensor) -> Tensor:
-        return initial

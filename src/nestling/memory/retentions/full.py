@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from nestling.memory.retentions.base import Retention
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Retention):
     """Keeps everything; reads no gate."""
 
     def __str__(self) -> str:
@@ -17,13 +17,3 @@ class Full:
     @property
     def decays(self) -> bool:
         return False
-
-    @property
-    def linear(self) -> bool:
-        return True
-
-    def link(self, dual: Tensor) -> Tensor:
-        return dual
-
-    def dual(self, initial: Tensor) -> Tensor:
-        return initial

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestling.memory.retentions.base import Scaled
+from nestling.memory.retentions.base import Retention, Scaled
 
 
 def _norm(dual: Tensor, q: float, floor: float) -> Tensor:
@@ -50,10 +50,6 @@ class Lq(Scaled):
     def __str__(self) -> str:
         return f"decay of a dual, weights the dual over its L{self.q:g} norm to the power {self.q - 2:g}"
 
-    @property
-    def decays(self) -> bool:
-        return True
-
     def scale(self, dual: Tensor) -> Tensor:
         return _norm(dual, self.q, self.floor) ** (2 - self.q)
 
@@ -62,7 +58,7 @@ class Lq(Scaled):
 
 
 @dataclass(frozen=True)
-class LqDual:
+class LqDual(Retention):
     """The read-out of degree 1, W = sign(A) ∘ |A|^{q−1} / ‖A‖_q^{q−2}: twice A is twice W. Taken at every token."""
 
     q: float = 4.0
@@ -75,14 +71,6 @@ class LqDual:
         return (
             f"decay of a dual, weights its power {self.q - 1:g} over its L{self.q:g} norm to the power {self.q - 2:g}"
         )
-
-    @property
-    def decays(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
 
     def link(self, dual: Tensor) -> Tensor:
         norm = _norm(dual, self.q, self.floor)

@@ -14,21 +14,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nestling.memory.retentions.base import Retention
+
 
 @dataclass(frozen=True)
-class Softmax:
+class Softmax(Retention):
     """Fast weights on the simplex; the state holds their logits, which keep the share `gates.retention`."""
 
     def __str__(self) -> str:
         return "decay of logits, weights their softmax (KL)"
-
-    @property
-    def decays(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
 
     def link(self, dual: Tensor) -> Tensor:
         return dual.softmax(-2)

@@ -8,7 +8,7 @@ G_t is the gradient at the anchor, x_t the layer's own input. A rule says which 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Literal, Protocol
 
 import torch
@@ -19,22 +19,27 @@ Erase = Literal["none", "with_decay", "after_decay"]
 
 
 class Rule(Protocol):
+    """A rule that leaves all as it is here is gradient descent."""
+
     @property
     def momentum(self) -> bool:
-        """Whether S carries over, with `gates.momentum`."""
-        ...
+        """Whether S carries over, with `gates.momentum`. Default: no."""
+        return False
 
     @property
     def erase(self) -> Erase:
-        """Whether and in which order the running weights are erased along x; strength `gates.delta`, None: `gates.lr`."""
-        ...
+        """Whether and in which order the running weights are erased along x; strength `gates.delta`, None: `gates.lr`.
+
+        Default: "none".
+        """
+        return "none"
 
     def step(self, key_dim: int) -> float:
-        """Constant factor of the learning rate."""
-        ...
+        """Constant factor of the learning rate. Default: 1."""
+        return 1.0
 
 
-class Directed(ABC):
+class Directed(Rule):
     """A rule whose step goes along a map of the momentum, so that the engine's linear recurrence ends there.
 
     S_t = μ_t S_{t−1} − Σ_i γ_i G_i        every token
@@ -44,13 +49,6 @@ class Directed(ABC):
     @property
     def momentum(self) -> bool:
         return True
-
-    @property
-    def erase(self) -> Erase:
-        return "none"
-
-    def step(self, key_dim: int) -> float:
-        return 1.0
 
     @property
     @abstractmethod

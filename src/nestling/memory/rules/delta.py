@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nestling.memory.rules.base import Erase
+from nestling.memory.rules.base import Erase, Rule
 
 
 def erasure(x: Tensor, read: Tensor, strength: Tensor | float) -> Tensor:
@@ -27,7 +27,7 @@ def proximal(lr: Tensor, square: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DeltaGradient:
+class DeltaGradient(Rule):
     """Gradient descent that also erases along its input.
 
     order           "with_decay": (αI − βxᵀx)W, as Hope; "after_decay": α(I − βxᵀx)W, as Gated DeltaNet
@@ -52,6 +52,3 @@ class DeltaGradient:
     @property
     def erase(self) -> Erase:
         return self.order
-
-    def step(self, key_dim: int) -> float:
-        return 1.0

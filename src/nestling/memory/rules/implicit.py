@@ -12,27 +12,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nestling.memory.rules.base import Erase
+from nestling.memory.rules.base import Erase, Rule
 from nestling.memory.rules.delta import proximal
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(Rule):
     """Erases and writes with the same strength η/(1 + η‖k‖²); η is `gates.lr`, any number of at least 0."""
 
     def __str__(self) -> str:
         return "implicit step, as strong to erase as to write"
 
     @property
-    def momentum(self) -> bool:
-        return False
-
-    @property
     def erase(self) -> Erase:
         return "after_decay"
-
-    def step(self, key_dim: int) -> float:
-        return 1.0
 
     def damped(self, lr: Tensor, k: Tensor) -> Tensor:
         """β of η `[…]` and k `[…, key_dim]`."""

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestling.memory.rules.base import Erase
+from nestling.memory.rules.base import Rule
 
 
 @dataclass(frozen=True)
-class Leader:
+class Leader(Rule):
     """Needs `Full()` retention: its prior, the initial weights, is the retention."""
 
     def __str__(self) -> str:
@@ -27,10 +27,3 @@ class Leader:
     @property
     def momentum(self) -> bool:
         return True
-
-    @property
-    def erase(self) -> Erase:
-        return "none"
-
-    def step(self, key_dim: int) -> float:
-        return 1.0

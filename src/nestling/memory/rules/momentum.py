@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestling.memory.rules.base import Erase
+from nestling.memory.rules.base import Rule
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(Rule):
     """Gradient descent with momentum; the decay of S (`gates.momentum`) is its own, apart from that of W."""
 
     def __str__(self) -> str:
@@ -17,10 +17,3 @@ class Momentum:
     @property
     def momentum(self) -> bool:
         return True
-
-    @property
-    def erase(self) -> Erase:
-        return "none"
-
-    def step(self, key_dim: int) -> float:
-        return 1.0

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestling.memory.rules.base import Erase
+from nestling.memory.rules.base import Rule
 
 
 @dataclass(frozen=True)
-class Nesterov:
+class Nesterov(Rule):
     """Gradient descent with Nesterov's momentum; `gates.momentum` is μ (None: 0, plain descent)."""
 
     def __str__(self) -> str:
@@ -24,10 +24,3 @@ class Nesterov:
     @property
     def momentum(self) -> bool:
         return True
-
-    @property
-    def erase(self) -> Erase:
-        return "none"
-
-    def step(self, key_dim: int) -> float:
-        return 1.0
