@@ -7,12 +7,14 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,6 +110,55 @@ def matmul_rate(size: int = 2048, rounds: int = 6, clock: Callable[[], float] = 
     """Best FLOP/s of a large float32 product, the machine's peak for our purposes."""
     a = torch.randn(size, size)
     return 2 * size**3 / min(seconds(lambda: a @ a, clock) for _ in range(rounds))
+
+
+@dataclass
+class Beside:
+    """What every benchmark is told that times things beside others.
+
+    threads: default PyTorch's own.
+    cpu_time: one thread, timed by the processor time it gets, not the clock on the wall: for a machine that is busy otherwise.
+    """
+
+    threads: int | None = None
+    seed: int = 0
+    quick: bool = False
+    cpu_time: bool = False
+
+    def clock(self) -> Callable[[], float]:
+        return time.process_time if self.cpu_time else time.perf_counter
+
+    def begin(self, width: int) -> tuple[Console, dict[str, Any]]:
+        """Settle the threads, and say on what machine this is: a console for a table of this width, and those words."""
+        if self.cpu_time:
+            self.threads = 1  # the processor time of several would count those that wait
+        settle(self.threads)
+        words = machine(self.seed) | {"timed by": "processor time" if self.cpu_time else "wall clock"}
+        return screen(width, words), words
+
+
+def settle(threads: int | None) -> None:
+    """Compute as training by the command line does, on so many threads; None: PyTorch's own choice."""
+    torch.set_flush_denormal(True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def screen(width: int, words: dict[str, Any]) -> Console:
+    """A console of at least this width where it is no terminal, with the words about the machine as its first line."""
+    made = Console()
+    made = made if made.is_terminal else Console(width=max(made.width, width))
+    made.print(headline(words), highlight=False)
+    return made
+
+
+def headline(words: dict[str, Any]) -> str:
+    return " · ".join(f"{name} {value}" for name, value in words.items())
+
+
+def told(settings: Any) -> dict[str, Any]:
+    """The settings of a run, for its record."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
 
 
 def machine(seed: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 import nestling as nl
-from common import Spread, machine, seconds, spread, write
+from common import Spread, machine, screen, seconds, settle, spread, told, write
 
 SEGMENT = 2048  # tokens read at a time on the way to a position
 LEAST = 32  # tokens per timed round, in whole periods
@@ -177,16 +177,12 @@ def show(rows: list[dict[str, Any]], attention: list[dict[str, Any]], settings: 
 
 
 def main(settings: Settings) -> None:
-    torch.set_flush_denormal(True)  # as training by the command line does
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    settle(settings.threads)
     if settings.quick:
         settings.late, settings.cache = 10_000, (1_000, 10_000)
     torch.manual_seed(settings.seed)
-    console = Console()
-    console = console if console.is_terminal else Console(width=max(console.width, 120))
     words = machine(settings.seed)
-    console.print(" · ".join(f"{name} {value}" for name, value in words.items()), highlight=False)
+    console = screen(120, words)
     rows = []
     with torch.no_grad():
         for name in settings.systems:
@@ -195,8 +191,7 @@ def main(settings: Settings) -> None:
             rows.append({"name": f"model {name}, {settings.size}", **of_model(name, settings)})
         attention = of_attention(settings)
     show(rows, attention, settings, console)
-    told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
-    result = {"machine": words, "settings": told, "goal": GOAL, "rows": rows, "attention": attention}
+    result = {"machine": words, "settings": told(settings), "goal": GOAL, "rows": rows, "attention": attention}
     write(settings.out / "decode_speed.json", result)
     console.print(f"Written: {settings.out}/decode_speed.json", highlight=False)
 

@@ -17,8 +17,6 @@ Printed at the end: how the time per token grows from the shortest length to the
 from __future__ import annotations
 
 import textwrap
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from rich.table import Table
 from torch import nn
 
 import nestling as nl
-from common import Spread, flops, interleaved, machine, matmul_rate, peak_bytes, spread, write
+from common import Beside, Spread, flops, headline, interleaved, matmul_rate, peak_bytes, spread, told, write
 
 COUNTED = 512  # tokens at which a memory layer's FLOPs are counted; they are linear in the length
 MODES = ("forward", "training", "decode")
@@ -39,12 +37,11 @@ GOALS = {"share_of_bound": 0.7, "memory": 2.0, "memory_from": 8192, "growth": 1.
 
 
 @dataclass
-class Settings:
+class Settings(Beside):
     """Speed and memory of memory layers beside attention.
 
     systems: names from `nl.memory.names()`; default all.  seconds: of timing per figure; slow layers take what three rounds take.
-    threads: default PyTorch's own.  quick: length 2048, chunks 16 and 64, no decoding, where nothing else is said.
-    cpu_time: one thread, timed by the processor time it gets, not the clock on the wall: for a machine that is busy otherwise.
+    quick: length 2048, chunks 16 and 64, no decoding, where nothing else is said.
     """
 
     systems: tuple[str, ...] = ()
@@ -55,15 +52,7 @@ class Settings:
     dim: int = 256
     heads: int = 4
     seconds: float = 4.0
-    threads: int | None = None
-    seed: int = 0
-    quick: bool = False
-    cpu_time: bool = False
     out: Path = field(default_factory=lambda: Path("runs/memory_speed"))
-
-
-def clock(settings: Settings) -> Callable[[], float]:
-    return time.process_time if settings.cpu_time else time.perf_counter
 
 
 def layer(name: str, chunk: int, settings: Settings) -> Any:
@@ -139,7 +128,7 @@ def measure(name: str, chunk: int, length: int, settings: Settings, peak: float)
         work_attention = flops(of_attention)
         of_attention()
         rounds = interleaved(
-            (of_attention, of_memory), budget=settings.seconds, least=3, most=30, clock=clock(settings)
+            (of_attention, of_memory), budget=settings.seconds, least=3, most=30, clock=settings.clock()
         )
         ratio = spread([a / m for a, m in rounds])
         took, took_attention = spread([m for _, m in rounds]).mid, spread([a for a, _ in rounds]).mid
@@ -293,21 +282,13 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main(settings: Settings) -> None:
-    if settings.cpu_time:
-        settings.threads = 1  # the processor time of several would count those that wait
-    torch.set_flush_denormal(True)  # as training by the command line does
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     if settings.quick:
         for name, few in QUICK.items():
             if getattr(settings, name) == getattr(Settings(), name):  # not said otherwise
                 setattr(settings, name, few)
     if unknown := set(settings.modes) - set(MODES):
         raise SystemExit(f"--modes: {', '.join(sorted(unknown))} is not known; expected some of: {', '.join(MODES)}")
-    console = Console()
-    console = console if console.is_terminal else Console(width=max(console.width, 170))
-    words = machine(settings.seed) | {"timed by": "processor time" if settings.cpu_time else "wall clock"}
-    console.print(" · ".join(f"{name} {value}" for name, value in words.items()), highlight=False)
+    console, words = settings.begin(170)
     console.print(
         f"batch {settings.batch}, dim {settings.dim}, {settings.heads} heads; a two-layer MLP memory has expansion 4. FLOPs: "
         "matrix products, without what a checkpoint recomputes; causal attention counts half of its square.",
@@ -316,7 +297,7 @@ def main(settings: Settings) -> None:
     rows: list[dict[str, Any]] = []
     peaks = {}
     for length in settings.lengths:
-        peaks[length] = peak = matmul_rate(clock=clock(settings))
+        peaks[length] = peak = matmul_rate(clock=settings.clock())
         console.print(f"length {length}: matmul peak {peak / 1e9:.0f} GFLOP/s", highlight=False)
         for name in settings.systems or tuple(nl.memory.names()):
             spec = nl.memory.named(name)
@@ -336,7 +317,7 @@ def main(settings: Settings) -> None:
         settings.out / "memory_speed.json",
         {
             "machine": words,
-            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()},
+            "settings": told(settings),
             "matmul_flops_per_second": peaks,
             "rows": rows,
             "growth": [
@@ -346,7 +327,7 @@ def main(settings: Settings) -> None:
             "missed": missed,
         },
     )
-    draw(rows, settings.out / "memory_speed.png", " · ".join(f"{name} {value}" for name, value in words.items()))
+    draw(rows, settings.out / "memory_speed.png", headline(words))
     console.print(f"Written: {settings.out}/memory_speed.json and .png", highlight=False)
 
 

@@ -12,7 +12,6 @@ rounds; the *share* is ratio / bound. *MiB/k* is the peak of what a step allocat
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,18 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 import nestling as nl
-from common import Spread, flops, interleaved, machine, matmul_rate, peak_bytes, spread, write
+from common import Beside, Spread, flops, headline, interleaved, matmul_rate, peak_bytes, spread, told, write
 
 
 @dataclass
-class Settings:
+class Settings(Beside):
     """Training speed of language models beside the transformer.
 
     models: names from `nl.models.names()`; default all.  shapes: lanes x tokens.  seconds: of timing per figure; a model whose
-    round takes twice that gets one.  dim, layers, heads, chunk, window: of every model that has them.  threads: default PyTorch's
-    own.
-    quick: one shape, 1x1024.
-    cpu_time: one thread, timed by the processor time it gets, not the clock on the wall: for a machine that is busy otherwise.
+    round takes twice that gets one.  dim, layers, heads, chunk, window: of every model that has them.  quick: one shape, 1x1024.
     """
 
     models: tuple[str, ...] = ()
@@ -47,15 +43,7 @@ class Settings:
     chunk: int = 64
     window: int = 512
     seconds: float = 10.0
-    threads: int | None = None
-    seed: int = 0
-    quick: bool = False
-    cpu_time: bool = False
     out: Path = field(default_factory=lambda: Path("runs/model_speed"))
-
-
-def clock(settings: Settings) -> Callable[[], float]:
-    return time.process_time if settings.cpu_time else time.perf_counter
 
 
 def model(name: str, settings: Settings) -> nl.models.LanguageModel:
@@ -90,7 +78,7 @@ def measure(name: str, shape: str, settings: Settings, peak: float) -> dict[str,
     tokens = torch.randint(257, (lanes, length + 1), generator=torch.Generator().manual_seed(settings.seed))
     mine, transformer = (step(model(n, settings), tokens) for n in (name, "transformer"))
     work, work_transformer = flops(mine), flops(transformer)  # a first run of each, too
-    rounds = interleaved((transformer, mine), budget=settings.seconds, least=3, most=30, clock=clock(settings))
+    rounds = interleaved((transformer, mine), budget=settings.seconds, least=3, most=30, clock=settings.clock())
     ratio = spread([a / m for a, m in rounds])
     took, took_transformer = spread([m for _, m in rounds]).mid, spread([a for a, _ in rounds]).mid
     bound, count = work_transformer / work, lanes * length
@@ -164,17 +152,9 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main(settings: Settings) -> None:
-    if settings.cpu_time:
-        settings.threads = 1  # the processor time of several would count those that wait
-    torch.set_flush_denormal(True)  # as training by the command line does
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     if settings.quick:
         settings.shapes = ("1x1024",)
-    console = Console()
-    console = console if console.is_terminal else Console(width=max(console.width, 130))
-    words = machine(settings.seed) | {"timed by": "processor time" if settings.cpu_time else "wall clock"}
-    console.print(" · ".join(f"{name} {value}" for name, value in words.items()), highlight=False)
+    console, words = settings.begin(130)
     console.print(
         f"dim {settings.dim}, {settings.layers} blocks, {settings.heads} heads, chunk {settings.chunk}, "
         f"window {settings.window}, periods {', '.join(map(str, nl.models.SIZES['small'].periods))}. FLOPs: matrix products, "
@@ -183,7 +163,7 @@ def main(settings: Settings) -> None:
     )
     rows: list[dict[str, Any]] = []
     for shape in settings.shapes:
-        peak = matmul_rate(clock=clock(settings))
+        peak = matmul_rate(clock=settings.clock())
         console.print(f"{shape}: matmul peak {peak / 1e9:.0f} GFLOP/s", highlight=False)
         for name in settings.models or tuple(nl.models.names()):
             row = measure(name, shape, settings, peak)
@@ -196,12 +176,12 @@ def main(settings: Settings) -> None:
                 settings.out / "model_speed.json",
                 {
                     "machine": words,
-                    "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()},
+                    "settings": told(settings),
                     "rows": rows,
                 },
             )
     show(rows, console)
-    draw(rows, settings.out / "model_speed.png", " · ".join(f"{name} {value}" for name, value in words.items()))
+    draw(rows, settings.out / "model_speed.png", headline(words))
     console.print(f"Written: {settings.out}/model_speed.json and .png", highlight=False)
 
 

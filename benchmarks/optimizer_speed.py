@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from common import Spread, interleaved, machine, spread, write
+from common import Spread, interleaved, machine, screen, spread, told, write
 from nestling import optim
 
 GOALS = {"M3": 1.5, "DGD": 1.3}
@@ -170,18 +170,15 @@ def show(alone: list[dict[str, Any]], whole: list[dict[str, Any]], settings: Set
 
 def main(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
-    console = Console()
-    console = console if console.is_terminal else Console(width=max(console.width, 120))
     words = machine(settings.seed)
     if settings.device.startswith("cuda"):
         words["device"] = torch.cuda.get_device_name()
-    console.print(" · ".join(f"{name} {value}" for name, value in words.items()), highlight=False)
+    console = screen(120, words)
     alone, whole = steps(settings), training(settings)
     show(alone, whole, settings, console)
-    told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
     write(
         settings.out / "optimizer_speed.json",
-        {"machine": words, "settings": told, "goals": GOALS, "steps": alone, "training": whole},
+        {"machine": words, "settings": told(settings), "goals": GOALS, "steps": alone, "training": whole},
     )
     console.print(f"Written: {settings.out}/optimizer_speed.json", highlight=False)
 

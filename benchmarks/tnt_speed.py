@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nestling as nl
-from common import interleaved, machine, spread, write
+from common import headline, interleaved, machine, settle, spread, write
 
 
 @dataclass
@@ -74,10 +74,9 @@ def measure(length: int, chunk: int, settings: Settings) -> list[dict[str, Any]]
 
 
 def main(settings: Settings) -> None:
-    torch.set_flush_denormal(True)  # as training by the command line does
-    torch.set_num_threads(1)
+    settle(1)
     console, words = Console(), machine(settings.seed)
-    console.print(" · ".join(f"{name} {value}" for name, value in words.items()), highlight=False)
+    console.print(headline(words), highlight=False)
     table = Table(title=f"training, batch {settings.batch}, dim {settings.dim}, {settings.heads} heads")
     for heading in ("length", "chunk", "memory", "tokens/s", "ratio (quartiles)"):
         table.add_column(heading, justify="left" if heading == "memory" else "right")
