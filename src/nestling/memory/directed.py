@@ -76,6 +76,16 @@ def courses(rule: Directed, tiles: Tiles, cut: Layout, first: int) -> list[Cours
     return [Course(*part) for part in zip(*parts, strict=True)]
 
 
+class Tile(NamedTuple):
+    """What a tile stands on, its factors and its queries."""
+
+    anchor: Weights
+    weights: Weights
+    momentum: Weights
+    found: Factors
+    q: Tensor
+
+
 def tile(
     spec: MemorySpec,
     c: Course,
@@ -88,24 +98,17 @@ def tile(
 ) -> tuple[Tensor, Weights, Weights]:
     """Answer a tile's queries, and move weights and momentum past it. border: bool `[lane]`, the lane's chunk closes here."""
     assert spec.directed is not None
+    x = Tile(anchor, weights, momentum, found, q)
     if c.last is None:
-        return _per_token(spec, spec.directed, c, anchor, weights, momentum, found, q)
-    return _per_chunk(spec, spec.directed, c, anchor, weights, momentum, found, q, border, c.last)
+        return _per_token(spec, spec.directed, c, x)
+    return _per_chunk(spec, spec.directed, c, x, border, c.last)
 
 
-def _per_token(
-    spec: MemorySpec,
-    rule: Directed,
-    c: Course,
-    anchor: Weights,
-    weights: Weights,
-    momentum: Weights,
-    found: Factors,
-    q: Tensor,
-) -> tuple[Tensor, Weights, Weights]:
+def _per_token(spec: MemorySpec, rule: Directed, c: Course, x: Tile) -> tuple[Tensor, Weights, Weights]:
+    anchor, weights, momentum, found, q = x
     running, moved = [], []
-    for w, s, x, delta in zip(weights, momentum, found.inputs, found.errors, strict=True):
-        written = (c.impulse.unsqueeze(-1) * x.unsqueeze(-3)).mT @ delta.unsqueeze(-3)
+    for w, s, h, delta in zip(weights, momentum, found.inputs, found.errors, strict=True):
+        written = (c.impulse.unsqueeze(-1) * h.unsqueeze(-3)).mT @ delta.unsqueeze(-3)
         every = c.held[..., None, None] * s.unsqueeze(-3) - written  # S_t `[…, L, in, out]`
         steps = torch.einsum("...ts,...sab->...tab", c.size, rule.direction(every))
         before = w.unsqueeze(-3)
@@ -124,21 +127,13 @@ def _per_token(
 
 
 def _per_chunk(
-    spec: MemorySpec,
-    rule: Directed,
-    c: Course,
-    anchor: Weights,
-    weights: Weights,
-    momentum: Weights,
-    found: Factors,
-    q: Tensor,
-    border: Tensor,
-    last: Tensor,
+    spec: MemorySpec, rule: Directed, c: Course, x: Tile, border: Tensor, last: Tensor
 ) -> tuple[Tensor, Weights, Weights]:
+    anchor, weights, momentum, found, q = x
     after, moved = [], []
     closes = border.to(q.device).view(-1, 1, 1, 1)
-    for w, s, x, delta in zip(weights, momentum, found.inputs, found.errors, strict=True):
-        s = fused.advance(s, c.held[..., -1], None, None, x, c.impulse[..., -1, :], delta)
+    for w, s, h, delta in zip(weights, momentum, found.inputs, found.errors, strict=True):
+        s = fused.advance(s, c.held[..., -1], None, None, h, c.impulse[..., -1, :], delta)
         new = w if c.keep is None else c.keep[..., -1, None, None] * w
         if bool(border.any()):
             new = torch.where(closes, new + c.size[..., None, None] * rule.direction(s), new)

@@ -19,7 +19,6 @@ unit sphere at every chunk's end, and the rule is Riemannian descent on spheres,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,11 +26,11 @@ import torch
 from torch import Tensor
 
 from nestling.memory import lattice_chunked
-from nestling.memory.coefficients import Coefficients
 from nestling.memory.slots import (
     CODES,
     Moved,
     SlotMemory,
+    Tile,
     harmless,
     normalized,
     orthonormal,
@@ -130,16 +129,8 @@ class Lattice(SlotMemory):
         norms = slot_norms(w if self.read_norm == "token" else anchor[0])
         return (tokens[0] / norms.unsqueeze(-2)) @ w
 
-    def tile(
-        self,
-        tokens: Weights,
-        lr: Sequence[Tensor],
-        c: Sequence[Coefficients],
-        anchor: Weights,
-        weights: Weights,
-        begins: bool,
-    ) -> Moved:
-        return lattice_chunked.tile(self, tokens, lr[0], c[0], anchor[0], weights[0], begins)
+    def tile(self, x: Tile) -> Moved:
+        return lattice_chunked.tile(self, x.tokens, x.lr[0], x.c[0], x.anchor[0], x.weights[0], x.begins)
 
     def describe(self) -> dict[str, str]:
         losses = {

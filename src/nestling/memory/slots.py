@@ -51,6 +51,23 @@ class Streams(NamedTuple):
     valid: Tensor | None
 
 
+class Tile(NamedTuple):
+    """Some tokens that are read and written at once.
+
+    tokens           as in `Streams`, each `[lane, head, place, dim]`
+    lr, c            step sizes `[lane, head, place]` and coefficients, for each pass
+    anchor, weights  those of the chunk's start and of the tile's
+    begins           `weights` are the anchor in all lanes
+    """
+
+    tokens: Weights
+    lr: Sequence[Tensor]
+    c: Sequence[Coefficients]
+    anchor: Weights
+    weights: Weights
+    begins: bool
+
+
 class Moved(NamedTuple):
     """What a tile did: answers `[lane, head, place, dim]`, weights after it, sound bool `[lane, place]`: gradients were finite
     in all heads, and for a report surprise and size of the steps `[lane, head, place]` (gradients, without η)."""
@@ -164,16 +181,8 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
         return weights
 
     @abstractmethod
-    def tile(
-        self,
-        tokens: Weights,
-        lr: Sequence[Tensor],
-        c: Sequence[Coefficients],
-        anchor: Weights,
-        weights: Weights,
-        begins: bool,
-    ) -> Moved:
-        """Answer and write a tile at once; lr and c for each pass. begins: `weights` are the anchor in all lanes."""
+    def tile(self, x: Tile) -> Moved:
+        """Answer and write a tile."""
         ...
 
     @abstractmethod

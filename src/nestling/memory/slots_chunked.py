@@ -13,7 +13,7 @@ from nestling.memory.gates import Factor
 from nestling.memory.inputs import border_guard, lanes_where, surely
 from nestling.memory.layout import layout
 from nestling.memory.report import Report
-from nestling.memory.slots import SlotMemory, Streams
+from nestling.memory.slots import SlotMemory, Streams, Tile
 from nestling.memory.state import MemoryState, Weights
 
 TILE = 64  # tokens per product
@@ -78,7 +78,9 @@ def scan(
             rate = rates[n]
             own = tuple(u for row in rows if (u := row[n]) is not None)
             assert rate is not None
-            moved = spec.tile(own, rate.unbind(-1), [c[n] for c in matrices], anchor, weights, cut.begins[first + n][0])
+            moved = spec.tile(
+                Tile(own, rate.unbind(-1), [c[n] for c in matrices], anchor, weights, cut.begins[first + n][0])
+            )
             weights, border = moved.weights, cut.border[first + n]
             outputs.append(moved.y)
             if bool(border.any()):
@@ -134,7 +136,7 @@ def step(spec: SlotMemory, x: Streams) -> tuple[Tensor, MemoryState]:
     live = x.fine if alive is None else x.fine & alive.to(x.fine.device)[:, None]
     lr, retention = masked(x.lr, x.retention, None if surely(live) else live[:, None, :, None])
     matrices = _matrices(lr.unsqueeze(2), None if retention is None else retention.map(lambda gate: gate.unsqueeze(2)))
-    moved = spec.tile(x.tokens, lr.unbind(-1), [c.each()[0] for c in matrices], anchor, weights, False)
+    moved = spec.tile(Tile(x.tokens, lr.unbind(-1), [c.each()[0] for c in matrices], anchor, weights, False))
     y, weights = moved.y, moved.weights
     lost = ~(x.fine & moved.sound)
     if alive is None:

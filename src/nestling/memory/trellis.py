@@ -14,7 +14,6 @@ the recurrence above.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,9 +22,8 @@ from torch import Tensor
 
 from nestling.memory import fused
 from nestling.memory.chunked import only, sound
-from nestling.memory.coefficients import Coefficients
 from nestling.memory.compression import BETWEEN, PHI, between, compress, pulled_back
-from nestling.memory.slots import CODES, Moved, SlotMemory, harmless, normalized, orthonormal, rows_of, sound_rows
+from nestling.memory.slots import CODES, Moved, SlotMemory, Tile, harmless, normalized, orthonormal, rows_of, sound_rows
 from nestling.memory.state import Weights
 
 ValueNorm = Literal["l2", "rms", "none"]
@@ -135,20 +133,13 @@ class Trellis(SlotMemory):
     def _out(self, y: Tensor) -> Tensor:
         return compress(self.phi, y) if self.value_read_phi else y
 
-    def tile(
-        self,
-        tokens: Weights,
-        lr: Sequence[Tensor],
-        c: Sequence[Coefficients],
-        anchor: Weights,
-        weights: Weights,
-        begins: bool,
-    ) -> Moved:
+    def tile(self, x: Tile) -> Moved:
         """Both passes of a tile (derived). With D the products of β, M_0 before the tile and u at the anchor,
 
         Ŷ = diag(β…) Q M_K,0 − (D ∘ QKᵀ) diag(γ) U       P = f(Ŷ)
         Y = φ(diag(β…) P M_V,0ᵀ − (D ∘ P (diag(γ) U')ᵀ) V)
         """
+        tokens, lr, c, anchor, weights, _ = x
         q, k, v, code = tokens
         predicts = self.objective == "l2"
         rows = tuple(pulled_back(self.phi, x @ w, code, predicts=predicts) for x, w in zip((k, v), anchor, strict=True))
