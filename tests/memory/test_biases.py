@@ -28,6 +28,8 @@ from nestling.memory import (
 from nestling.memory.biases import reads_threshold
 from nestling.memory.biases.smooth import EPS, signed_power_integral
 
+from .cases import in_pieces
+
 BIASES: list[Bias] = [
     DotProduct(),
     L2(),
@@ -102,17 +104,8 @@ def test_both_engines_and_the_step_agree(bias: Bias, network: Matrix | MLP, read
         reset, valid = torch.zeros(2, 13, dtype=torch.bool), torch.ones(2, 13, dtype=torch.bool)
         reset[1, 7], valid[0, 3] = True, False
         runs = []
-        for engine in ("reference", "chunked", "step"):
-            if engine == "step":
-                state, outputs = None, []
-                for t in range(13):
-                    one = slice(t, t + 1)
-                    part = (x[:, :, one] for x in (q, k, v))
-                    y, state = spec.scan(w0, *part, gates[one], state, reset=reset[:, one], valid=valid[:, one])
-                    outputs.append(y)
-                y = torch.cat(outputs, 2)
-            else:
-                y, state = spec.scan(w0, q, k, v, gates, engine=engine, reset=reset, valid=valid)
+        for engine, cuts in (("reference", [0, 13]), ("chunked", [0, 13]), ("chunked", range(14))):
+            y, state = in_pieces(spec, w0, (q, k, v, gates), cuts, reset=reset, valid=valid, engine=engine)
             total = y.square().sum() + sum(w.square().sum() for w in state.weights)
             gradients = torch.autograd.grad(total, (*w0, *inputs), allow_unused=True)
             runs.append((y, *state.weights, *state.momentum, *gradients))

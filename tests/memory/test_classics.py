@@ -22,6 +22,8 @@ from nestling.memory import (
     Omega,
 )
 
+from .cases import in_pieces
+
 D, T = 4, 23
 
 
@@ -167,17 +169,8 @@ def test_channel_decay_with_every_rule(bias: nl.memory.Bias, rule: nl.memory.Rul
     reset, valid = torch.zeros(2, T, dtype=torch.bool), torch.ones(2, T, dtype=torch.bool)
     reset[1, 8], valid[0, 3] = True, False
     runs = []
-    for engine in ("reference", "chunked", "step"):
-        if engine == "step":
-            state, outputs = None, []
-            for t in range(T):
-                one = slice(t, t + 1)
-                part = (x[:, :, one] for x in (q, k, v))
-                y, state = spec.scan(w0, *part, gates[one], state, reset=reset[:, one], valid=valid[:, one])
-                outputs.append(y)
-            y = torch.cat(outputs, 2)
-        else:
-            y, state = spec.scan(w0, q, k, v, gates, engine=engine, reset=reset, valid=valid)
+    for engine, cuts in (("reference", [0, T]), ("chunked", [0, T]), ("chunked", range(T + 1))):
+        y, state = in_pieces(spec, w0, (q, k, v, gates), cuts, reset=reset, valid=valid, engine=engine)
         total = y.square().sum() + sum(w.square().sum() for w in (*state.weights, *state.momentum))
         gradients = torch.autograd.grad(total, (*w0, *inputs), allow_unused=True)
         runs.append((y, *state.weights, *state.momentum, *gradients))

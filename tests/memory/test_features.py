@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -33,11 +32,9 @@ from nestling.memory import (
 )
 from nestling.memory.norm import l2_norm
 
+from .cases import in_pieces, normal
+
 T = 19
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
@@ -145,23 +142,9 @@ def test_every_engine_agrees_on_every_map_and_its_parameters(
     reset, valid = torch.rand(2, 13, generator=generator) < 0.1, torch.rand(2, 13, generator=generator) < 0.8
 
     def run(bounds: list[int], engine: str = "chunked") -> list[Tensor]:
-        state, outputs = None, []
-        for first, last in itertools.pairwise(bounds):
-            at = slice(first, last)
-            y, state = nl.memory.scan(
-                spec,
-                w0,
-                *(x[:, :, at] for x in (q, k, v)),
-                gates[at],
-                state,
-                reset=reset[:, at],
-                valid=valid[:, at],
-                engine=engine,
-            )
-            outputs.append(y)
-        assert state is not None
+        y, state = in_pieces(spec, w0, (q, k, v, gates), bounds, reset=reset, valid=valid, engine=engine)
         assert len(state.weights) == network.depth
-        found = [torch.cat(outputs, 2), *state.weights, *state.momentum]
+        found = [y, *state.weights, *state.momentum]
         total = sum((x * normal(*x.shape, seed=n)).sum() for n, x in enumerate(found))
         assert isinstance(total, Tensor)
         return [*found, *torch.autograd.grad(total, inputs)]

@@ -26,12 +26,10 @@ from nestling.memory import (
     Polynomial,
 )
 
+from .cases import normal
+
 D, T = 4, 17
 PLAIN = Exponential(1.0, unit_peak=False)  # exp(q·k)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def data(seed: int, dim: int = D, time: int = T) -> tuple[Tensor, Tensor, Tensor]:

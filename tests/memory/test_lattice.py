@@ -9,12 +9,10 @@ from torch import Tensor
 import nestling as nl
 from nestling.memory import Gates, Lattice
 
+from .cases import normal, slots_equal_their_definition
+
 OBJECTIVES = ("decoding", "similarity", "encoding")
 D, M = 5, 4
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def phi(s: Tensor) -> Tensor:
@@ -253,21 +251,7 @@ def test_every_setting_equals_its_definition_in_outputs_state_and_gradients(mixt
     spec = Lattice(**{"key_dim": 3, "value_dim": D, "slots": M, "chunk": 6, "read": read, **MIXTURES[mixture]})
     generator = torch.Generator().manual_seed(mixture)
     w0 = [w.double() + 0.1 * normal(*w.shape) for w in spec.init(2, generator)]
-    q, k, v, gates = spec.example(generator, time=19, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in (*w0, q, k, v, *(g for _, g in gates.items()))]
-    reset = torch.rand(2, 19, generator=generator) < 0.1
-    valid = torch.rand(2, 19, generator=generator) < 0.8
-    runs = []
-    for options in ({"engine": "reference"}, {"tile": None}, {"tile": 4}):
-        y, state = spec.scan(w0, q, k, v, gates, reset=reset, valid=valid, **options)
-        total = (y * normal(*y.shape, seed=9)).sum() + (
-            state.weights[0] * normal(*state.weights[0].shape, seed=8)
-        ).sum()
-        gradients = torch.autograd.grad(total, inputs, allow_unused=True)
-        runs.append((y, *state.weights, *state.anchor, *(torch.zeros(1) if g is None else g for g in gradients)))
-    for fast in runs[1:]:
-        for a, b in zip(fast, runs[0], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    slots_equal_their_definition(spec, w0, generator)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

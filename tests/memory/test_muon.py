@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import nestling as nl
@@ -28,22 +26,18 @@ from nestling.memory import (
     newton_schulz,
 )
 
+from .cases import gate_between, in_pieces, normal, one_lane
+
 D, T = 5, 19
 PER = pytest.mark.parametrize("per", ["chunk", "token"])
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def data(seed: int, time: int = T) -> tuple[Tensor, Tensor, Tensor]:
-    """q, unit-norm k, v of one lane and head."""
-    q, k, v = normal(3, 1, 1, time, D, seed=seed)
-    return q, F.normalize(k, dim=-1), v
+    return one_lane(seed, D, time)
 
 
 def gate(low: float, high: float, seed: int) -> Tensor:
-    return low + (high - low) * torch.rand(1, 1, T, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return gate_between(low, high, seed, T)
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -189,22 +183,8 @@ def test_every_engine_and_every_cut_agree(per: str, read: str, network: Matrix |
         x.requires_grad_()
 
     def run(bounds: list[int], **options: object) -> list[Tensor]:
-        state, outputs = None, []
-        for first, last in itertools.pairwise(bounds):
-            at = slice(first, last)
-            y, state = nl.memory.scan(
-                spec,
-                w0,
-                *(x[:, :, at] for x in (q, k, v)),
-                gates[at],
-                state,
-                reset=reset[:, at],
-                valid=valid[:, at],
-                **options,
-            )
-            outputs.append(y)
-        assert state is not None
-        found = [torch.cat(outputs, 2), *state.weights, *state.momentum]
+        y, state = in_pieces(spec, w0, (q, k, v, gates), bounds, reset=reset, valid=valid, **options)
+        found = [y, *state.weights, *state.momentum]
         total = sum((x * normal(*x.shape, seed=n)).sum() for n, x in enumerate(found))
         assert isinstance(total, Tensor)
         gradients = torch.autograd.grad(total, inputs, allow_unused=True)

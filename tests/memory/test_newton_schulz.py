@@ -9,11 +9,9 @@ from torch.optim import _muon
 
 from nestling.memory.newton_schulz import newton_schulz
 
+from .cases import normal
+
 SHAPES = pytest.mark.parametrize("shape", [(8, 24), (24, 8), (3, 2, 6, 16), (5, 5)])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @SHAPES

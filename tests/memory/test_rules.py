@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import nestling as nl
@@ -30,21 +29,17 @@ from nestling.memory import (
     newton_schulz,
 )
 
+from .cases import gate_between, normal, one_lane
+
 D, T = 4, 18
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def data(seed: int, time: int = T) -> tuple[Tensor, Tensor, Tensor]:
-    """q, unit-norm k, v of one lane and head."""
-    q, k, v = normal(3, 1, 1, time, D, seed=seed)
-    return q, F.normalize(k, dim=-1), v
+    return one_lane(seed, D, time)
 
 
 def gate(low: float, high: float, seed: int) -> Tensor:
-    return low + (high - low) * torch.rand(1, 1, T, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return gate_between(low, high, seed, T)
 
 
 def close(a: Tensor, b: Tensor) -> None:

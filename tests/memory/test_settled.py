@@ -24,6 +24,8 @@ from nestling.memory import (
 )
 from nestling.memory.retentions import ElasticNet
 
+from .cases import in_pieces
+
 KINDS = ["kl", "hellinger", "softplus"]
 RETENTIONS: list[Settled] = [ElasticStep(0.05), ElasticStep(0.05, smooth=True), *(Divergence(f) for f in KINDS)]
 
@@ -169,14 +171,7 @@ def test_every_engine_and_every_cut_agree(retention: Settled, read: str) -> None
     reset[1, 6], valid[0, 3] = True, False
     runs = []
     for cuts, engine in (([0, 14], "reference"), ([0, 14], "chunked"), (list(range(15)), "chunked")):
-        state, outputs = None, []
-        for first, last in itertools.pairwise(cuts):
-            one = slice(first, last)
-            masks = {"reset": reset[:, one], "valid": valid[:, one]}
-            y, state = spec.scan(w0, *(x[:, :, one] for x in (q, k, v)), gates[one], state, engine=engine, **masks)
-            outputs.append(y)
-        assert state is not None
-        y = torch.cat(outputs, 2)
+        y, state = in_pieces(spec, w0, (q, k, v, gates), cuts, reset=reset, valid=valid, engine=engine)
         total = y.square().sum() + sum(w.square().sum() for w in (*state.weights, *state.momentum))
         gradients = torch.autograd.grad(total, (*w0, *inputs), allow_unused=True)
         runs.append((y, *state.weights, *state.momentum, *(torch.zeros(()) if g is None else g for g in gradients)))

@@ -11,11 +11,9 @@ import nestling as nl
 from nestling.memory import Gates, Trellis
 from nestling.memory.compression import BETWEEN, PHI, between, compress, pulled_back
 
+from .cases import normal, slots_equal_their_definition
+
 D, E, M = 4, 3, 5
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def plain(**choices: object) -> Trellis:
@@ -283,20 +281,7 @@ def test_every_setting_equals_its_definition_in_outputs_state_and_gradients(mixt
     spec = Trellis(key_dim=D, value_dim=E, slots=M, chunk=6, read=read, **MIXTURES[mixture])
     generator = torch.Generator().manual_seed(mixture)
     w0 = [w.double() + 0.3 * normal(*w.shape) for w in spec.init(2, generator)]
-    q, k, v, gates = spec.example(generator, time=19, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in (*w0, q, k, v, *(g for _, g in gates.items()))]
-    reset = torch.rand(2, 19, generator=generator) < 0.1
-    valid = torch.rand(2, 19, generator=generator) < 0.8
-    runs = []
-    for options in ({"engine": "reference"}, {"tile": None}, {"tile": 4}):
-        y, state = spec.scan(w0, q, k, v, gates, reset=reset, valid=valid, **options)
-        total = (y * normal(*y.shape, seed=9)).sum()
-        total = total + sum((w * normal(*w.shape, seed=8)).sum() for w in state.weights)
-        gradients = torch.autograd.grad(total, inputs, allow_unused=True)
-        runs.append((y, *state.weights, *state.anchor, *(torch.zeros(1) if g is None else g for g in gradients)))
-    for fast in runs[1:]:
-        for a, b in zip(fast, runs[0], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    slots_equal_their_definition(spec, w0, generator)
 
 
 def test_derivatives_through_two_chunks_and_both_passes_are_numerical_ones() -> None:

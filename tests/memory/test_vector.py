@@ -23,11 +23,9 @@ from nestling.memory import (
 )
 from nestling.memory.biases import L2
 
+from .cases import normal
+
 D = 4
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 MIXTURES = [
