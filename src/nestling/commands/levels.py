@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from nestling.config import SettingError
 from nestling.learn.config import Overrides, TrainConfig
-
-if TYPE_CHECKING:
-    from nestling.layers import Level
 
 Run = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
 Drawing = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
@@ -54,6 +49,7 @@ def run(config: LevelsConfig) -> int:
     from nestling.learn.optimizer import from_config
     from nestling.learn.run import build_model, parameters
     from nestling.models import drawing
+    from nestling.models.nest import merge
 
     if config.run is not None:
         settings = settings_of(config.run)
@@ -82,8 +78,10 @@ def run(config: LevelsConfig) -> int:
     )
     for column in ("level", "what it is", "slow weights"):
         table.add_column(column, overflow="fold")
-    for name, level in merge(levels):
-        count = sum(sizes[parameter] for parameter in level.params)
+    for level, members in merge(levels):
+        name = level.name if len(members) == 1 else f"{level.name} ({len(members)} times)"
+        count = sum(sizes[parameter] for member in members for parameter in member.params)
+        states = ("grows with the text" if m.weights is None else f"{m.weights:,} numbers" for m in members)
         what = {
             "network": level.network,
             "objective": level.bias,
@@ -91,7 +89,7 @@ def run(config: LevelsConfig) -> int:
             "rule": level.rule,
             "learns from": level.flow,
             "hands on by": level.transfer,
-            "per lane": "grows with the text" if level.weights is None else f"{level.weights:,} numbers",
+            "per lane": "; ".join(dict.fromkeys(states)),
         }
         if level.period.unit == "step":
             del what["per lane"]
@@ -103,19 +101,3 @@ def run(config: LevelsConfig) -> int:
     console.print(table)
     console.print(f"Models: {', '.join(models.names())}.\nSizes: {', '.join(models.SIZES)}.", highlight=False)
     return 0
-
-
-def merge(levels: Sequence[Level]) -> list[tuple[str, Level]]:
-    """Levels that differ in nothing but their block as one line, `blocks.*.mixer.memory (4 times)`, in the order of the first."""
-    groups: dict[Level, list[Level]] = {}
-    for level in levels:
-        kind = dataclasses.replace(
-            level, name=re.sub(r"\d+", "*", level.name, count=1), params=(), state_paths=(), slow=0
-        )
-        groups.setdefault(kind, []).append(level)
-    lines = []
-    for kind, members in groups.items():
-        name = members[0].name if len(members) == 1 else f"{kind.name} ({len(members)} times)"
-        params = tuple(name for member in members for name in member.params)
-        lines.append((name, dataclasses.replace(members[0], params=params)))
-    return lines
