@@ -42,6 +42,7 @@ from nestling.memory.retentions import Retention, Scaled, Settled, per_channel, 
 from nestling.memory.rules import Leader, Nesterov
 from nestling.memory.state import MemoryState, Tail, Weights
 from nestling.memory.step import returning, step
+from nestling.native import without
 
 if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
@@ -380,37 +381,47 @@ def scan(
 
 
 def _natively(spec: MemorySpec, x: Inputs, cut: Layout) -> tuple[Tensor, MemoryState] | None:
-    """A call of whole chunks, each one tile, by the C code; None where that does not serve, or a guard would have to step in."""
-    cell, count = native.Cell.of(spec, spec.network), cut.tokens.shape[1]
-    if not (
-        cut.ok is None
-        and cut.reset is None
-        and cut.size <= native.LONGEST
-        and bool(cut.border.all())
-        and native.serves(cell, x.q)
-        and surely(x.fine)
-        and native.anchored(x.state.anchor, x.state.weights)
-    ):
+    """A call by the C code; None where that does not serve, or a guard would have to step in."""
+    cell, (anchor, weights, momentum, tail, *_) = native.Cell.of(spec, spec.network), x.state
+    if not native.serves(cell, x.q):
         return None
+    kept, retention = native.log(x.retention)
+    carried_over, mu = native.log(x.momentum)
+    if not (kept and carried_over and surely(x.fine if x.valid is None else x.fine | ~x.valid)):
+        return None
+    cut_in_runs = native.runs(cut, x.q.shape[2], None if tail is None else tail.ok)
+    if cut_in_runs is None:
+        return None
+    keys, values = x.k, x.v
+    if tail is not None:
+        keys, values = torch.cat([tail.key, keys], 2), torch.cat([tail.value, values], 2)
 
-    def pick(gate: Tensor) -> Tensor:
-        return gate.reshape(*gate.shape[:2], count, cut.size)
+    def again(streams: native.Given, stand: native.Stand) -> native.Ends:
+        q, k, v, lr, retention, mu, erase, window = streams
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        assert lr is not None
+        before = k.shape[2] - q.shape[2]
+        past = None if tail is None else Tail(k[:, :, :before], v[:, :, :before], tail.ok)
+        state = x.state._replace(anchor=stand.anchor or stand.weights, weights=stand.weights, momentum=stand.momentum)
+        start = x.start._replace(anchor=stand.start, weights=stand.start) if stand.start else x.start
+        retention, mu = (None if gate is None else Factor(gate) for gate in (retention, mu))
+        own = (q, k[:, :, before:], v[:, :, before:], lr, retention, mu, erase, window)
+        with without():
+            y, end = scan(spec, Inputs(start, state._replace(tail=past), *own, x.fine, x.reset, x.valid))
+        return native.Ends(y, end.weights, end.momentum, end.anchor)
 
-    c = coefficients(
-        pick(x.lr),
-        None if x.retention is None else x.retention.map(pick),
-        None if x.momentum is None else x.momentum.map(pick),
-        None,
-        alive=None,
-        present=None,
-        erases=x.erase is not None,
+    anchored, fresh = native.anchored(anchor, weights), cut_in_runs.fresh
+    found = native.Scan(cell, cut_in_runs, again).scan(
+        (x.q, keys, values, x.lr, retention, mu, x.erase, x.window),
+        native.Stand(weights, momentum, () if anchored else anchor, x.start.weights if fresh else ()),
     )
-    erase = None if x.erase is None else pick(x.erase)
-    found = native.scan(cell, count, (x.q, x.k, x.v), c, erase, x.state.weights, x.state.momentum)
     if found is None:
         return None
-    y, weights, momentum = found
-    return y, MemoryState(weights, weights, momentum, None, cut.position, x.state.faults)
+    after = None if tail is None else carried(tail, x.k, x.v, x.fine, cut)
+    end = found.anchor or found.weights, found.weights, found.momentum
+    return found.y, MemoryState(*end, after, cut.position, x.state.faults)
 
 
 def _silence(spec: MemorySpec, x: Inputs) -> Tensor:

@@ -1,34 +1,87 @@
-"""`Scan` of scan.c, field for field."""
+"""The structures of the C code, field for field."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+
+from torch import Tensor
 
 DEPTH = 4
 POINTER = ctypes.c_void_p
-STREAMS = ("q", "k", "v", "keep", "carry", "write", "keep_s", "write_s", "step", "erase")
+INT = ctypes.c_int
+FRESH, CLOSES = 1, 2  # flags of a run; that of a second period's border is twice CLOSES
+
+Group = tuple[Tensor, ...]
+
+
+class Network(ctypes.Structure):
+    """`Network` of network.h."""
+
+    _fields_ = [
+        ("depth", INT),
+        ("width", INT * (DEPTH + 1)),
+        *((name, INT) for name in ("activation", "residual", "norm")),
+        ("epsilon", ctypes.c_double),
+    ]
+
+
+class Cell(ctypes.Structure):
+    """`Cell` of tile.h."""
+
+    _fields_ = [
+        ("network", Network),
+        *((name, INT) for name in ("reads_prediction", "before", "momentum", "erases", "window")),
+    ]
+
+
+class Store(ctypes.Structure):
+    """`Store` of runs.h."""
+
+    _fields_ = [
+        (name, POINTER * DEPTH)
+        for name in ("w", "s", "a", "start", "w_end", "s_end", "a_end", "of_w", "of_s", "of_a", "of_start")
+    ]
+
+
+LANES = ("lanes", "heads", "time", "tiles", "longest", "group", "apart", "threads")
+STREAMS = ("q", "k", "v", "lr", "retention", "momentum", "erase", "window")
 
 
 class Scan(ctypes.Structure):
-    """`Scan` of scan.c, field for field."""
+    """`Scan` of scan.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("memories", "tiles", "length", "depth", "group", "threads")),
-        ("width", ctypes.c_int * (DEPTH + 1)),
-        *(
-            (name, ctypes.c_int)
-            for name in ("activation", "residual", "norm", "reads_prediction", "before", "momentum")
-        ),
-        ("epsilon", ctypes.c_double),
+        ("cell", Cell),
+        ("store", Store),
+        *((name, INT) for name in (*LANES, "tail")),
+        ("runs", POINTER),
         *((name, POINTER) for name in STREAMS),
-        ("w", POINTER * DEPTH),
-        ("s", POINTER * DEPTH),
-        ("y", POINTER),
-        ("w_end", POINTER * DEPTH),
-        ("s_end", POINTER * DEPTH),
-        ("kept", POINTER),
-        ("broken", POINTER),
-        *((f"of_{name}", POINTER) for name in ("y", *STREAMS)),
-        ("of_w", POINTER * DEPTH),
-        ("of_s", POINTER * DEPTH),
+        *((name, POINTER) for name in ("y", "kept", "broken", "of_y")),
+        *((f"of_{name}", POINTER) for name in STREAMS),
     ]
+
+
+ASKED = ("q", "k", "v", "momentum", "lr_weight", "retention_weight", "lr_bias", "retention_bias")
+
+
+class SelfModifying(ctypes.Structure):
+    """`Scan` of self_modifying.c."""
+
+    _fields_ = [
+        ("cells", Cell * 2),
+        ("stores", Store * 2),
+        *((name, INT) for name in ("generators", "key", "value", "query", "lr", "retention")),
+        *((name, INT) for name in (*LANES, "unit_values", "after_decay")),
+        *((name, ctypes.c_double) for name in ("lr_max", "step", "epsilon")),
+        ("runs", POINTER),
+        *((name, POINTER) for name in ASKED),
+        *((name, POINTER) for name in ("y", "kept", "broken", "of_y")),
+        *((f"of_{name}", POINTER) for name in ASKED),
+    ]
+
+
+def point(structure: ctypes.Structure, tensors: Mapping[str, Tensor | None]) -> None:
+    """Set the fields of these names to where their tensors lie; None: null."""
+    for name, x in tensors.items():
+        setattr(structure, name, None if x is None else x.data_ptr())

@@ -1,0 +1,65 @@
+"""A pass of the C code's place in autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Given = tuple[Tensor | None, ...]
+
+
+class Pass(Protocol):
+    """Something that the C code computes from some tensors, whole ones in the order that the pass knows."""
+
+    def forward(self, given: Given, keep: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Outputs, and what `backward` needs besides what was given, if it is to `keep` that."""
+        ...
+
+    def backward(self, given: Given, kept: Tensor, grads: tuple[Tensor, ...]) -> Given:
+        """Gradients of what was given from whole ones of the outputs."""
+        ...
+
+    def again(self, given: Given) -> tuple[Tensor, ...]:
+        """The same outputs by the framework's operations, to be differentiated more than once."""
+        ...
+
+
+def run(work: Pass, given: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The outputs of a pass, to be differentiated as often as one likes."""
+    found: tuple[Tensor, ...] = _Call.apply(work, *given)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Call(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: Pass, *given: Tensor | None) -> tuple[Tensor, ...]:
+        outputs, kept = work.forward(_whole(given), any(ctx.needs_input_grad))
+        ctx.work = work
+        ctx.save_for_backward(*given, kept)  # as given: a second derivative goes through them
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        work: Pass = ctx.work
+        *given, kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *_by_autograd(work.again, given, grads)
+        return None, *work.backward(_whole(given), kept, tuple(g.contiguous() for g in grads))
+
+
+def _by_autograd(again: Callable[[Given], tuple[Tensor, ...]], given: Sequence[Tensor | None], grads: Sequence[Tensor]) -> Given:
+    # Their own names: where one of them was made from another, the way through it is not to be counted here.
+    given = tuple(x.view_as(x) if x is not None and x.requires_grad else x for x in given)
+    pairs = [pair for pair in zip(again(given), grads, strict=True) if pair[0].requires_grad]
+    outputs, of_outputs = zip(*pairs, strict=True)
+    wanted = [x for x in given if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, of_outputs, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in given)
+
+
+def _whole(given: Sequence[Tensor | None]) -> Given:
+    """As the C code reads them."""
+    return tuple(None if x is None else x.resolve_neg().contiguous() for x in given)

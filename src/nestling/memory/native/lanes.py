@@ -1,0 +1,153 @@
+"""What the C code's scans have in common: memories of every lane and head, in banks of one cell each, along a call's runs."""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.memory.native import fields
+from nestling.memory.native.call import Given, run
+from nestling.memory.native.runs import Runs
+from nestling.native import library, threads
+
+Weights = tuple[Tensor, ...]
+
+
+class Stand(NamedTuple):
+    """What a call starts from, or its gradients: weights of all banks' layers one after the other, and the like.
+
+    anchor   (): the weights are the anchor
+    start    what a lane begins anew with; (): none does
+    """
+
+    weights: Weights
+    momentum: Weights
+    anchor: Weights
+    start: Weights
+
+
+class Ends(NamedTuple):
+    """Outputs, and what a call ends with; anchor (): it is the weights."""
+
+    y: Tensor
+    weights: Weights
+    momentum: Weights
+    anchor: Weights
+
+
+Again = Callable[[Given, Stand], Ends]
+
+
+class Lanes(ABC):
+    """One scan, as a pass of the C code. A subclass says which code and what its structure holds.
+
+    names    of the streams
+    again    the same by the framework's operations, to be differentiated more than once
+    """
+
+    source: Path
+    entry: str
+    names: tuple[str, ...]
+
+    def __init__(self, name: str, cut: Runs, again: Again) -> None:
+        self.name, self.cut, self._again = name, cut, again
+        self.broken = torch.zeros(0)
+        self._code: Any = None
+        self._counts = (0, 0, 0, 0)
+
+    @abstractmethod
+    def structure(self, streams: Given, stand: Stand) -> Any:
+        """The C structure, with what is common to all left out."""
+
+    @abstractmethod
+    def stores(self, structure: Any) -> Sequence[tuple[fields.Store, slice]]:
+        """Each bank's store, and which layers are its own."""
+
+    def like(self, name: str, x: Tensor, lanes: int) -> Tensor:
+        """Room for the gradient of a stream, zeros."""
+        return torch.zeros_like(x)
+
+    def scan(self, streams: Given, stand: Stand) -> Ends | None:
+        """None where something was not finite, or tensors are of several kinds."""
+        q = streams[0] if streams[0] is not None else stand.weights[0]
+        if not self.cut.whole and not stand.anchor:
+            stand = stand._replace(anchor=stand.weights)
+        given = [*streams, *(w for group in stand for w in group)]
+        if q.numel() == 0 or any(x is not None and (x.dtype != q.dtype or x.device.type != "cpu") for x in given):
+            return None
+        self._counts = tuple(len(group) for group in stand)  # type: ignore[assignment]
+        found = run(self, given)
+        return None if bool(self.broken.any()) else Ends(found[0], *self._groups(found[1:])[:3])
+
+    def forward(self, given: Given, keep: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        streams, stand = self._split(given)
+        c = self._filled(streams, stand)
+        like = stand.weights[-1]
+        shape = (c.lanes, c.heads, c.time, like.shape[-1])
+        y = like.new_empty(shape) if self.cut.full else like.new_zeros(shape)
+        ends = tuple(tuple(torch.empty_like(w) for w in group) for group in stand[:3])
+        kept = None
+        if keep:
+            size = sum(w.numel() for group in stand[:3] for w in group)
+            kept = like.new_empty(-(-c.tiles // c.group) * size)
+        self.broken = torch.zeros(c.lanes * c.heads, dtype=torch.int32)
+        fields.point(c, {"y": y, "kept": kept, "broken": self.broken})
+        self._point(c, ("w_end", "s_end", "a_end"), ends)
+        self._call(c, like.dtype, False)
+        return (y, *(w for group in ends for w in group)), kept
+
+    def backward(self, given: Given, kept: Tensor, grads: tuple[Tensor, ...]) -> Given:
+        streams, stand = self._split(given)
+        c = self._filled(streams, stand)
+        named = zip(self.names, streams, strict=True)
+        of_streams = tuple(None if x is None else self.like(name, x, c.lanes) for name, x in named)
+        of = Stand(*self._groups(tuple(g.clone() for g in grads[1:]))[:3], tuple(map(torch.zeros_like, stand.start)))
+        fields.point(c, {"kept": kept, "of_y": grads[0]})
+        fields.point(c, {f"of_{name}": x for name, x in zip(self.names, of_streams, strict=True)})
+        self._point(c, ("of_w", "of_s", "of_a", "of_start"), of)
+        self._call(c, kept.dtype, True)
+        found = zip(streams, of_streams, strict=True)
+        summed = (g if x is None or g is None or x.shape == g.shape else g.sum(0).view(x.shape) for x, g in found)
+        return (*summed, *(w for group in of for w in group))
+
+    def again(self, given: Given) -> tuple[Tensor, ...]:
+        streams, stand = self._split(given)
+        ends = self._again(streams, stand)
+        return (ends.y, *ends.weights, *ends.momentum, *(ends.anchor if stand.anchor else ()))
+
+    def _groups(self, tensors: Sequence[Tensor]) -> tuple[Weights, Weights, Weights, Weights]:
+        found, first = [], 0
+        for count in self._counts:
+            found.append(tuple(tensors[first : first + count]))
+            first += count
+        return found[0], found[1], found[2], found[3]
+
+    def _split(self, given: Given) -> tuple[Given, Stand]:
+        count = len(self.names)
+        return given[:count], Stand(*self._groups([w for w in given[count:] if w is not None]))
+
+    def _filled(self, streams: Given, stand: Stand) -> Any:
+        c, w, cut = self.structure(streams, stand), stand.weights[-1], self.cut
+        c.lanes, c.heads, c.tiles = w.shape[0], w.shape[-3], cut.table.shape[1]
+        c.longest, c.group, c.apart = cut.longest, cut.group, bool(stand.anchor)
+        c.threads, c.runs = threads(c.lanes * c.heads), cut.table.data_ptr()
+        fields.point(c, dict(zip(self.names, streams, strict=True)))
+        self._point(c, ("w", "s", "a", "start"), stand)
+        return c
+
+    def _point(self, c: Any, names: Sequence[str], groups: Sequence[Weights]) -> None:
+        for store, layers in self.stores(c):
+            for name, group in zip(names, groups, strict=True):
+                own = group[layers]
+                getattr(store, name)[: len(own)] = [w.data_ptr() for w in own]
+
+    def _call(self, c: Any, dtype: torch.dtype, backward: bool) -> None:
+        self._code = self._code or library(self.source, dtype)  # a backward pass goes the way the forward pass went
+        if getattr(self._code, self.entry)(ctypes.byref(c), int(backward)):
+            raise MemoryError(f"{self.name}: no memory for the scratch space of {c.threads} threads")

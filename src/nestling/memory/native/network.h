@@ -1,0 +1,105 @@
+// A memory's network, M(x) = [x +] [LN](z_D) with z_l = x_l W_l and x_{l+1} = σ(z_l): its answers, and the way back through them.
+
+#ifndef NESTLING_NETWORK_H
+#define NESTLING_NETWORK_H
+
+#include "activation.h"
+#include "rows.h"
+
+#define DEPTH 4
+
+typedef struct {
+    int depth;
+    int width[DEPTH + 1];  // of the layers' inputs, and of the last one's output
+    int activation, residual, norm;
+    double epsilon;  // of the norm
+} Network;
+
+// What an answer is made of. x[0] is the input as it lies; slope is σ'(z), of all layers but the last.
+typedef struct {
+    real *x[DEPTH], *z[DEPTH], *slope[DEPTH], *normed, *scale;
+} Trace;
+
+static size_t weights_of(const Network *n) {
+    size_t count = 0;
+    for (int l = 0; l < n->depth; l++) count += (size_t)n->width[l] * n->width[l + 1];
+    return count;
+}
+
+static int widest(const Network *n) {
+    int most = 0;
+    for (int l = 0; l <= n->depth; l++) most = n->width[l] > most ? n->width[l] : most;
+    return most;
+}
+
+static void lay_trace(const Network *n, int rows, Trace *t, Room *room) {
+    for (int l = 0; l < n->depth; l++) {
+        int inner = l < n->depth - 1;
+        t->x[l] = take(room, l ? (size_t)rows * n->width[l] : 0);
+        t->z[l] = take(room, (size_t)rows * n->width[l + 1]);
+        t->slope[l] = take(room, inner ? (size_t)rows * n->width[l + 1] : 0);
+    }
+    t->normed = take(room, n->norm ? (size_t)rows * n->width[n->depth] : 0);
+    t->scale = take(room, n->norm ? rows : 0);
+}
+
+// The trace of x at weights w. last: whether z_D and what comes behind it is wanted.
+static void trace(const Network *n, int rows, const real *x, real *const *w, int last, Trace *t, real *panel) {
+    int D = n->depth;
+    t->x[0] = (real *)x;
+    for (int l = 0; l < D - !last; l++) {
+        int in = n->width[l], out = n->width[l + 1];
+        product(rows, in, out, plain(t->x[l], in), plain(w[l], out), t->z[l], out, 0, panel);
+        if (l < D - 1) activate_with_slope(n->activation, rows * out, t->z[l], t->x[l + 1], t->slope[l]);
+    }
+    if (n->norm && last) normalize(rows, n->width[D], (real)n->epsilon, t->z[D - 1], t->normed, t->scale);
+}
+
+// M(x) from its trace.
+static void answer(const Network *n, int rows, const Trace *t, real *restrict y) {
+    size_t size = (size_t)rows * n->width[n->depth];
+    memcpy(y, n->norm ? t->normed : t->z[n->depth - 1], size * sizeof(real));
+    if (n->residual) add(size, t->x[0], y);
+}
+
+// From the gradient of z_D, in of_z, to those of the weights, which are added to, and of every x_l, which too are added to.
+// of_slope: gradients of the slopes, or null. What of_z and spare hold is lost.
+static void back_layers(
+    const Network *n, int rows, const Trace *t, real *const *w, real *of_z, real *const *of_x, real *const *of_slope,
+    real *const *of_w, int last, real *spare, real *panel
+) {
+    for (int l = n->depth - 1; l >= 0; l--) {
+        int in = n->width[l], out = n->width[l + 1];
+        if (l < n->depth - 1 || last) {
+            product(rows, out, in, plain(of_z, out), turned(w[l], out), of_x[l], in, 1, panel);
+            product(in, rows, out, turned(t->x[l], in), plain(of_z, out), of_w[l], out, 1, panel);
+        }
+        if (!l) break;
+        size_t size = (size_t)rows * in;
+        if (of_slope) {
+            memcpy(spare, of_x[l], size * sizeof(real));
+            back_through_both(n->activation, (int)size, t->z[l - 1], t->slope[l - 1], of_slope[l - 1], spare);
+        } else {
+            for (size_t i = 0; i < size; i++) spare[i] = of_x[l][i] * t->slope[l - 1][i];
+        }
+        real *swap = of_z;
+        of_z = spare, spare = swap;
+    }
+}
+
+// From the gradient of M(x) to those of the weights and of x, which are added to. of_x: room for the layers' inputs.
+static void back_answer(
+    const Network *n, int rows, const Trace *t, real *const *w, const real *of_y, real *of_input, real *const *of_x,
+    real *const *of_w, real *of_z, real *spare, real *panel
+) {
+    int last = n->width[n->depth];
+    size_t size = (size_t)rows * last;
+    memcpy(of_z, of_y, size * sizeof(real));
+    if (n->norm) denormalize(rows, last, t->normed, t->scale, of_z, of_z);
+    for (int l = 0; l < n->depth; l++) memset(of_x[l], 0, (size_t)rows * n->width[l] * sizeof(real));
+    back_layers(n, rows, t, w, of_z, of_x, 0, of_w, 1, spare, panel);
+    add((size_t)rows * n->width[0], of_x[0], of_input);
+    if (n->residual) add(size, of_y, of_input);
+}
+
+#endif

@@ -1,0 +1,85 @@
+// Loops over rows of numbers that lie in a core's cache.
+
+#ifndef NESTLING_ROWS_H
+#define NESTLING_ROWS_H
+
+#include "matrix.h"
+
+#include <math.h>
+
+static inline real dot(const real *restrict a, const real *restrict b, size_t n) {
+    real total = 0;
+#pragma omp simd reduction(+ : total)
+    for (size_t i = 0; i < n; i++) total += a[i] * b[i];
+    return total;
+}
+
+static inline real sum(const real *restrict a, size_t n) {
+    real total = 0;
+#pragma omp simd reduction(+ : total)
+    for (size_t i = 0; i < n; i++) total += a[i];
+    return total;
+}
+
+// to = scale_i from_i, row by row
+static void scaled(int rows, int n, const real *restrict scale, const real *restrict from, real *restrict to) {
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < n; j++) to[(size_t)i * n + j] = scale[i] * from[(size_t)i * n + j];
+}
+
+static void add(size_t n, const real *restrict from, real *restrict to) {
+    for (size_t i = 0; i < n; i++) to[i] += from[i];
+}
+
+// to −= scale from
+static void less(int n, real scale, const real *restrict from, real *restrict to) {
+    for (int j = 0; j < n; j++) to[j] -= scale * from[j];
+}
+
+// normed = (z − mean)/σ, scale = 1/σ
+static void normalize(int rows, int n, real epsilon, const real *restrict z, real *restrict normed, real *restrict scale) {
+    for (int i = 0; i < rows; i++, z += n, normed += n) {
+        real mean = sum(z, n) / n;
+        for (int j = 0; j < n; j++) normed[j] = z[j] - mean;
+        scale[i] = R(1.0) / (real)sqrt(dot(normed, normed, n) / n + epsilon);
+        for (int j = 0; j < n; j++) normed[j] *= scale[i];
+    }
+}
+
+// to = scale (from − mean − normed mean(from ∘ normed)): a gradient behind the norm, before it. to may be from.
+static void denormalize(int rows, int n, const real *normed, const real *scale, const real *from, real *to) {
+    for (int i = 0; i < rows; i++, normed += n, from += n, to += n) {
+        real mean = sum(from, n) / n, along = dot(from, normed, n) / n;
+        for (int j = 0; j < n; j++) to[j] = scale[i] * (from[j] - mean - normed[j] * along);
+    }
+}
+
+// unit = x / √(‖x‖² + ε²), scale = the factor
+static void unit_rows(int rows, int n, real epsilon, const real *restrict x, real *restrict unit, real *restrict scale) {
+    for (int i = 0; i < rows; i++, x += n, unit += n) {
+        scale[i] = R(1.0) / (real)sqrt(dot(x, x, n) + epsilon * epsilon);
+        for (int j = 0; j < n; j++) unit[j] = scale[i] * x[j];
+    }
+}
+
+// of = scale (of − unit (of · unit)): a gradient behind the unit norm, before it.
+static void back_unit_rows(int rows, int n, const real *restrict unit, const real *restrict scale, real *restrict of) {
+    for (int i = 0; i < rows; i++, unit += n, of += n) {
+        real along = dot(of, unit, n);
+        for (int j = 0; j < n; j++) of[j] = scale[i] * (of[j] - unit[j] * along);
+    }
+}
+
+// Room that is laid out part by part; without a base it is only counted.
+typedef struct {
+    real *base;
+    size_t used;
+} Room;
+
+static real *take(Room *room, size_t count) {
+    real *found = room->base ? room->base + room->used : 0;
+    room->used += (count + 15) / 16 * 16;
+    return found;
+}
+
+#endif

@@ -1,0 +1,100 @@
+// How a lane is cut into tiles, and where a memory's weights lie outside.
+
+#ifndef NESTLING_RUNS_H
+#define NESTLING_RUNS_H
+
+#include "tile.h"
+
+enum { FRESH = 1, CLOSES = 2 };  // the lane begins anew before the tile; with it a chunk closes (of a second period: twice that)
+
+// Tokens that follow one another, with those of the window before them.  tokens 0: the lane has no such tile.
+typedef struct {
+    int first, halo, tokens, flags;
+} Run;
+
+// Of all memories, each `[memory, in, out]` by layer; as given, as they end, and gradients: those of the end come in, those of
+// the start leave. start: what a lane begins anew with.  Null: not there.
+typedef struct {
+    const real *w[DEPTH], *s[DEPTH], *a[DEPTH], *start[DEPTH];
+    real *w_end[DEPTH], *s_end[DEPTH], *a_end[DEPTH];
+    real *of_w[DEPTH], *of_s[DEPTH], *of_a[DEPTH], *of_start[DEPTH];
+} Store;
+
+// Numbers of one memory between two tiles. apart: with the anchor.
+static size_t numbers(const Cell *c, int apart) { return weights_of(&c->network) * (1 + c->momentum + apart); }
+
+// Let the memory be what lies at `at`: layer after layer, W, S and A.
+static real *stand(const Cell *c, int apart, Stand *m, real *at) {
+    for (int l = 0; l < c->network.depth; l++) {
+        size_t n = (size_t)c->network.width[l] * c->network.width[l + 1];
+        m->w[l] = at, at += n;
+        m->s[l] = 0;
+        if (c->momentum) m->s[l] = at, at += n;
+        m->a[l] = m->w[l];
+        if (apart) m->a[l] = at, at += n;
+    }
+    return at;
+}
+
+static size_t size_of(const Cell *c, int l) { return (size_t)c->network.width[l] * c->network.width[l + 1]; }
+
+// The memory as it is given, or as it begins anew.
+static void load(const Cell *c, int apart, const Store *store, size_t memory, int fresh, const Stand *m) {
+    for (int l = 0; l < c->network.depth; l++) {
+        size_t n = size_of(c, l), bytes = n * sizeof(real);
+        const real *start = fresh ? store->start[l] : 0;
+        memcpy(m->w[l], (start ? start : store->w[l]) + memory * n, bytes);
+        if (c->momentum && fresh) memset(m->s[l], 0, bytes);
+        else if (c->momentum) memcpy(m->s[l], store->s[l] + memory * n, bytes);
+        if (apart) memcpy(m->a[l], (start ? start : store->a[l]) + memory * n, bytes);
+    }
+}
+
+static void unload(const Cell *c, int apart, const Store *store, size_t memory, const Stand *m) {
+    for (int l = 0; l < c->network.depth; l++) {
+        size_t n = size_of(c, l), bytes = n * sizeof(real);
+        memcpy(store->w_end[l] + memory * n, m->w[l], bytes);
+        if (c->momentum) memcpy(store->s_end[l] + memory * n, m->s[l], bytes);
+        if (apart) memcpy(store->a_end[l] + memory * n, m->a[l], bytes);
+    }
+}
+
+static void gradients_of(const Cell *c, int apart, const Store *store, size_t memory, Stand *g) {
+    for (int l = 0; l < c->network.depth; l++) {
+        size_t n = size_of(c, l);
+        g->w[l] = store->of_w[l] + memory * n;
+        g->s[l] = c->momentum ? store->of_s[l] + memory * n : 0;
+        g->a[l] = apart ? store->of_a[l] + memory * n : g->w[l];
+    }
+}
+
+// A chunk closes: the anchor moves to the weights.
+static void close_chunk(const Cell *c, int apart, const Stand *m) {
+    if (!apart) return;
+    for (int l = 0; l < c->network.depth; l++) memcpy(m->a[l], m->w[l], size_of(c, l) * sizeof(real));
+}
+
+static void back_close(const Cell *c, int apart, const Stand *g) {
+    if (!apart) return;
+    for (int l = 0; l < c->network.depth; l++) {
+        add(size_of(c, l), g->a[l], g->w[l]);
+        memset(g->a[l], 0, size_of(c, l) * sizeof(real));
+    }
+}
+
+// The lane began anew here: what came before has no part in it.
+static void back_fresh(const Cell *c, int apart, const Store *store, size_t memory, const Stand *g) {
+    for (int l = 0; l < c->network.depth; l++) {
+        size_t n = size_of(c, l);
+        real *to = store->of_start[l] + memory * n;
+        add(n, g->w[l], to);
+        memset(g->w[l], 0, n * sizeof(real));
+        if (apart) {
+            add(n, g->a[l], to);
+            memset(g->a[l], 0, n * sizeof(real));
+        }
+        if (c->momentum) memset(g->s[l], 0, n * sizeof(real));
+    }
+}
+
+#endif

@@ -1,0 +1,348 @@
+// The self-modifying memory (Nested Learning, eq. 86–91), one head of one lane after the other: at the anchors its generators make a
+// tile's keys, values, step sizes and retention, and every memory its own targets; then each writes the tile (see tile.h).
+//
+//     k_t = norm(M_k(x_t))    v_t = [norm] M_v(x'_t)    q_t = [norm M_q](q_t)    v̂_□ = M_□(v_t)
+//     η_t = η_max σ(M_η(x_t) w_η + b_η)        α_t = σ(M_α(x_t) w_α + b_α)
+//
+// All memories of a head share keys, gates and so the coefficients. The backward pass starts from weights kept every few tiles.
+
+#include "runs.h"
+#include "share.h"
+
+#define MOST 5  // generators
+enum { OTHERS, MAIN };
+enum { LR, RETENTION };
+
+typedef struct {
+    Cell cells[2];
+    Store stores[2];  // `[lane, generator, head, …]` and `[lane, head, …]`
+    int generators, key, value, query, gate[2];  // which generator makes what; -1: none
+    int lanes, heads, time, tiles, longest, group, apart, threads;
+    int unit_values, after_decay;  // after_decay: ε = ηα, not η
+    double lr_max, step, epsilon;  // step: the rule's constant;  epsilon: of the unit norms
+    const Run *runs;
+    const real *q, *k, *v, *momentum;   // `[lane, head, time, dim]`; log μ `[lane, head, time]` or null
+    const real *weight[2], *bias[2];    // read-outs `[head, dim]` and `[head]`
+    real *y, *kept;
+    int *broken;
+    const real *of_y;
+    real *of_q, *of_k, *of_v, *of_momentum;
+    real *of_weight[2], *of_bias[2];  // `[lane, head, …]`, summed by the caller
+} Scan;
+
+// What a thread has in hand.
+typedef struct {
+    Space spaces[2];
+    Trace asked[MOST], aimed[2];  // of what the generators are asked, and of a memory's targets
+    real *answers[MOST], *target;
+    real *key, *value, *query, *key_scale, *value_scale, *query_scale, *gram;
+    real *sigmoid, *lr, *log_retention, *retention, *erase;
+    Gates gates;
+    Coefficients c, of_c;
+    real *of_begin, *of_end;
+    real *of_key, *of_value, *of_query, *of_lr, *of_log_retention, *of_erase, *of_target, *of_answer, *of_logit;
+    real *of_x[2][DEPTH], *of_z, *spare, *panel;
+    OfGates of_gates;
+    real *states;
+} Hand;
+
+typedef struct {
+    Stand others[MOST], main;
+} Memories;
+
+static size_t numbers_of(const Scan *s) {
+    return s->generators * numbers(&s->cells[OTHERS], s->apart) + numbers(&s->cells[MAIN], s->apart);
+}
+
+static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
+    int L = s->longest, d = s->cells[MAIN].network.width[0], most = L;
+    Room room = {space, 0};
+    for (int bank = 0; bank < 2; bank++) {
+        const Network *n = &s->cells[bank].network;
+        most = widest(n) > most ? widest(n) : most;
+        lay_space(&s->cells[bank], L, L, &h->spaces[bank], &room);
+        lay_trace(n, L, &h->aimed[bank], &room);
+        for (int l = 0; l < n->depth; l++) h->of_x[bank][l] = take(&room, (size_t)L * n->width[l]);
+    }
+    for (int g = 0; g < s->generators; g++) {
+        lay_trace(&s->cells[OTHERS].network, L, &h->asked[g], &room);
+        h->answers[g] = take(&room, (size_t)L * d);
+    }
+    real **wide[] = {&h->target, &h->key, &h->value, &h->query, &h->of_answer};
+    real **flat[] = {&h->key_scale, &h->value_scale, &h->query_scale, &h->sigmoid, &h->lr, &h->log_retention,
+                     &h->retention, &h->erase, &h->of_logit};
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) *wide[i] = take(&room, (size_t)L * d);
+    for (size_t i = 0; i < sizeof flat / sizeof *flat; i++) *flat[i] = take(&room, L);
+    h->gram = take(&room, (size_t)L * L);
+    h->of_z = take(&room, (size_t)L * most);
+    h->spare = take(&room, (size_t)L * most);
+    h->panel = take(&room, (size_t)most * PANEL);
+    lay_coefficients(L, L, s->cells[MAIN].momentum, &h->c, &room);
+    h->of_begin = take(&room, 0);
+    if (backward) {
+        real **grads[] = {&h->of_key, &h->of_value, &h->of_query};
+        real **of_flat[] = {&h->of_lr, &h->of_log_retention, &h->of_erase};
+        for (size_t i = 0; i < sizeof grads / sizeof *grads; i++) *grads[i] = take(&room, (size_t)L * d);
+        for (size_t i = 0; i < sizeof of_flat / sizeof *of_flat; i++) *of_flat[i] = take(&room, L);
+        lay_coefficients(L, L, s->cells[MAIN].momentum, &h->of_c, &room);
+    }
+    h->of_end = take(&room, 0);
+    h->of_target = take(&room, backward ? (size_t)L * d : 0);
+    h->states = take(&room, numbers_of(s) * (backward ? s->group : 1));
+    return room.used;
+}
+
+// A head's memories, of one bank after the other, with the number that each has in its store.
+typedef struct {
+    const Cell *cell;
+    const Store *store;
+    size_t number;
+    int bank;
+    Stand *stand;
+} Member;
+
+static int members(const Scan *s, int memory, Memories *m, Member *all) {
+    int lane = memory / s->heads, head = memory % s->heads, G = s->generators;
+    for (int g = 0; g < G; g++)
+        all[g] = (Member){
+            &s->cells[OTHERS], &s->stores[OTHERS], ((size_t)lane * G + g) * s->heads + head, OTHERS, &m->others[g]
+        };
+    all[G] = (Member){&s->cells[MAIN], &s->stores[MAIN], (size_t)memory, MAIN, &m->main};
+    return G + 1;
+}
+
+static void stand_all(const Scan *s, const Member *all, real *at) {
+    for (int i = 0; i <= s->generators; i++) at = stand(all[i].cell, s->apart, all[i].stand, at);
+}
+
+static void load_all(const Scan *s, const Member *all, int fresh) {
+    for (int i = 0; i <= s->generators; i++)
+        load(all[i].cell, s->apart, all[i].store, all[i].number, fresh, all[i].stand);
+}
+
+static void close_all(const Scan *s, const Member *all, int flags) {
+    for (int i = 0; i <= s->generators; i++)
+        if (flags & CLOSES << all[i].bank) close_chunk(all[i].cell, s->apart, all[i].stand);
+}
+
+// What of a lane's inputs generator g is asked.
+static size_t asked_at(const Scan *s, int memory, const Run *run) {
+    return ((size_t)memory * s->time + run->first) * s->cells[MAIN].network.width[0];
+}
+
+static const real *question(const Scan *s, int g) { return g == s->value ? s->v : g == s->query ? s->q : s->k; }
+
+// Keys, values, queries, gates and coefficients of a run. Returns whether all of them are finite.
+static int make(const Scan *s, Hand *h, int memory, const Run *run, const Memories *m) {
+    const Network *n = &s->cells[OTHERS].network;
+    int L = run->tokens, d = n->width[0], head = memory % s->heads;
+    size_t at = asked_at(s, memory, run);
+    for (int g = 0; g < s->generators; g++) {
+        trace(n, L, question(s, g) + at, m->others[g].a, 1, &h->asked[g], h->panel);
+        answer(n, L, &h->asked[g], h->answers[g]);
+    }
+    real total = 0;
+    unit_rows(L, d, (real)s->epsilon, h->answers[s->key], h->key, h->key_scale);
+    for (int i = 0; i < L; i++) total += R(1.0) / h->key_scale[i];
+    if (s->unit_values) {
+        unit_rows(L, d, (real)s->epsilon, h->answers[s->value], h->value, h->value_scale);
+        for (int i = 0; i < L; i++) total += R(1.0) / h->value_scale[i];
+    } else {
+        memcpy(h->value, h->answers[s->value], (size_t)L * d * sizeof(real));
+        total += sum(h->value, (size_t)L * d);
+    }
+    if (s->query >= 0) {
+        unit_rows(L, d, (real)s->epsilon, h->answers[s->query], h->query, h->query_scale);
+        for (int i = 0; i < L; i++) total += R(1.0) / h->query_scale[i];
+    } else {
+        memcpy(h->query, s->q + at, (size_t)L * d * sizeof(real));
+    }
+    for (int gate = 0; gate < 2; gate++) {
+        if (s->gate[gate] < 0) continue;
+        const real *rows = h->answers[s->gate[gate]];
+        for (int i = 0; i < L; i++) {
+            real logit = dot(rows + (size_t)i * d, s->weight[gate] + (size_t)head * d, d) + s->bias[gate][head];
+            total += logit;
+            if (gate == LR) {
+                h->sigmoid[i] = R(1.0) / (R(1.0) + (real)exp(-logit));
+                h->lr[i] = (real)(s->lr_max * s->step) * h->sigmoid[i];
+                h->erase[i] = (real)s->lr_max * h->sigmoid[i];
+            } else {  // log σ(x), whichever its sign
+                h->log_retention[i] = (logit < 0 ? logit : 0) - (real)log1p(exp(logit < 0 ? logit : -logit));
+                h->retention[i] = (real)exp(h->log_retention[i]);
+                if (s->after_decay) h->erase[i] *= h->retention[i];
+            }
+        }
+    }
+    int erases = s->cells[MAIN].erases;
+    h->gates = (Gates){
+        h->lr, s->gate[RETENTION] < 0 ? 0 : h->log_retention,
+        s->momentum ? s->momentum + (size_t)memory * s->time + run->first : 0, erases ? h->erase : 0, 0
+    };
+    coefficients(L, L, 1, erases, &h->gates, &h->c);
+    if (erases) product(L, d, L, plain(h->key, d), turned(h->key, d), h->gram, L, 0, h->panel);
+    return total - total == 0;
+}
+
+// Keys, gates and the targets of one memory, as its tile.
+static Tile tile_of(Hand *h, const Member *member, const Run *run, int begun) {
+    const Cell *cell = member->cell;
+    Trace *aimed = &h->aimed[member->bank];
+    trace(&cell->network, run->tokens, h->value, member->stand->a, 1, aimed, h->panel);
+    answer(&cell->network, run->tokens, aimed, h->target);
+    return (Tile){
+        .tokens = run->tokens, .rows = run->tokens, .begun = begun, .q = member->bank == MAIN ? h->query : 0, .k = h->key,
+        .v = h->target, .gram = cell->erases ? h->gram : 0, .gates = &h->gates, .c = &h->c
+    };
+}
+
+// Whether the weights of a bank are the anchor before tile n.
+static int begins(const Scan *s, const Run *runs, int n, int bank) {
+    return !s->apart || (runs[n].flags & FRESH) || (n && runs[n - 1].flags & CLOSES << bank);
+}
+
+static void forward(const void *task, int memory, real *space) {
+    const Scan *s = task;
+    Hand h;
+    Memories m;
+    Member all[MOST + 1];
+    lay(s, 0, &h, space);
+    int count = members(s, memory, &m, all), memories = s->lanes * s->heads;
+    stand_all(s, all, h.states);
+    load_all(s, all, 0);
+    size_t size = numbers_of(s);
+    const Run *runs = s->runs + (size_t)(memory / s->heads) * s->tiles;
+    for (int n = 0; n < s->tiles && runs[n].tokens; n++) {
+        if (s->kept && n % s->group == 0)
+            memcpy(s->kept + ((size_t)(n / s->group) * memories + memory) * size, h.states, size * sizeof(real));
+        if (runs[n].flags & FRESH) load_all(s, all, 1);
+        int fine = make(s, &h, memory, &runs[n], &m);
+        for (int i = 0; i < count && fine; i++) {
+            const Member *one = &all[i];
+            Space *room = &h.spaces[one->bank];
+            Tile t = tile_of(&h, one, &runs[n], begins(s, runs, n, one->bank));
+            gradients(one->cell, room, &t, one->stand);
+            if (t.q) answers(one->cell, room, &t, one->stand, s->y + asked_at(s, memory, &runs[n]));
+            advance(one->cell, room, &t, one->stand, one->stand);
+            fine = sound(one->cell, room, &t, one->stand);
+        }
+        if (!fine) {
+            s->broken[memory] = 1;
+            return;
+        }
+        close_all(s, all, runs[n].flags);
+    }
+    for (int i = 0; i < count; i++) unload(all[i].cell, s->apart, all[i].store, all[i].number, all[i].stand);
+}
+
+// From the gradients of what a run's generators made to those of their weights and of what they were asked.
+static void back_make(const Scan *s, Hand *h, int memory, const Run *run, const Memories *m, const Stand *g) {
+    const Network *net = &s->cells[OTHERS].network;
+    int L = run->tokens, d = net->width[0], head = memory % s->heads, erases = s->cells[MAIN].erases;
+    size_t at = asked_at(s, memory, run), size = (size_t)L * d;
+    back_coefficients(L, L, 1, erases, &h->gates, &h->c, &h->of_c, &h->of_gates);
+    back_unit_rows(L, d, h->key, h->key_scale, h->of_key);
+    if (s->unit_values) back_unit_rows(L, d, h->value, h->value_scale, h->of_value);
+    if (s->query >= 0) back_unit_rows(L, d, h->query, h->query_scale, h->of_query);
+    else add(size, h->of_query, s->of_q + at);
+    for (int i = 0; i < L; i++) {
+        h->of_lr[i] *= (real)s->step;
+        if (s->after_decay && s->gate[RETENTION] >= 0) {
+            h->of_log_retention[i] += h->of_erase[i] * h->erase[i];
+            h->of_lr[i] += h->of_erase[i] * h->retention[i];
+        } else {
+            h->of_lr[i] += h->of_erase[i];
+        }
+    }
+    for (int one = 0; one < s->generators; one++) {
+        const real *of_answer = one == s->key ? h->of_key : one == s->value ? h->of_value : h->of_query;
+        for (int gate = 0; gate < 2; gate++) {
+            if (one != s->gate[gate]) continue;
+            const real *w = s->weight[gate] + (size_t)head * d;
+            real *of_w = s->of_weight[gate] + (size_t)memory * d;
+            for (int i = 0; i < L; i++) {
+                real p = gate == LR ? h->sigmoid[i] : 0;
+                real of = gate == LR ? h->of_lr[i] * (real)s->lr_max * p * (R(1.0) - p)
+                                     : -h->of_log_retention[i] * (real)expm1(h->log_retention[i]);
+                s->of_bias[gate][memory] += of;
+                const real *row = h->answers[one] + (size_t)i * d;
+                for (int j = 0; j < d; j++) of_w[j] += of * row[j], h->of_answer[(size_t)i * d + j] = of * w[j];
+            }
+            of_answer = h->of_answer;
+        }
+        real *of_question = one == s->value ? s->of_v : one == s->query ? s->of_q : s->of_k;
+        back_answer(
+            net, L, &h->asked[one], m->others[one].a, of_answer, of_question + at, h->of_x[OTHERS], g[one].a, h->of_z,
+            h->spare, h->panel
+        );
+    }
+}
+
+static void backward(const void *task, int memory, real *space) {
+    const Scan *s = task;
+    Hand h;
+    Memories m, ahead;
+    Member all[MOST + 1], next[MOST + 1];
+    Stand g[MOST + 1];
+    lay(s, 1, &h, space);
+    int count = members(s, memory, &m, all), memories = s->lanes * s->heads, tiles = 0;
+    members(s, memory, &ahead, next);
+    for (int i = 0; i < count; i++) gradients_of(all[i].cell, s->apart, all[i].store, all[i].number, &g[i]);
+    size_t size = numbers_of(s);
+    const Run *runs = s->runs + (size_t)(memory / s->heads) * s->tiles;
+    while (tiles < s->tiles && runs[tiles].tokens) tiles++;
+    for (int first = (tiles - 1) / s->group * s->group; first >= 0 && tiles; first -= s->group) {
+        int end = first + s->group < tiles ? first + s->group : tiles;
+        memcpy(h.states, s->kept + ((size_t)(first / s->group) * memories + memory) * size, size * sizeof(real));
+        for (int n = first; n < end; n++) {  // what stands before each tile of the group
+            stand_all(s, all, h.states + (n - first) * size);
+            if (runs[n].flags & FRESH) load_all(s, all, 1);
+            if (n == end - 1) break;
+            memcpy(h.states + (n - first + 1) * size, h.states + (n - first) * size, size * sizeof(real));
+            stand_all(s, next, h.states + (n - first + 1) * size);
+            make(s, &h, memory, &runs[n], &m);
+            for (int i = 0; i < count; i++) {
+                Tile t = tile_of(&h, &all[i], &runs[n], begins(s, runs, n, all[i].bank));
+                gradients(all[i].cell, &h.spaces[all[i].bank], &t, all[i].stand);
+                advance(all[i].cell, &h.spaces[all[i].bank], &t, all[i].stand, next[i].stand);
+            }
+            close_all(s, next, runs[n].flags);
+        }
+        for (int n = end - 1; n >= first; n--) {
+            const Run *run = &runs[n];
+            stand_all(s, all, h.states + (n - first) * size);
+            make(s, &h, memory, run, &m);
+            memset(h.of_begin, 0, (h.of_end - h.of_begin) * sizeof(real));
+            size_t token = (size_t)memory * s->time + run->first;
+            h.of_gates = (OfGates){
+                h.of_lr, s->gate[RETENTION] < 0 ? 0 : h.of_log_retention, s->momentum ? s->of_momentum + token : 0,
+                h.of_erase, 0
+            };
+            for (int i = 0; i < count; i++) {
+                const Member *one = &all[i];
+                const Network *net = &one->cell->network;
+                Space *room = &h.spaces[one->bank];
+                Tile t = tile_of(&h, one, run, begins(s, runs, n, one->bank));
+                gradients(one->cell, room, &t, one->stand);
+                if (t.q) answers(one->cell, room, &t, one->stand, 0);
+                if (run->flags & CLOSES << one->bank) back_close(one->cell, s->apart, &g[i]);
+                memset(h.of_target, 0, (size_t)t.tokens * net->width[0] * sizeof(real));
+                OfTile of = {h.of_query, h.of_key, h.of_target, &h.of_c, &h.of_gates};
+                back_tile(one->cell, room, &t, one->stand, s->of_y + asked_at(s, memory, run), &g[i], &of);
+                back_answer(
+                    net, t.tokens, &h.aimed[one->bank], one->stand->a, h.of_target, h.of_value, h.of_x[one->bank], g[i].a,
+                    h.of_z, h.spare, h.panel
+                );
+            }
+            back_make(s, &h, memory, run, &m, g);
+            if (run->flags & FRESH)
+                for (int i = 0; i < count; i++) back_fresh(all[i].cell, s->apart, all[i].store, all[i].number, &g[i]);
+        }
+    }
+}
+
+// Returns 0, or 1 if there was no memory for it.
+int nestling_self_modifying(const Scan *s, int back) {
+    Hand h;
+    return spread(s, back ? backward : forward, s->lanes * s->heads, s->threads, lay(s, back, &h, 0));
+}

@@ -1,0 +1,428 @@
+// A tile of one memory, all of it in a core's cache: L tokens, before them the halo of a window's; N rows together.
+//
+// For a network of layers 1 … D with weights W_l and momentum S_l, at the anchor A of the chunk (W at its start):
+//
+//     x_1 = k,  z_l = x_l A_l,  x_{l+1} = σ(z_l),  M(k) = [k +] [LN](z_D)
+//     δ_D = [LN]ᵀ ∂ℓ/∂M,  δ_l = (δ_{l+1} A_{l+1}ᵀ) ∘ σ'(z_l)                            gradients of row i: x_{l,i}ᵀ δ_{l,i}
+//     ẑ_l = γ (h_l W_l) + f (h_l S_l) − (C ∘ h_l x_lᵀ) δ_l,  h_{l+1} = σ(ẑ_l)              the query's own way, at W_t
+//     W ← γ_L W + f_L S − Σ_i C[L,i] x_iᵀ δ_i,   S ← m_L S − Σ_i P[L,i] x_iᵀ δ_i
+//
+// A rule that erases, without momentum, has r_l in the place of δ_l, from (I + T) r_l = diag(η) δ_l + diag(ε γ) x_l W_l with
+// T[t,i] = ε_t C[t,i] (x_t·x_i) for i < t, ε of a hidden layer damped to ε/(1 + ε‖x‖²).  (Titans, §3.2; derived)
+
+#ifndef NESTLING_TILE_H
+#define NESTLING_TILE_H
+
+#include "gates.h"
+#include "network.h"
+
+#define BLOCK 8  // rows of a triangular system that are solved one by one
+
+typedef struct {
+    Network network;
+    int reads_prediction, before, momentum, erases, window;
+} Cell;
+
+// Weights, momentum and anchor, or their gradients. Where the anchor is the weights, so is the pointer.
+typedef struct {
+    real *w[DEPTH], *s[DEPTH], *a[DEPTH];
+} Stand;
+
+typedef struct {
+    int tokens, rows, begun;  // begun: the weights are the anchor
+    const real *q, *k, *v;    // q `[tokens, in]` or null; k, v `[rows, …]`
+    const real *gram;         // k kᵀ where it is known already, or null
+    const Gates *gates;
+    const Coefficients *c;
+} Tile;
+
+// Gradients of a tile's inputs, all added to.
+typedef struct {
+    real *q, *k, *v;
+    Coefficients *c;
+    OfGates *gates;  // of an erasing rule: lr and erase
+} OfTile;
+
+// What a tile makes.
+typedef struct {
+    Trace at;
+    real *up[DEPTH], *delta[DEPTH], *error;
+    real *h[DEPTH], *at_w[DEPTH], *at_s[DEPTH], *ahead[DEPTH], *normed, *scale;
+    real *rows[DEPTH], *read[DEPTH], *system[DEPTH], *strength[DEPTH];  // r, x W, x xᵀ and the damped ε; rows are delta where nothing is erased
+    real *gram, *mixed, *panel, *spare, *other;
+    real *of_x[DEPTH], *of_delta[DEPTH], *of_slope[DEPTH], *of_h, *of_z;
+} Space;
+
+// Lays out room for tiles of so many tokens; rows: with their halo.
+static void lay_space(const Cell *cell, int tokens, int rows, Space *m, Room *room) {
+    const Network *n = &cell->network;
+    int most = widest(n) > rows ? widest(n) : rows;
+    lay_trace(n, rows, &m->at, room);
+    for (int l = 0; l < n->depth; l++) {
+        int in = n->width[l], out = n->width[l + 1];
+        m->up[l] = take(room, (size_t)rows * out);
+        m->delta[l] = take(room, (size_t)rows * out);
+        m->h[l] = take(room, l ? (size_t)tokens * in : 0);
+        m->at_w[l] = take(room, (size_t)tokens * out);
+        m->at_s[l] = take(room, cell->momentum ? (size_t)tokens * out : 0);
+        m->ahead[l] = take(room, (size_t)tokens * out);
+        m->of_x[l] = take(room, (size_t)rows * in);
+        m->of_delta[l] = take(room, (size_t)rows * out);
+        m->of_slope[l] = take(room, (size_t)rows * out);
+        m->rows[l] = cell->erases ? take(room, (size_t)rows * out) : m->delta[l];
+        m->read[l] = take(room, cell->erases ? (size_t)rows * out : 0);
+        m->system[l] = take(room, cell->erases ? (size_t)rows * rows : 0);
+        m->strength[l] = take(room, cell->erases ? rows : 0);
+    }
+    int last = n->width[n->depth];
+    m->error = take(room, (size_t)rows * last);
+    m->normed = take(room, (size_t)tokens * last);
+    m->scale = take(room, tokens);
+    m->gram = take(room, (size_t)rows * rows);
+    m->mixed = take(room, (size_t)rows * rows);
+    m->spare = take(room, (size_t)rows * most);
+    m->other = take(room, (size_t)rows * most);
+    m->of_h = take(room, (size_t)rows * most);
+    m->of_z = take(room, (size_t)rows * most);
+    m->panel = take(room, (size_t)most * PANEL);
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+// T[t,i] of an erasing layer, i < t, into m->mixed; where it is used, nothing is in a halo.
+static void triangle(Space *m, const Tile *t, int l, const real *system) {
+    int L = t->tokens;
+    for (int i = 0; i < L; i++)
+        for (int j = 0; j < i; j++)
+            m->mixed[i * L + j] = m->strength[l][i] * t->c->write[(size_t)i * L + j] * system[i * L + j];
+}
+
+static const real *system_of(const Space *m, const Tile *t, int l) { return l == 0 && t->gram ? t->gram : m->system[l]; }
+
+// What an erasing layer reads at the weights of the tile's start, x W.
+static const real *reading(const Space *m, const Tile *t, int l) { return t->begun ? m->at.z[l] : m->read[l]; }
+
+// r of an erasing layer, block after block of rows: what the blocks before take away is one product.
+static void erased(const Cell *cell, Space *m, const Tile *t, const Stand *at, int l) {
+    int L = t->tokens, in = cell->network.width[l], out = cell->network.width[l + 1];
+    real *rows = m->rows[l], *strength = m->strength[l];
+    const real *x = m->at.x[l], *system = system_of(m, t, l), *read = reading(m, t, l);
+    if (system == m->system[l]) product(L, in, L, plain(x, in), turned(x, in), m->system[l], L, 0, m->panel);
+    if (!t->begun) product(L, in, out, plain(x, in), plain(at->w[l], out), m->read[l], out, 0, m->panel);
+    for (int i = 0; i < L; i++) {
+        real erase = t->gates->erase[i], step = t->gates->lr[i];
+        strength[i] = l ? erase / (R(1.0) + erase * system[i * L + i]) : erase;
+        real scale = strength[i] * t->c->keep[i];
+        const real *restrict z = read + (size_t)i * out, *restrict delta = m->delta[l] + (size_t)i * out;
+        real *restrict to = rows + (size_t)i * out;
+        for (int j = 0; j < out; j++) to[j] = scale * z[j] + step * delta[j];
+    }
+    triangle(m, t, l, system);
+    for (int b = 0; b < L; b += BLOCK) {
+        int end = b + BLOCK < L ? b + BLOCK : L;
+        real *from = rows + (size_t)b * out;
+        if (b) product(end - b, b, out, plain(m->mixed + b * L, L), plain(rows, out), from, out, -1, m->panel);
+        for (int i = b + 1; i < end; i++)
+            for (int j = b; j < i; j++) less(out, m->mixed[i * L + j], rows + (size_t)j * out, rows + (size_t)i * out);
+    }
+}
+
+// Whether z_D is needed for the gradients.
+static int answers_itself(const Cell *cell) { return cell->network.norm || cell->reads_prediction; }
+
+// Gradients of a tile at the anchor: x, z, slopes, δ, and what is written of them.
+static void gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at) {
+    const Network *n = &cell->network;
+    int N = t->rows, D = n->depth, last = n->width[D];
+    size_t size = (size_t)N * last;
+    trace(n, N, t->k, at->a, answers_itself(cell) || (cell->erases && t->begun), &m->at, m->panel);
+    real *error = n->norm ? m->error : m->delta[D - 1];
+    for (size_t i = 0; i < size; i++) error[i] = -t->v[i];
+    if (cell->reads_prediction) {
+        add(size, n->norm ? m->at.normed : m->at.z[D - 1], error);
+        if (n->residual) add(size, t->k, error);
+    }
+    if (n->norm) denormalize(N, last, m->at.normed, m->at.scale, error, m->delta[D - 1]);
+    for (int l = D - 2; l >= 0; l--) {
+        int out = n->width[l + 1], next = n->width[l + 2];
+        product(N, next, out, plain(m->delta[l + 1], next), turned(at->a[l + 1], next), m->up[l], out, 0, m->panel);
+        for (int i = 0; i < N * out; i++) m->delta[l][i] = m->up[l][i] * m->at.slope[l][i];
+    }
+    if (cell->erases)
+        for (int l = 0; l < D; l++) erased(cell, m, t, at, l);
+}
+
+// Answers to the tile's queries; y null: only what is before the last activation is wanted.
+static void answers(const Cell *cell, Space *m, const Tile *t, const Stand *at, real *y) {
+    const Network *n = &cell->network;
+    int L = t->tokens, N = t->rows, D = n->depth, first = cell->before ? 0 : 1, last = n->width[D];
+    const real *keep = t->c->keep + first, *carry = cell->momentum ? t->c->carry + first : 0;
+    m->h[0] = (real *)t->q;
+    for (int l = 0; l < D; l++) {
+        int in = n->width[l], out = n->width[l + 1];
+        const real *C = t->c->write + (size_t)first * N;
+        real *z = m->ahead[l];
+        product(L, in, out, plain(m->h[l], in), plain(at->w[l], out), m->at_w[l], out, 0, m->panel);
+        if (carry) product(L, in, out, plain(m->h[l], in), plain(at->s[l], out), m->at_s[l], out, 0, m->panel);
+        for (int i = 0; i < L; i++) {
+            const real *restrict a = m->at_w[l] + (size_t)i * out;
+            real *restrict to = z + (size_t)i * out;
+            if (carry) {
+                const real *restrict b = m->at_s[l] + (size_t)i * out;
+                for (int j = 0; j < out; j++) to[j] = keep[i] * a[j] + carry[i] * b[j];
+            } else {
+                for (int j = 0; j < out; j++) to[j] = keep[i] * a[j];
+            }
+        }
+        product(L, in, N, plain(m->h[l], in), turned(m->at.x[l], in), m->gram, N, 0, m->panel);
+        for (int i = 0; i < L * N; i++) m->mixed[i] = m->gram[i] * C[i];
+        product(L, N, out, plain(m->mixed, N), plain(m->rows[l], out), z, out, -1, m->panel);
+        if (l < D - 1) activate(n->activation, L * out, z, m->h[l + 1]);
+    }
+    const real *z = m->ahead[D - 1];
+    if (n->norm) {
+        normalize(L, last, (real)n->epsilon, z, m->normed, m->scale);
+        z = m->normed;
+    }
+    if (!y) return;
+    memcpy(y, z, (size_t)L * last * sizeof(real));
+    if (n->residual) add((size_t)L * last, t->q, y);
+}
+
+// Weights and momentum after the tile; `to` may be `at`.
+static void advance(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *to) {
+    const Network *net = &cell->network;
+    int L = t->tokens, N = t->rows;
+    const Coefficients *c = t->c;
+    for (int l = 0; l < net->depth; l++) {
+        int in = net->width[l], out = net->width[l + 1], narrow = in <= out;
+        size_t n = (size_t)in * out;
+        const real *x = m->at.x[l], *r = m->rows[l], *w = at->w[l], *s = at->s[l];
+        real keep = c->keep[L], *new_w = to->w[l], *new_s = to->s[l];
+        if (cell->momentum) {
+            real carry = c->carry[L], kept = c->decay[L];
+#pragma omp simd
+            for (size_t i = 0; i < n; i++) {
+                real old = s[i];
+                new_w[i] = keep * w[i] + carry * old;
+                new_s[i] = kept * old;
+            }
+        } else {
+#pragma omp simd
+            for (size_t i = 0; i < n; i++) new_w[i] = keep * w[i];
+        }
+        for (int of_s = 0; of_s <= cell->momentum; of_s++) {
+            scaled(N, narrow ? in : out, (of_s ? c->impulse : c->write) + (size_t)L * N, narrow ? x : r, m->spare);
+            product(
+                in, N, out, turned(narrow ? m->spare : x, in), plain(narrow ? r : m->spare, out), of_s ? new_s : new_w, out,
+                -1, m->panel
+            );
+        }
+    }
+}
+
+// Whether a tile's factors, and weights and momentum, are finite.
+static int sound(const Cell *cell, const Space *m, const Tile *t, const Stand *at) {
+    const Network *net = &cell->network;
+    real total = 0;
+    for (int l = 0; l < net->depth; l++) {
+        size_t n = (size_t)net->width[l] * net->width[l + 1];
+        total += sum(at->w[l], n);
+        if (cell->momentum) total += sum(at->s[l], n);
+        total += sum(m->rows[l], (size_t)t->rows * net->width[l + 1]);
+        total += sum(m->at.x[l], (size_t)t->rows * net->width[l]);
+    }
+    return total - total == 0;
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+// W ← γW + fS − Σ C x_iᵀ r_i, S ← mS − Σ P x_iᵀ r_i
+static void back_advance(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *of, OfTile *g) {
+    const Network *net = &cell->network;
+    int L = t->tokens, N = t->rows;
+    const Coefficients *c = t->c;
+    for (int l = 0; l < net->depth; l++) {
+        int in = net->width[l], out = net->width[l + 1], narrow = in <= out, few = narrow ? in : out;
+        size_t n = (size_t)in * out;
+        const real *x = m->at.x[l], *r = m->rows[l], *slim = narrow ? x : r;
+        real *of_slim = narrow ? m->of_x[l] : m->of_delta[l];
+        for (int of_s = 0; of_s <= cell->momentum; of_s++) {
+            const real *a = (of_s ? c->impulse : c->write) + (size_t)L * N, *end = of_s ? of->s[l] : of->w[l];
+            real *of_a = (of_s ? g->c->impulse : g->c->write) + (size_t)L * N;
+            scaled(N, few, a, slim, m->spare);
+            if (narrow) {
+                product(N, in, out, plain(m->spare, in), plain(end, out), m->of_delta[l], out, -1, m->panel);
+                product(N, out, in, plain(r, out), turned(end, out), m->other, in, 0, m->panel);
+            } else {
+                product(N, out, in, plain(m->spare, out), turned(end, out), m->of_x[l], in, -1, m->panel);
+                product(N, in, out, plain(x, in), plain(end, out), m->other, out, 0, m->panel);
+            }
+            for (int i = 0; i < N; i++) {
+                const real *restrict back = m->other + (size_t)i * few;
+                real *restrict to = of_slim + (size_t)i * few;
+                of_a[i] -= dot(back, slim + (size_t)i * few, few);
+                for (int j = 0; j < few; j++) to[j] -= a[i] * back[j];
+            }
+        }
+        real *restrict of_w = of->w[l], *restrict of_s = of->s[l], keep = c->keep[L];
+        if (t->gates->retention) g->c->keep[L] += dot(of_w, at->w[l], n);
+        if (cell->momentum) {
+            g->c->carry[L] += dot(of_w, at->s[l], n);
+            g->c->decay[L] += dot(of_s, at->s[l], n);
+            real carry = c->carry[L], kept = c->decay[L];
+            for (size_t i = 0; i < n; i++) of_s[i] = kept * of_s[i] + carry * of_w[i], of_w[i] *= keep;
+        } else if (t->gates->retention) {
+            for (size_t i = 0; i < n; i++) of_w[i] *= keep;
+        }
+    }
+}
+
+// ẑ = γ (h W) + f (h S) − (C ∘ h xᵀ) δ, layer after layer, from the last
+static void back_answers(
+    const Cell *cell, Space *m, const Tile *t, const Stand *at, const real *of_y, const Stand *of, OfTile *g
+) {
+    const Network *n = &cell->network;
+    int L = t->tokens, N = t->rows, D = n->depth, first = cell->before ? 0 : 1, last = n->width[D];
+    real *of_z = m->of_z, *of_h = m->of_h;
+    memcpy(of_z, of_y, (size_t)L * last * sizeof(real));
+    if (n->norm) denormalize(L, last, m->normed, m->scale, of_y, of_z);
+    for (int l = D - 1; l >= 0; l--) {
+        int in = n->width[l], out = n->width[l + 1];
+        const real *C = t->c->write + (size_t)first * N;
+        real *restrict of_write = g->c->write + (size_t)first * N;
+        product(L, in, N, plain(m->h[l], in), turned(m->at.x[l], in), m->gram, N, 0, m->panel);
+        product(L, out, N, plain(of_z, out), turned(m->rows[l], out), m->mixed, N, 0, m->panel);
+        for (int i = 0; i < L * N; i++) {
+            real from = -m->mixed[i], gram = m->gram[i];
+            of_write[i] += from * gram;
+            m->mixed[i] = from * C[i];
+            m->gram[i] = gram * C[i];
+        }
+        product(N, L, out, turned(m->gram, N), plain(of_z, out), m->of_delta[l], out, -1, m->panel);
+        product(N, L, in, turned(m->mixed, N), plain(m->h[l], in), m->of_x[l], in, 1, m->panel);
+        product(L, N, in, plain(m->mixed, N), plain(m->at.x[l], in), of_h, in, 0, m->panel);
+        for (int of_s = 0; of_s <= cell->momentum; of_s++) {
+            const real *scale = (of_s ? t->c->carry : t->c->keep) + first, *made = of_s ? m->at_s[l] : m->at_w[l];
+            real *of_scale = (of_s ? g->c->carry : g->c->keep) + first;
+            for (int i = 0; i < L; i++) of_scale[i] += dot(of_z + (size_t)i * out, made + (size_t)i * out, out);
+            scaled(L, out, scale, of_z, m->other);
+            product(L, out, in, plain(m->other, out), turned(of_s ? at->s[l] : at->w[l], out), of_h, in, 1, m->panel);
+            product(
+                in, L, out, turned(m->h[l], in), plain(m->other, out), of_s ? of->s[l] : of->w[l], out, 1, m->panel
+            );
+        }
+        if (l) {
+            back_through(n->activation, L * in, m->ahead[l - 1], of_h);
+            real *swap = of_z;
+            of_z = of_h, of_h = swap;
+        }
+    }
+    add((size_t)L * n->width[0], of_h, g->q);
+    if (n->residual) add((size_t)L * last, of_y, g->q);
+}
+
+// (I + T) r = diag(η) δ + diag(ε γ) z: the gradient of r in of_delta becomes that of δ; that of z goes to of_x and W.
+static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *g_of, OfTile *g, int l) {
+    int L = t->tokens, in = cell->network.width[l], out = cell->network.width[l + 1];
+    real *of = m->of_delta[l], *strength = m->strength[l];
+    const real *system = system_of(m, t, l), *read = reading(m, t, l), *x = m->at.x[l], *keep = t->c->keep;
+    triangle(m, t, l, system);
+    for (int end = L; end > 0; end -= BLOCK) {  // (I + T)ᵀ, from the last row
+        int b = end > BLOCK ? end - BLOCK : 0;
+        real *from = of + (size_t)b * out;
+        if (end < L)
+            product(
+                end - b, L - end, out, (Operand){m->mixed + end * L + b, 1, L}, plain(of + (size_t)end * out, out), from,
+                out, -1, m->panel
+            );
+        for (int i = end - 1; i > b; i--)
+            for (int j = b; j < i; j++) less(out, m->mixed[i * L + j], of + (size_t)i * out, of + (size_t)j * out);
+    }
+    product(L, out, L, plain(of, out), turned(m->rows[l], out), m->gram, L, 0, m->panel);
+    for (int i = 0; i < L; i++) {
+        const real *restrict coefficient = t->c->write + (size_t)i * L, *restrict x_x = system + i * L;
+        real *restrict of_coefficient = g->c->write + (size_t)i * L, *restrict of_t = m->gram + i * L;
+        real of_strength = 0, weight = strength[i], erase = t->gates->erase[i], step = t->gates->lr[i];
+        for (int j = 0; j < i; j++) {
+            real minus = -of_t[j];
+            of_strength += minus * coefficient[j] * x_x[j];
+            of_coefficient[j] += minus * weight * x_x[j];
+            of_t[j] = minus * weight * coefficient[j];
+        }
+        for (int j = i; j < L; j++) of_t[j] = 0;
+        real *restrict back = of + (size_t)i * out, *restrict of_z = m->other + (size_t)i * out;
+        real along = dot(back, read + (size_t)i * out, out);
+        g->gates->lr[i] += dot(back, m->delta[l] + (size_t)i * out, out);
+        g->c->keep[i] += along * weight;
+        of_strength += along * keep[i];
+        for (int j = 0; j < out; j++) of_z[j] = weight * keep[i] * back[j], back[j] *= step;
+        if (l) {
+            real damped = R(1.0) / (R(1.0) + erase * x_x[i]);
+            g->gates->erase[i] += of_strength * damped * damped;
+            of_t[i] = -of_strength * erase * erase * damped * damped;  // ‖x‖² is x xᵀ, met twice
+        } else {
+            g->gates->erase[i] += of_strength;
+        }
+    }
+    product(L, L, in, plain(m->gram, L), plain(x, in), m->of_x[l], in, 1, m->panel);
+    product(L, L, in, turned(m->gram, L), plain(x, in), m->of_x[l], in, 1, m->panel);
+    product(L, out, in, plain(m->other, out), turned(at->w[l], out), m->of_x[l], in, 1, m->panel);
+    product(in, L, out, turned(x, in), plain(m->other, out), g_of->w[l], out, 1, m->panel);
+}
+
+// From the gradients of δ and x to those of keys, values and the anchor.
+static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *of, OfTile *g) {
+    const Network *net = &cell->network;
+    int N = t->rows, D = net->depth, last = net->width[D];
+    size_t size = (size_t)N * last;
+    for (int l = 0; l < D - 1; l++) {
+        int out = net->width[l + 1], next = net->width[l + 2], n = N * out;
+        real *restrict of_up = m->of_delta[l], *restrict of_slope = m->of_slope[l];
+        for (int i = 0; i < n; i++) of_slope[i] = of_up[i] * m->up[l][i], of_up[i] *= m->at.slope[l][i];
+        product(N, out, next, plain(of_up, out), plain(at->a[l + 1], next), m->of_delta[l + 1], next, 1, m->panel);
+        product(out, N, next, turned(of_up, out), plain(m->delta[l + 1], next), of->a[l + 1], next, 1, m->panel);
+    }
+    real *of_error = m->of_delta[D - 1], *of_z = m->of_z;
+    memset(of_z, 0, size * sizeof(real));
+    if (net->norm) {  // δ = s (e − ē − n mean(e ∘ n)), and then through n and s
+        for (int i = 0; i < N; i++) {
+            real *restrict g_ = of_error + (size_t)i * last, *restrict to = of_z + (size_t)i * last;
+            const real *restrict e = m->error + (size_t)i * last, *restrict n = m->at.normed + (size_t)i * last;
+            real s = m->at.scale[i], of_scale = s > 0 ? dot(g_, m->delta[D - 1] + (size_t)i * last, last) / s : 0;
+            real along = dot(g_, n, last) / last, error_along = dot(e, n, last) / last, mean = sum(g_, last) / last;
+            for (int j = 0; j < last; j++) {
+                to[j] = -s * (g_[j] * error_along + e[j] * along);  // to n
+                g_[j] = s * (g_[j] - mean - n[j] * along);          // to e
+                if (cell->reads_prediction) to[j] += g_[j];
+            }
+            real mean_n = sum(to, last) / last, along_n = dot(to, n, last) / last + of_scale * s / last;
+            for (int j = 0; j < last; j++) to[j] = s * (to[j] - mean_n - n[j] * along_n);
+        }
+    } else if (cell->reads_prediction) {
+        memcpy(of_z, of_error, size * sizeof(real));
+    }
+    less((int)size, 1, of_error, g->v);
+    if (cell->reads_prediction && net->residual) add(size, of_error, g->k);
+    back_layers(
+        net, N, &m->at, at->a, of_z, m->of_x, m->of_slope, of->a, answers_itself(cell), m->of_h, m->panel
+    );
+    add((size_t)N * net->width[0], m->of_x[0], g->k);
+}
+
+// A whole tile: from the gradients of its answers and of the weights behind it to those of all it was given. `of` comes in as
+// of the end, and leaves as of the start. The tile's gradients and answers must have been made.
+static void back_tile(const Cell *cell, Space *m, const Tile *t, const Stand *at, const real *of_y, const Stand *of, OfTile *g) {
+    const Network *n = &cell->network;
+    for (int l = 0; l < n->depth; l++) {
+        memset(m->of_x[l], 0, (size_t)t->rows * n->width[l] * sizeof(real));
+        memset(m->of_delta[l], 0, (size_t)t->rows * n->width[l + 1] * sizeof(real));
+    }
+    back_advance(cell, m, t, at, of, g);
+    if (t->q) back_answers(cell, m, t, at, of_y, of, g);
+    if (cell->erases)
+        for (int l = 0; l < n->depth; l++) back_erased(cell, m, t, at, of, g, l);
+    back_gradients(cell, m, t, at, of, g);
+}
+
+#endif
