@@ -38,6 +38,39 @@ typedef struct {
 static inline Operand plain(const real *at, int width) { return (Operand){at, width, 1}; }
 static inline Operand turned(const real *at, int width) { return (Operand){at, 1, width}; }
 
+#ifndef __has_builtin
+#define __has_builtin(name) 0
+#endif
+
+// to[i · width + j] = from[i · row + j · column], at most 8 by 8: such blocks keep both sides in few cache lines.
+static inline void transpose(int rows, int columns, const real *from, ptrdiff_t row, ptrdiff_t column, real *to, ptrdiff_t width) {
+#if __has_builtin(__builtin_shufflevector)  // gcc from 12 on, clang
+    if (rows == 8 && columns == 8 && row == 1) {
+        typedef real v8 __attribute__((vector_size(8 * sizeof(real)), aligned(4), may_alias));
+        v8 r[8], t[8];
+        for (int i = 0; i < 8; i++) r[i] = *(const v8 *)(from + i * column);
+        for (int i = 0; i < 8; i += 2) {
+            t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+            t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+        }
+        for (int i = 0; i < 8; i += 4)
+            for (int j = 0; j < 2; j++) {
+                v8 a = t[i + j], c = t[i + j + 2];
+                r[i + j] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
+                r[i + j + 2] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+            }
+        for (int i = 0; i < 4; i++) {
+            v8 a = r[i], c = r[i + 4];
+            *(v8 *)(to + i * width) = __builtin_shufflevector(a, c, 0, 1, 2, 3, 8, 9, 10, 11);
+            *(v8 *)(to + (i + 4) * width) = __builtin_shufflevector(a, c, 4, 5, 6, 7, 12, 13, 14, 15);
+        }
+        return;
+    }
+#endif
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) to[i * width + j] = from[i * row + j * column];
+}
+
 // One panel of B, `depth` rows of PANEL columns; columns from `live` on are 0.
 static void pack(Operand b, int depth, int live, real *restrict panel) {
     if (b.column == 1 && live == PANEL) {
@@ -49,42 +82,10 @@ static void pack(Operand b, int depth, int live, real *restrict panel) {
         for (int k = 0; k < depth; k++) memcpy(panel + (size_t)k * PANEL, b.at + k * b.row, live * sizeof(real));
         return;
     }
-#ifndef __has_builtin
-#define __has_builtin(name) 0
-#endif
-    // Transposed: blocks of 8 by 8 keep both sides in few cache lines.
     for (int k = 0; k < depth; k += 8)
         for (int n = 0; n < live; n += 8) {
             int rows = depth - k < 8 ? depth - k : 8, columns = live - n < 8 ? live - n : 8;
-            const real *from = b.at + k * b.row + n * b.column;
-            real *to = panel + (size_t)k * PANEL + n;
-#if __has_builtin(__builtin_shufflevector)  // gcc from 12 on, clang
-            if (rows == 8 && columns == 8 && b.row == 1) {
-                typedef real v8 __attribute__((vector_size(8 * sizeof(real)), aligned(4), may_alias));
-                v8 r[8], t[8];
-                for (int i = 0; i < 8; i++) r[i] = *(const v8 *)(from + i * b.column);
-                for (int i = 0; i < 8; i += 2) {
-                    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-                    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-                }
-                for (int i = 0; i < 8; i += 4)
-                    for (int j = 0; j < 2; j++) {
-                        v8 a = t[i + j], c = t[i + j + 2];
-                        r[i + j] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
-                        r[i + j + 2] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
-                    }
-                for (int i = 0; i < 4; i++) {
-                    v8 a = r[i], c = r[i + 4];
-                    *(v8 *)(to + i * PANEL) =
-                        __builtin_shufflevector(a, c, 0, 1, 2, 3, 8, 9, 10, 11);
-                    *(v8 *)(to + (i + 4) * PANEL) =
-                        __builtin_shufflevector(a, c, 4, 5, 6, 7, 12, 13, 14, 15);
-                }
-                continue;
-            }
-#endif
-            for (int i = 0; i < rows; i++)
-                for (int j = 0; j < columns; j++) to[i * PANEL + j] = from[i * b.row + j * b.column];
+            transpose(rows, columns, b.at + k * b.row + n * b.column, b.row, b.column, panel + (size_t)k * PANEL + n, PANEL);
         }
 }
 

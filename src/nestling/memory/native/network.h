@@ -62,16 +62,35 @@ static void answer(const Network *n, int rows, const Trace *t, real *restrict y)
     if (n->residual) add(size, t->x[0], y);
 }
 
+// W_lᵀ as an operand. across: transposed copies, which cost less to read, or null.
+static Operand transposed(real *const *w, real *const *across, int l, int in, int out) {
+    return across && across[l] ? plain(across[l], in) : turned(w[l], out);
+}
+
+// Makes those copies.
+static void turn_around(const Network *n, real *const *w, real *const *across) {
+    for (int l = 0; l < n->depth; l++) {
+        int in = n->width[l], out = n->width[l + 1];
+        for (int i = 0; i < out; i += 8)
+            for (int j = 0; j < in; j += 8)
+                transpose(
+                    out - i < 8 ? out - i : 8, in - j < 8 ? in - j : 8, w[l] + (size_t)j * out + i, 1, out,
+                    across[l] + (size_t)i * in + j, in
+                );
+    }
+}
+
 // From the gradient of z_D, in of_z, to those of the weights, which are added to, and of every x_l, which too are added to.
-// of_slope: gradients of the slopes, or null. What of_z and spare hold is lost.
+// of_slope: gradients of the slopes, of_more: more gradients of every z_l, or null. What of_z and spare hold is lost.
 static void back_layers(
-    const Network *n, int rows, const Trace *t, real *const *w, real *of_z, real *const *of_x, real *const *of_slope,
-    real *const *of_w, int last, real *spare, real *panel
+    const Network *n, int rows, const Trace *t, real *const *w, real *const *across, real *of_z, real *const *of_x,
+    real *const *of_slope, real *const *of_more, real *const *of_w, int last, real *spare, real *panel
 ) {
     for (int l = n->depth - 1; l >= 0; l--) {
         int in = n->width[l], out = n->width[l + 1];
+        if (of_more) add((size_t)rows * out, of_more[l], of_z);
         if (l < n->depth - 1 || last) {
-            product(rows, out, in, plain(of_z, out), turned(w[l], out), of_x[l], in, 1, panel);
+            product(rows, out, in, plain(of_z, out), transposed(w, across, l, in, out), of_x[l], in, 1, panel);
             product(in, rows, out, turned(t->x[l], in), plain(of_z, out), of_w[l], out, 1, panel);
         }
         if (!l) break;
@@ -89,15 +108,15 @@ static void back_layers(
 
 // From the gradient of M(x) to those of the weights and of x, which are added to. of_x: room for the layers' inputs.
 static void back_answer(
-    const Network *n, int rows, const Trace *t, real *const *w, const real *of_y, real *of_input, real *const *of_x,
-    real *const *of_w, real *of_z, real *spare, real *panel
+    const Network *n, int rows, const Trace *t, real *const *w, real *const *across, const real *of_y, real *of_input,
+    real *const *of_x, real *const *of_w, real *of_z, real *spare, real *panel
 ) {
     int last = n->width[n->depth];
     size_t size = (size_t)rows * last;
     memcpy(of_z, of_y, size * sizeof(real));
     if (n->norm) denormalize(rows, last, t->normed, t->scale, of_z, of_z);
     for (int l = 0; l < n->depth; l++) memset(of_x[l], 0, (size_t)rows * n->width[l] * sizeof(real));
-    back_layers(n, rows, t, w, of_z, of_x, 0, of_w, 1, spare, panel);
+    back_layers(n, rows, t, w, across, of_z, of_x, 0, 0, of_w, 1, spare, panel);
     add((size_t)rows * n->width[0], of_x[0], of_input);
     if (n->residual) add(size, of_y, of_input);
 }

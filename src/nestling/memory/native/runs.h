@@ -32,11 +32,23 @@ static real *stand(const Cell *c, int apart, Stand *m, real *at) {
         if (c->momentum) m->s[l] = at, at += n;
         m->a[l] = m->w[l];
         if (apart) m->a[l] = at, at += n;
+        m->turned[l] = 0;
     }
     return at;
 }
 
 static size_t size_of(const Cell *c, int l) { return (size_t)c->network.width[l] * c->network.width[l + 1]; }
+
+// Room for the anchor transposed.
+static void lay_turned(const Cell *c, real **turned, Room *room) {
+    for (int l = 0; l < c->network.depth; l++) turned[l] = take(room, size_of(c, l));
+}
+
+// Let it lie there.
+static void turn(const Cell *c, Stand *m, real *const *room) {
+    for (int l = 0; l < c->network.depth; l++) m->turned[l] = room[l];
+    turn_around(&c->network, m->a, room);
+}
 
 // The memory as it is given, or as it begins anew.
 static void load(const Cell *c, int apart, const Store *store, size_t memory, int fresh, const Stand *m) {

@@ -28,7 +28,7 @@ typedef struct {
     OfGates of_gates;
     Coefficients c, of_c;
     real *of_c_begin, *of_c_end;
-    real *states;
+    real *states, *turned[DEPTH];
 } Hand;
 
 static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
@@ -41,6 +41,7 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     if (backward) lay_coefficients(s->longest, rows, cell->momentum, &h->of_c, &room);
     h->of_c_end = take(&room, 0);
     h->states = take(&room, numbers(cell, s->apart) * (backward ? s->group : 1));
+    if (backward) lay_turned(cell, h->turned, &room);
     return room.used;
 }
 
@@ -132,6 +133,7 @@ static void backward(const void *task, int memory, real *space) {
         }
         for (int n = end - 1; n >= first; n--) {
             stand(cell, s->apart, &m, h.states + (n - first) * size);
+            turn(cell, &m, h.turned);
             Tile t = tile_of(s, &h, memory, &runs[n], begins(s, runs, n));
             gradients(cell, &h.space, &t, &m);
             if (t.q) answers(cell, &h.space, &t, &m, 0);

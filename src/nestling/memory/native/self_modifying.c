@@ -43,7 +43,7 @@ typedef struct {
     real *of_key, *of_value, *of_query, *of_lr, *of_log_retention, *of_erase, *of_target, *of_answer, *of_logit;
     real *of_x[2][DEPTH], *of_z, *spare, *panel;
     OfGates of_gates;
-    real *states;
+    real *states, *turned[MOST + 1][DEPTH];
 } Hand;
 
 typedef struct {
@@ -89,6 +89,8 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     h->of_end = take(&room, 0);
     h->of_target = take(&room, backward ? (size_t)L * d : 0);
     h->states = take(&room, numbers_of(s) * (backward ? s->group : 1));
+    for (int i = 0; i <= s->generators && backward; i++)
+        lay_turned(&s->cells[i < s->generators ? OTHERS : MAIN], h->turned[i], &room);
     return room.used;
 }
 
@@ -272,7 +274,7 @@ static void back_make(const Scan *s, Hand *h, int memory, const Run *run, const 
         }
         real *of_question = one == s->value ? s->of_v : one == s->query ? s->of_q : s->of_k;
         back_answer(
-            net, L, &h->asked[one], m->others[one].a, of_answer, of_question + at, h->of_x[OTHERS], g[one].a, h->of_z,
+            net, L, &h->asked[one], m->others[one].a, m->others[one].turned, of_answer, of_question + at, h->of_x[OTHERS], g[one].a, h->of_z,
             h->spare, h->panel
         );
     }
@@ -311,6 +313,7 @@ static void backward(const void *task, int memory, real *space) {
         for (int n = end - 1; n >= first; n--) {
             const Run *run = &runs[n];
             stand_all(s, all, h.states + (n - first) * size);
+            for (int i = 0; i < count; i++) turn(all[i].cell, all[i].stand, h.turned[i]);
             make(s, &h, memory, run, &m);
             memset(h.of_begin, 0, (h.of_end - h.of_begin) * sizeof(real));
             size_t token = (size_t)memory * s->time + run->first;
@@ -330,7 +333,7 @@ static void backward(const void *task, int memory, real *space) {
                 OfTile of = {h.of_query, h.of_key, h.of_target, &h.of_c, &h.of_gates};
                 back_tile(one->cell, room, &t, one->stand, s->of_y + asked_at(s, memory, run), &g[i], &of);
                 back_answer(
-                    net, t.tokens, &h.aimed[one->bank], one->stand->a, h.of_target, h.of_value, h.of_x[one->bank], g[i].a,
+                    net, t.tokens, &h.aimed[one->bank], one->stand->a, one->stand->turned, h.of_target, h.of_value, h.of_x[one->bank], g[i].a,
                     h.of_z, h.spare, h.panel
                 );
             }

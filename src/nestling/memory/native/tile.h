@@ -26,6 +26,7 @@ typedef struct {
 // Weights, momentum and anchor, or their gradients. Where the anchor is the weights, so is the pointer.
 typedef struct {
     real *w[DEPTH], *s[DEPTH], *a[DEPTH];
+    real *turned[DEPTH];  // the anchor transposed, or null
 } Stand;
 
 typedef struct {
@@ -50,7 +51,7 @@ typedef struct {
     real *h[DEPTH], *at_w[DEPTH], *at_s[DEPTH], *ahead[DEPTH], *normed, *scale;
     real *rows[DEPTH], *read[DEPTH], *system[DEPTH], *strength[DEPTH];  // r, x W, x xᵀ and the damped ε; rows are delta where nothing is erased
     real *gram, *mixed, *panel, *spare, *other;
-    real *of_x[DEPTH], *of_delta[DEPTH], *of_slope[DEPTH], *of_h, *of_z;
+    real *of_x[DEPTH], *of_delta[DEPTH], *of_slope[DEPTH], *of_read[DEPTH], *of_h, *of_z;
 } Space;
 
 // Lays out room for tiles of so many tokens; rows: with their halo.
@@ -71,6 +72,7 @@ static void lay_space(const Cell *cell, int tokens, int rows, Space *m, Room *ro
         m->of_slope[l] = take(room, (size_t)rows * out);
         m->rows[l] = cell->erases ? take(room, (size_t)rows * out) : m->delta[l];
         m->read[l] = take(room, cell->erases ? (size_t)rows * out : 0);
+        m->of_read[l] = take(room, cell->erases ? (size_t)rows * out : 0);
         m->system[l] = take(room, cell->erases ? (size_t)rows * rows : 0);
         m->strength[l] = take(room, cell->erases ? rows : 0);
     }
@@ -145,7 +147,7 @@ static void gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at
     if (n->norm) denormalize(N, last, m->at.normed, m->at.scale, error, m->delta[D - 1]);
     for (int l = D - 2; l >= 0; l--) {
         int out = n->width[l + 1], next = n->width[l + 2];
-        product(N, next, out, plain(m->delta[l + 1], next), turned(at->a[l + 1], next), m->up[l], out, 0, m->panel);
+        product(N, next, out, plain(m->delta[l + 1], next), transposed(at->a, at->turned, l + 1, out, next), m->up[l], out, 0, m->panel);
         for (int i = 0; i < N * out; i++) m->delta[l][i] = m->up[l][i] * m->at.slope[l][i];
     }
     if (cell->erases)
@@ -307,7 +309,8 @@ static void back_answers(
             real *of_scale = (of_s ? g->c->carry : g->c->keep) + first;
             for (int i = 0; i < L; i++) of_scale[i] += dot(of_z + (size_t)i * out, made + (size_t)i * out, out);
             scaled(L, out, scale, of_z, m->other);
-            product(L, out, in, plain(m->other, out), turned(of_s ? at->s[l] : at->w[l], out), of_h, in, 1, m->panel);
+            Operand back = of_s ? turned(at->s[l], out) : transposed(at->w, t->begun ? at->turned : 0, l, in, out);
+            product(L, out, in, plain(m->other, out), back, of_h, in, 1, m->panel);
             product(
                 in, L, out, turned(m->h[l], in), plain(m->other, out), of_s ? of->s[l] : of->w[l], out, 1, m->panel
             );
@@ -322,7 +325,8 @@ static void back_answers(
     if (n->residual) add((size_t)L * last, of_y, g->q);
 }
 
-// (I + T) r = diag(η) δ + diag(ε γ) z: the gradient of r in of_delta becomes that of δ; that of z goes to of_x and W.
+// (I + T) r = diag(η) δ + diag(ε γ) z: the gradient of r in of_delta becomes that of δ, and that of z is left in of_read; where the
+// tile made its products at the anchor, that is all of it, else it goes on to x and W.
 static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *g_of, OfTile *g, int l) {
     int L = t->tokens, in = cell->network.width[l], out = cell->network.width[l + 1];
     real *of = m->of_delta[l], *strength = m->strength[l];
@@ -351,7 +355,7 @@ static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *
             of_t[j] = minus * weight * coefficient[j];
         }
         for (int j = i; j < L; j++) of_t[j] = 0;
-        real *restrict back = of + (size_t)i * out, *restrict of_z = m->other + (size_t)i * out;
+        real *restrict back = of + (size_t)i * out, *restrict of_z = m->of_read[l] + (size_t)i * out;
         real along = dot(back, read + (size_t)i * out, out);
         g->gates->lr[i] += dot(back, m->delta[l] + (size_t)i * out, out);
         g->c->keep[i] += along * weight;
@@ -367,8 +371,9 @@ static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *
     }
     product(L, L, in, plain(m->gram, L), plain(x, in), m->of_x[l], in, 1, m->panel);
     product(L, L, in, turned(m->gram, L), plain(x, in), m->of_x[l], in, 1, m->panel);
-    product(L, out, in, plain(m->other, out), turned(at->w[l], out), m->of_x[l], in, 1, m->panel);
-    product(in, L, out, turned(x, in), plain(m->other, out), g_of->w[l], out, 1, m->panel);
+    if (t->begun) return;
+    product(L, out, in, plain(m->of_read[l], out), turned(at->w[l], out), m->of_x[l], in, 1, m->panel);
+    product(in, L, out, turned(x, in), plain(m->of_read[l], out), g_of->w[l], out, 1, m->panel);
 }
 
 // From the gradients of δ and x to those of keys, values and the anchor.
@@ -404,8 +409,10 @@ static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stan
     }
     less((int)size, 1, of_error, g->v);
     if (cell->reads_prediction && net->residual) add(size, of_error, g->k);
+    int read = cell->erases && t->begun;
     back_layers(
-        net, N, &m->at, at->a, of_z, m->of_x, m->of_slope, of->a, answers_itself(cell), m->of_h, m->panel
+        net, N, &m->at, at->a, at->turned, of_z, m->of_x, m->of_slope, read ? m->of_read : 0, of->a, answers_itself(cell) || read, m->of_h,
+        m->panel
     );
     add((size_t)N * net->width[0], m->of_x[0], g->k);
 }
