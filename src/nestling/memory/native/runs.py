@@ -49,16 +49,14 @@ def runs(cut: Layout, time: int, tail: Tensor | None = None) -> Runs | None:
     if cut.ok is None:
         before, count = np.zeros_like(first), np.full_like(first, cut.size)
     else:
-        ok = cut.ok.numpy()
-        before, count = ok[..., :halo].sum(-1), ok[..., halo:].sum(-1)
-        place = np.arange(width)
-        if not bool((tokens == first[..., None] + place)[ok].all()):
+        there = cut.ok.numpy()
+        if tail is not None:
+            row = np.arange(lanes)[:, None, None]
+            there = there & ((tokens >= halo) | tail.numpy()[row, np.minimum(tokens, halo - 1)])
+        before, count = there[..., :halo].sum(-1), there[..., halo:].sum(-1)
+        follows = tokens == first[..., None] + np.arange(width)
+        if not bool(follows[there].all()):
             return None
-    if tail is not None:
-        there = tail.numpy()
-        if bool((there[:, :-1] > there[:, 1:]).any()):
-            return None
-        before = np.minimum(before, first + there.sum(-1, keepdims=True))
     closes = cut.borders.numpy().transpose(2, 1, 0)  # [lane, tiles, period]
     flags = (closes * (CLOSES << np.arange(closes.shape[2]))).sum(-1)
     if cut.reset is not None:
