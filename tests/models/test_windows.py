@@ -26,7 +26,9 @@ VOCAB = 19
 def build(periods: tuple[int, ...], arrangement: str = "sequential", **settings: Any) -> LanguageModel:
     """A tiny float64 model: one block of a fast memory, one of attention-free momentum, learning levels in both."""
     torch.manual_seed(1)
-    config = ModelConfig("made", "tiny", 8, 2, 2, VOCAB, 6, 3, periods, arrangement)
+    config = ModelConfig(
+        "made", "tiny", 8, 2, 2, VOCAB, 6, 3, periods, arrangement, settings.pop("outer", "first_order")
+    )
     mixers = [
         nl.layers.Memory(8, 2, nl.memory.named("gated_deltanet", key_dim=4)),
         nl.layers.Memory(8, 2, nl.memory.named("titans", key_dim=4, chunk=3)),
@@ -64,6 +66,13 @@ def by_definition(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[di
 
     Each window is read whole, from the state that stood at its start, with the levels' weights standing still.
     """
+    outer = model.config.outer
+
+    def cut(theta: Tensor, theta_0: Tensor, read: int, period: int) -> Tensor:
+        """What has been learned, without its history where a truncated stretch of updates ends."""
+        ends = isinstance(outer, int) and read % (outer * period) == 0
+        return theta_0 + (theta - theta_0).detach() if ends else theta
+
     frozen = Reader(model)
     names = {
         f"model.blocks.{b}.ffn.levels_.{level}.mlp.{m}.weight": (b, level)
@@ -86,18 +95,17 @@ def by_definition(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[di
         if window.shape[1] < size:
             break
         loss = F.cross_entropy(logits[0, :-1], window[0, 1:], reduction="sum")
-        found = {
-            n: g.detach()
-            for n, g in zip(used, torch.autograd.grad(loss, list(used.values()), retain_graph=True), strict=True)
-        }
+        found = dict(zip(used, torch.autograd.grad(loss, list(used.values()), create_graph=True), strict=True))
+        if outer == "first_order":
+            found = {n: g.detach() for n, g in found.items()}
         for name, (b, level) in names.items():
             ffn, period = model.blocks[b].ffn, model.config.periods[level]
             mine = [found[n] for n, place in names.items() if place == (b, level)]
-            norm = math.sqrt(sum(float(g.square().sum()) for g in mine))
+            norm = torch.stack([g.square().sum() for g in mine]).sum().sqrt()
             share = 1.0
             if ffn.mean:
                 norm, share = norm / (size - 1), (size - 1) * period / size
-            step = found[name] * min(1.0, ffn.clip / norm)
+            step = found[name] * (ffn.clip / norm).clamp_max(1)
             pending[name] = pending[name] + F.softplus(ffn.levels_[level].rate) * step / share
             if ffn.arrangement == "nested" and level + 1 < len(model.config.periods):
                 slow = share * model.config.periods[level + 1] / period if ffn.mean else 1.0
@@ -106,9 +114,11 @@ def by_definition(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[di
             if (first + size) % model.config.periods[level] == 0:
                 theta[name] = theta[name] - pending[name]
                 pending[name] = torch.zeros_like(pending[name])
+                theta[name] = cut(theta[name], theta_0[name], first + size, model.config.periods[level])
             nested = model.blocks[0].ffn.arrangement == "nested" and level + 1 < len(model.config.periods)
             if nested and (first + size) % model.config.periods[level + 1] == 0:
-                theta[name] = base[name] = base[name] - moving[name]
+                moved = base[name] - moving[name]
+                theta[name] = base[name] = cut(moved, theta_0[name], first + size, model.config.periods[level + 1])
                 moving[name] = torch.zeros_like(moving[name])
         history.append({name: theta[name] - theta_0[name] for name in theta})
     return torch.cat(outputs, 1), history
@@ -124,6 +134,10 @@ NESTED, INDEPENDENT = {"arrangement": "nested"}, {"arrangement": "independent"}
         ((2, 4, 12), NESTED),
         ((4, 8), {**NESTED, "mean": False, "clip": 0.7}),
         ((2, 6, 4), INDEPENDENT),
+        ((2, 6, 4), {"outer": "full"}),
+        ((4, 8), {"outer": 2, "mean": False}),
+        ((4, 8), {**NESTED, "outer": "full"}),
+        ((2, 4, 8), {**NESTED, "outer": 2}),
     ],
 )
 @pytest.mark.parametrize("time", [3, 17, 24])
@@ -524,6 +538,9 @@ def test_impossible_periods_are_refused_in_words() -> None:
     for settings in ({"rate": math.nan}, {"rate": math.inf}, {"rate": 0.0}, {"clip": math.nan}):
         with pytest.raises(ValueError, match="expected positive numbers"):
             Continuum(8, 4, (4,), **settings)
+    for outer in (1, True, 2.0, "second_order"):
+        with pytest.raises(ValueError, match="expected first_order, full, or a whole number n of at least 2"):
+            nl.models.build("hope", outer=outer)
     assert F.softplus(Continuum(8, 4, (4,), rate=1000.0).levels_[0].rate.detach()) == 1000
     assert isinstance(Continuum(8, 4, (4, None)).levels_, nn.ModuleList)
 

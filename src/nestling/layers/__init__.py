@@ -3,8 +3,9 @@
 from nestling.layers.attention import Attention, AttentionState
 from nestling.layers.base import Layer
 from nestling.layers.context import ContextState, MemoryAsContext
-from nestling.layers.continuum import Continuum, ContinuumState
+from nestling.layers.continuum import Continuum
 from nestling.layers.convolution import ShortConvolution
+from nestling.layers.descent import ContinuumState
 from nestling.layers.hybrid import MemoryAsGate, MemoryAsLayer
 from nestling.layers.level import Level, Period
 from nestling.layers.lstm import LSTM, LSTMState

@@ -13,7 +13,7 @@ Three arrangements (§7.1 of the paper):
 
 As state every lane keeps the deviation Δ = θ − θ₀ and what has been summed up since the level's last update; the weights used
 are the live θ₀ + Δ, so that the outer loop trains θ₀ on every segment, and a reset is Δ = 0. When the gradients are taken is the
-language model's business (`nestling.models.windows`), as they come from its loss; here is what a level does with them.
+language model's business (`nestling.models.windows`), as they come from its loss; what a level does with them is in `descent`.
 """
 
 from __future__ import annotations
@@ -21,41 +21,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestling.layers import descent
+from nestling.layers.descent import ContinuumState, Moved, Outer, Window
 from nestling.layers.level import Level, Period
 from nestling.layers.mlp import SwiGLU
-from nestling.memory.inputs import surely
 from nestling.optim.inner import Gradient, InnerRule
-from nestling.state import register
 
 Arrangement = Literal["sequential", "nested", "independent"]
-Moved = tuple[tuple[Tensor, ...], ...]
-"""Per level, per weight matrix, `[lane, out, in]`; a level that does not learn from tokens has no matrices here."""
-
-
-@register
-class ContinuumState(NamedTuple):
-    """Fast weights of one continuum, per lane.
-
-    delta    Δ = θ − θ₀ of every level
-    pending  Σ η∇L since the level's last update; empty for levels that are updated with every window
-    base     nested: the deviation that a level is put back to; empty otherwise, and for the slowest
-    moving   nested: Σ η∇L of a level since its base last moved, with the step size of the level that moves it
-    faults   gradients or updates left out because they were not finite, int64 `[lane]`
-    memory   what the inner rule remembers, per level and weight matrix; empty for gradient descent
-    """
-
-    delta: Moved
-    pending: Moved
-    base: Moved
-    moving: Moved
-    faults: Tensor
-    memory: tuple[tuple[tuple[Tensor, ...], ...], ...] = ()
 
 
 class FeedForward(nn.Module):
@@ -96,6 +73,9 @@ class Continuum(nn.Module):
             descent; a level that is put back to them remembers nothing.
         arrangement: "sequential", "nested" or "independent". Nested levels stand from fast to slow, every period a multiple of
             the one before it.
+        outer: what the outer loop sees of an update: "first_order", "full", or a whole number n ≥ 2, truncated; see `descent`. It
+            changes gradients alone. Beyond first order the graph of every window's gradient is built too, in every mode, and
+            attention is computed by its formula.
     """
 
     def __init__(
@@ -109,6 +89,7 @@ class Continuum(nn.Module):
         mean: bool = True,
         rule: InnerRule | None = None,
         arrangement: Arrangement = "sequential",
+        outer: Outer = "first_order",
     ) -> None:
         super().__init__()
         finite = [p for p in periods if p is not None]
@@ -133,7 +114,9 @@ class Continuum(nn.Module):
                 f"Continuum: periods {tuple(finite)} of nested levels must go from fast to slow, each a multiple of the one "
                 "before"
             )
+        descent.check_outer(outer)
         self.periods, self.clip, self.mean, self.arrangement = tuple(periods), clip, mean, arrangement
+        self.outer: Outer = outer
         learning = [n for n, p in enumerate(periods) if p is not None]
         self.slower = dict(pairwise(learning)) if arrangement == "nested" else {}
         """Nested: which level moves the initial weights of which."""
@@ -156,12 +139,12 @@ class Continuum(nn.Module):
             )
 
         return ContinuumState(
-            tuple(zeros(p is not None, level) for p, level in self._each()),
-            tuple(zeros(p not in (None, self.window), level) for p, level in self._each()),
-            tuple(zeros(n in self.slower, level) for n, (_, level) in enumerate(self._each())),
-            tuple(zeros(n in self.slower, level) for n, (_, level) in enumerate(self._each())),
+            tuple(zeros(p is not None, level) for p, level in self.each()),
+            tuple(zeros(p not in (None, self.window), level) for p, level in self.each()),
+            tuple(zeros(n in self.slower, level) for n, (_, level) in enumerate(self.each())),
+            tuple(zeros(n in self.slower, level) for n, (_, level) in enumerate(self.each())),
             torch.zeros(lanes, dtype=torch.int64, device=self.levels_[0].weights()[0].device),  # type: ignore[operator]
-            self._remembers(tuple(zeros(p is not None, level) for p, level in self._each())),
+            self._remembers(tuple(zeros(p is not None, level) for p, level in self.each())),
         )
 
     def _remembers(self, weights: Moved) -> tuple[tuple[tuple[Tensor, ...], ...], ...]:
@@ -171,7 +154,7 @@ class Continuum(nn.Module):
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Shapes of a state's matrices without the lane, field after field, level after level."""
-        own = [(p, tuple(tuple(w.shape) for w in level.weights())) for p, level in self._each()]
+        own = [(p, tuple(tuple(w.shape) for w in level.weights())) for p, level in self.each()]
         return (
             *(shapes if p is not None else () for p, shapes in own),
             *(shapes if p not in (None, self.window) else () for p, shapes in own),
@@ -181,7 +164,7 @@ class Continuum(nn.Module):
     def forward(self, u: Tensor, delta: Moved | None = None) -> Tensor:
         """u `[lane, time, dim]` → the same; delta: the lanes' Δ of every level, None: all levels at θ₀."""
         x = u
-        for number, (_, level) in enumerate(self._each()):
+        for number, (_, level) in enumerate(self.each()):
             moved = () if delta is None else delta[number]
             u = u + (level(u, moved) if self.share is None else self.share[number] * level(x, moved))
         return u
@@ -191,7 +174,7 @@ class Continuum(nn.Module):
     ) -> ContinuumState:
         """What the levels do when a window closes.
 
-        gradients  of Σ_t L_t over the window's targets, per lane, like `state.delta`; constants (first-order outer gradient)
+        gradients  of Σ_t L_t over the window's targets, per lane, like `state.delta`; with a history where `outer` wants it
         targets    how many L_t the sum has
         closing    bool `[lane]` (CPU): lanes whose window closes now; the others are left alone
         position   `[lane]` (CPU): tokens read by then, which says what is due
@@ -199,65 +182,7 @@ class Continuum(nn.Module):
         All levels that are due move at once, by gradients taken at the old weights. A gradient whose squared norm is not finite
         is left out, an update that would not be finite is forgotten; both are counted.
         """
-        delta, pending, base, moving = (list(field) for field in state[:4])
-        faults, memory = state.faults, list(state.memory)
-        assert self.window is not None
-        for number, (period, level) in enumerate(self._each()):
-            if period is None:
-                continue
-            found = gradients[number]
-            size = torch.stack([g.square().sum((1, 2)) for g in found]).sum(0).sqrt()
-            if self.mean:
-                size = size / targets
-            finite = size.isfinite()
-            faults = faults + (~finite & closing.to(finite.device))
-            use = closing.to(finite.device) & finite
-            scale = (self.clip / size).clamp_max(1)
-            if not surely(use):  # before any product, or NaN would reach the rate's gradient
-                scale = torch.where(use, scale, 0.0)
-                found = tuple(torch.where(_lanes(use, g), g, 0.0) for g in found)
-            rate = F.softplus(level.rate.to(scale.dtype))
-            # A rule with a memory scales what it answers.
-            steps = self._steps(found, scale if memory else rate * scale, period, targets)
-            if period != self.window:
-                steps = pending[number] = tuple(p + s for p, s in zip(state.pending[number], steps, strict=True))
-            due = closing & (position % period == 0)
-            if bool(due.any()):
-                moves = steps
-                kept: tuple[tuple[Tensor, ...], ...] = ()
-                if memory:
-                    answers = [self.rule.step(s, m) for s, m in zip(steps, memory[number], strict=True)]
-                    moves, kept = tuple(rate * d for d, _ in answers), tuple(m for _, m in answers)
-                delta[number], broken = _update(state.delta[number], moves, due)
-                faults = faults + broken
-                if memory:
-                    take = due.to(broken.device) & ~broken
-                    memory[number] = tuple(_where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
-                if period != self.window:
-                    pending[number] = _where(due, tuple(torch.zeros_like(s) for s in steps), steps)
-            if number not in self.slower:
-                continue
-            mover, slow = self._each()[self.slower[number]][::-1]
-            assert slow is not None
-            steps = self._steps(found, F.softplus(mover.rate.to(scale.dtype)) * scale, slow, targets)
-            steps = moving[number] = tuple(p + s for p, s in zip(state.moving[number], steps, strict=True))
-            due = closing & (position % slow == 0)
-            if bool(due.any()):
-                base[number], broken = _update(state.base[number], steps, due)
-                faults = faults + broken
-                moving[number] = _where(due, tuple(torch.zeros_like(s) for s in steps), steps)
-                delta[number] = _where(due, base[number], delta[number])
-                if memory:
-                    anew = (self.rule.start(d) for d in delta[number])
-                    memory[number] = tuple(_where(due, a, b) for a, b in zip(anew, memory[number], strict=True))
-        return ContinuumState(tuple(delta), tuple(pending), tuple(base), tuple(moving), faults, tuple(memory))
-
-    def _steps(self, gradients: tuple[Tensor, ...], scale: Tensor, period: int, targets: int) -> tuple[Tensor, ...]:
-        """The gradients of a window, scaled `[lane]`, as a level of this period takes them."""
-        assert self.window is not None
-        if self.mean:
-            scale = scale / (targets * period / self.window)
-        return tuple(_lanes(scale, g) * g for g in gradients)
+        return descent.learn(self, state, gradients, Window(targets, closing, position))
 
     def levels(self) -> list[Level]:
         """Those that learn from tokens."""
@@ -283,28 +208,9 @@ class Continuum(nn.Module):
                     *(["faults"] if number == first else []),
                 ),
             )
-            for number, (period, level) in enumerate(self._each())
+            for number, (period, level) in enumerate(self.each())
             if period is not None
         ]
 
-    def _each(self) -> list[tuple[int | None, FeedForward]]:
+    def each(self) -> list[tuple[int | None, FeedForward]]:
         return list(zip(self.periods, self.levels_, strict=True))  # type: ignore[arg-type]
-
-
-def _lanes(per_lane: Tensor, like: Tensor) -> Tensor:
-    return per_lane.view(-1, *[1] * (like.dim() - 1))
-
-
-def _update(old: tuple[Tensor, ...], steps: tuple[Tensor, ...], due: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """old − steps in lanes that are due, unless that is not finite; and in which lanes it was not."""
-    new = tuple(d - s for d, s in zip(old, steps, strict=True))
-    total = sum(d.sum((1, 2)) for d in new)
-    assert isinstance(total, Tensor)
-    broken = due.to(total.device) & ~total.isfinite()
-    return _where(due.to(total.device) & ~broken, new, old), broken
-
-
-def _where(mask: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if surely(mask):
-        return a
-    return tuple(torch.where(_lanes(mask.to(x.device), x), x, y) for x, y in zip(a, b, strict=True))

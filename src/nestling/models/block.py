@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from nestling import memory
 from nestling.layers import Continuum, Layer
-from nestling.layers.continuum import Arrangement, Moved
+from nestling.layers.continuum import Arrangement
+from nestling.layers.descent import Moved, Outer
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class ModelConfig:
     periods     tokens between two updates of each level of the continuum; empty: feed-forward blocks that only the outer loop
                 moves
     arrangement of those levels: "sequential", "nested" or "independent"; see `Continuum`
+    outer       what the outer loop sees of their updates: "first_order", "full" or a number n, truncated; see `Continuum`
     window      tokens that sliding-window attention sees, the segment of memory as context
     persistent  number of persistent tokens
     locals      chunk of each local memory of TNT;  refined: what the second stage of training makes of them, empty: the same
@@ -38,6 +40,7 @@ class ModelConfig:
     chunk: int | None = None
     periods: tuple[int, ...] = ()
     arrangement: Arrangement = "sequential"
+    outer: Outer = "first_order"
     window: int | None = None
     persistent: int | None = None
     locals: tuple[int, ...] = ()
@@ -66,7 +69,7 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.mixer = mixer
-        self.ffn = Continuum(config.dim, config.ffn, periods, arrangement=config.arrangement)
+        self.ffn = Continuum(config.dim, config.ffn, periods, arrangement=config.arrangement, outer=config.outer)
 
     def forward(self, x: Tensor, state: Any, delta: Moved | None = None, **masks: Any) -> tuple[Tensor, Any]:
         """As a layer's; delta: what the lanes' own learning adds to the feed-forward weights."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nestling.layers import Continuum, Layer
 from nestling.models.block import ModelConfig
 from nestling.models.lm import LanguageModel
-from nestling.models.registry import build, settings
+from nestling.models.registry import CONTINUUM, build, settings
 
 WIDTHS = ("dim", "layers", "heads", "ffn", "vocab_size")
 Origins = Sequence[int | None]
@@ -59,9 +59,7 @@ def convert(
             f"convert: {', '.join(unfit)} cannot change, the trained weights have their shapes; expected some of: "
             f"{', '.join(settings(to)) or 'no settings'}"
         )
-    own = {
-        setting: getattr(old, setting) for setting in settings(to) if setting in (*settings(old.name), "arrangement")
-    }
+    own = {setting: getattr(old, setting) for setting in settings(to) if setting in (*settings(old.name), *CONTINUUM)}
     widths = {"dim": old.dim, "layers": old.layers, "heads": old.heads, "ffn": old.ffn}
     new = build(to, old.size, vocab_size=old.vocab_size, **widths, **own | changes)
     new.to(device=model.embedding.weight.device, dtype=model.embedding.weight.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nestling import state as fast
 from nestling.layers import Continuum, ContinuumState, Layer, Level, Period
-from nestling.layers.continuum import Moved
+from nestling.layers.descent import Moved
 from nestling.memory import Report
 from nestling.models import windows
 from nestling.models.block import Block, ModelConfig
@@ -56,6 +56,8 @@ class LanguageModel(nn.Module):
         """Blocks with levels that learn from tokens."""
         self.window = min((w for n in self.learning if (w := self.continuum(n).window)), default=None)
         """Tokens between two gradients of the model's loss; None where no level learns from it."""
+        self.twice = any(self.continuum(n).outer != "first_order" for n in self.learning)
+        """Whether the outer loop differentiates the gradients of a window in turn."""
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
@@ -86,7 +88,7 @@ class LanguageModel(nn.Module):
         tokens = torch.zeros(lanes, self.window, dtype=torch.int64, device=self.embedding.weight.device)
         return state._replace(
             continuum=tuple(c for n in self.learning if (c := self.continuum(n).start(lanes)) is not None),
-            open=Open(tokens, fast.detach(blocks)),
+            open=Open(tokens, blocks if self.twice else fast.detach(blocks)),
         )
 
     def forward(

@@ -54,8 +54,8 @@ PERSISTENT = 4
 Setting = Literal["chunk", "periods", "window", "persistent", "locals", "refined", "shard", "global_chunk"]
 LISTS: tuple[Setting, ...] = ("periods", "locals", "refined")
 """Settings that are lists of whole numbers."""
-WORDS = ("arrangement",)
-"""Settings that are no numbers."""
+CONTINUUM = ("arrangement", "outer")
+"""What every model with periods has beside them; the continuum itself refuses what cannot be."""
 Make = Callable[[ModelConfig, int], Block]
 
 
@@ -107,7 +107,7 @@ def describe(name: str) -> str:
 def settings(name: str) -> tuple[str, ...]:
     """What `build` takes for a named model beside dim, layers, heads and ffn."""
     own = _entry(name).settings
-    return (*own, "arrangement") if "periods" in own else own
+    return (*own, *CONTINUUM) if "periods" in own else own
 
 
 def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: Any) -> LanguageModel:
@@ -140,7 +140,7 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
     numbers: dict[str, Any] = {"dim": given.dim, "layers": given.layers, "heads": given.heads}
     numbers |= {setting: own[setting] for setting in entry.settings} | overrides
     others: dict[str, Any] = {setting: _whole(setting, numbers.pop(setting)) for setting in LISTS if setting in numbers}
-    others |= {setting: numbers.pop(setting) for setting in WORDS if setting in numbers}
+    others |= {setting: numbers.pop(setting) for setting in CONTINUUM if setting in numbers}
     for setting, number in (*numbers.items(), ("vocab_size", vocab_size)):
         least = 0 if setting == "persistent" else 1
         if not isinstance(number, int) or isinstance(number, bool) or number < least:

@@ -8,20 +8,24 @@ So that a split inside a window changes nothing, the state holds `Open`: the win
 sequence layers at its start. A window read in one piece is differentiated on the forward's own graph; one that was split is read
 again from `Open`, which is the definition of the other. This is the one place where autograd works inside a forward, so it does
 so whatever mode the caller is in.
+
+Where a level's `outer` wants the gradients to be differentiated in turn, they are taken with a graph of their own, in every mode,
+as some backward formulas differ in rounding; `Open` keeps its history then, so that a split changes no gradient either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling import state as fast
-from nestling.layers.continuum import ContinuumState, Moved
+from nestling.layers.descent import ContinuumState, Moved
 from nestling.layers.pieces import Piece, merge, pieces, place
 from nestling.memory import Report
 from nestling.state import register
@@ -35,7 +39,7 @@ class Open(NamedTuple):
     """The window that a lane is in.
 
     tokens  `[lane, window]` int64, zeros behind those read so far (how many, the position says)
-    blocks  the sequence layers' states at the window's start, without history
+    blocks  the sequence layers' states at the window's start, without history where the outer gradient is of first order
     """
 
     tokens: Tensor
@@ -81,21 +85,21 @@ def _piece(
     whole, again = piece.closing & begins, piece.closing & ~begins
     valid = None if piece.mask is None else piece.mask.to(tokens.device)
     gradients: list[Moved] | None = None
+    outer = torch.is_grad_enabled() and _asks(model, state)
     if bool(whole.any()):
-        outer = torch.is_grad_enabled() and _asks(model, state)
         with _differentiating() as copied:
             blocks, delta, own = copied(state.blocks), copied(_deltas(state)), copied(tokens)
             leaves = [_leaves(d) for d in delta]
-            logits, blocks = model.read(own, blocks, leaves, valid=copied(valid), report=report)
-            gradients = _gradients(logits, own, leaves, whole, keep=outer)
+            logits, blocks = _logits(model, own, blocks, leaves, valid=copied(valid), report=report)
+            gradients = _gradients(model, logits, own, leaves, whole, keep=outer)
         if not outer:
             logits, blocks = logits.detach(), fast.detach(blocks)
     else:
-        logits, blocks = model.read(tokens, state.blocks, _deltas(state), valid=valid, report=report)
+        logits, blocks = _logits(model, tokens, state.blocks, _deltas(state), valid=valid, report=report)
 
     heard = _hear(state.open.tokens, tokens, state.position % model.window, piece)
     if bool(again.any()):
-        gradients = _read_again(model, heard, state, again, gradients)
+        gradients = _read_again(model, heard, state, again, gradients, keep=outer and model.twice)
     position = state.position + piece.length
     continuum = state.continuum
     if gradients is not None:
@@ -106,22 +110,29 @@ def _piece(
     if report is not None:
         _note(report, model, state.continuum, continuum, piece)
     heard = torch.where(piece.closing.to(heard.device)[:, None], 0, heard)
-    opened = _choose(piece.closing, fast.detach(blocks), state.open.blocks)
+    opened = _choose(piece.closing, blocks if model.twice else fast.detach(blocks), state.open.blocks)
     return logits, state._replace(blocks=blocks, position=position, continuum=continuum, open=Open(heard, opened))
 
 
 def _read_again(
-    model: LanguageModel, tokens: Tensor, state: ModelState, again: Tensor, gradients: list[Moved] | None
+    model: LanguageModel,
+    tokens: Tensor,
+    state: ModelState,
+    again: Tensor,
+    gradients: list[Moved] | None,
+    *,
+    keep: bool,
 ) -> list[Moved]:
-    """Gradients of the windows that were split: read them whole from where they started, in one batch."""
+    """Gradients of the windows that were split: read them whole from where they started, in one batch. keep: with history."""
     assert state.open is not None
     lanes = again.nonzero()[:, 0]
+    since, delta = (tree if keep else fast.detach(tree) for tree in (state.open.blocks, tuple(_deltas(state))))
     with _differentiating() as copied:
         text = copied(tokens)[lanes.to(tokens.device)]
-        blocks = fast.take(copied(fast.detach(state.open.blocks)), lanes)
-        leaves = [_leaves(fast.take(copied(fast.detach(d)), lanes)) for d in _deltas(state)]
-        logits, _ = model.read(text, blocks, leaves)
-        found = _gradients(logits, text, leaves, torch.ones(len(lanes), dtype=torch.bool), keep=False)
+        blocks = fast.take(copied(since), lanes)
+        leaves = [_leaves(fast.take(copied(d), lanes)) for d in delta]
+        logits, _ = _logits(model, text, blocks, leaves)
+        found = _gradients(model, logits, text, leaves, torch.ones(len(lanes), dtype=torch.bool), keep=keep)
     if bool(again.all()):
         return found
     if gradients is None:
@@ -133,8 +144,19 @@ def _read_again(
     ]
 
 
-def _gradients(logits: Tensor, tokens: Tensor, leaves: Sequence[Moved], lanes: Tensor, *, keep: bool) -> list[Moved]:
-    """∂(Σ_t L_t)/∂Δ per lane, over the targets inside the window; zeros in lanes that are not asked for."""
+def _logits(model: LanguageModel, *arguments: Any, **options: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    """`LanguageModel.read`; what is to be differentiated twice, by attention's formula, which can be."""
+    with sdpa_kernel(SDPBackend.MATH) if model.twice else nullcontext():
+        return model.read(*arguments, **options)
+
+
+def _gradients(
+    model: LanguageModel, logits: Tensor, tokens: Tensor, leaves: Sequence[Moved], lanes: Tensor, *, keep: bool
+) -> list[Moved]:
+    """∂(Σ_t L_t)/∂Δ per lane, over the targets inside the window; zeros in lanes that are not asked for.
+
+    keep: the forward's graph is needed later; with it stays that of the gradients, where they are to be differentiated.
+    """
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     targets = tokens[:, 1:].long()
     if not bool(lanes.all()):
@@ -142,8 +164,9 @@ def _gradients(logits: Tensor, tokens: Tensor, leaves: Sequence[Moved], lanes: T
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     flat = fast.leaves(tuple(leaves))
     with torch.autocast(logits.device.type, enabled=False):  # the backward's products are of the forward's own dtypes
-        found = iter(torch.autograd.grad(loss, flat, retain_graph=keep))
-    return [fast.tree_map(lambda _: next(found).detach(), moved) for moved in leaves]
+        found = iter(torch.autograd.grad(loss, flat, retain_graph=keep, create_graph=model.twice))
+    live = keep and model.twice
+    return [fast.tree_map(lambda _: next(found) if live else next(found).detach(), moved) for moved in leaves]
 
 
 class _Leaf(torch.autograd.Function):

@@ -41,7 +41,7 @@ def hope_swa(c: ModelConfig, _: int) -> Block:
 @register(
     "ttt_e2e",
     "TTT-E2E: a sliding-window transformer; the last quarter of its blocks carry, beside the static feed-forward network, one "
-    "that learns from the model's own loss. The outer gradient is first-order here.",
+    "that learns from the model's own loss. The outer gradient is first-order here unless outer says otherwise.",
     "periods",
     "window",
     levels=1,

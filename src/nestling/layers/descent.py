@@ -1,0 +1,218 @@
+"""What the levels of a continuum do with gradients when a window closes (Nested Learning, eq. 71 and 72).
+
+What the outer loop sees of an update (the paper does not say) is a setting, `outer`:
+
+    first_order  the gradients are constants: θ₀ is trained where it serves, η through the updates it makes
+    full         the gradients are differentiated in turn: the exact gradient of all that the model computes
+    n            full, but with every n-th update of a level, counted from the lane's position 0, all that it has learned becomes
+                 a constant: no gradient passes more than n − 1 of its updates
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.memory.inputs import surely
+from nestling.state import register
+
+if TYPE_CHECKING:
+    from nestling.layers.continuum import Continuum
+
+T = TypeVar("T")
+Outer = Literal["first_order", "full"] | int
+Matrices = tuple[Tensor, ...]
+Moved = tuple[Matrices, ...]
+"""Per level, per weight matrix, `[lane, out, in]`; a level that does not learn from tokens has no matrices here."""
+
+
+@register
+class ContinuumState(NamedTuple):
+    """Fast weights of one continuum, per lane.
+
+    delta    Δ = θ − θ₀ of every level
+    pending  Σ η∇L since the level's last update; empty for levels that are updated with every window
+    base     nested: the deviation that a level is put back to; empty otherwise, and for the slowest
+    moving   nested: Σ η∇L of a level since its base last moved, with the step size of the level that moves it
+    faults   gradients or updates left out because they were not finite, int64 `[lane]`
+    memory   what the inner rule remembers, per level and weight matrix; empty for gradient descent
+    """
+
+    delta: Moved
+    pending: Moved
+    base: Moved
+    moving: Moved
+    faults: Tensor
+    memory: tuple[tuple[tuple[Tensor, ...], ...], ...] = ()
+
+
+class Window(NamedTuple):
+    """The windows that close now.
+
+    targets   how many losses each has summed
+    closing   bool `[lane]` (CPU): lanes whose window closes; the others are left alone
+    position  `[lane]` (CPU): tokens read by then, which says what is due
+    """
+
+    targets: int
+    closing: Tensor
+    position: Tensor
+
+    def due(self, period: int) -> Tensor:
+        """Lanes in which what has this period moves, bool `[lane]` (CPU)."""
+        return self.closing & (self.position % period == 0)
+
+
+def check_outer(outer: object) -> None:
+    """Refuse what is no setting."""
+    if outer in ("first_order", "full"):
+        return
+    if not isinstance(outer, int) or isinstance(outer, bool) or outer < 2:
+        raise ValueError(
+            f"Continuum: outer is {outer!r}; expected first_order, full, or a whole number n of at least 2: truncated, so that "
+            "gradients pass n − 1 updates of a level"
+        )
+
+
+def learn(own: Continuum, state: ContinuumState, gradients: Moved, window: Window) -> ContinuumState:
+    """See `Continuum.learn`. All levels that are due move at once, by gradients taken at the old weights."""
+    for number, (period, level) in enumerate(own.each()):
+        if period is None:
+            continue
+        found = gradients[number]
+        if own.outer == "first_order":
+            found = tuple(g.detach() for g in found)
+        found, scale, bad = _bounded(own, found, window)
+        state = state._replace(faults=state.faults + bad)
+        rate = F.softplus(level.rate.to(scale.dtype))
+        state = _descend(own, state, number, found, scale, rate, window)
+        if number in own.slower:
+            state = _move_base(own, state, number, found, scale, window)
+    return state
+
+
+def _bounded(own: Continuum, found: Matrices, window: Window) -> tuple[Matrices, Tensor, Tensor]:
+    """The gradients of a level, zeros in lanes that are not to use them; the share of them that the clipping leaves `[lane]`;
+    and in which lanes they were not finite."""
+    square = torch.stack([g.square().sum((1, 2)) for g in found]).sum(0)
+    size = torch.where(square == 0, 1.0, square).sqrt()  # at 0 the root has no slope
+    if own.mean:
+        size = size / window.targets
+    closing = window.closing.to(square.device)
+    finite = square.isfinite()
+    use, scale = closing & finite, (own.clip / size).clamp_max(1)
+    if not surely(use):  # before any product, or NaN would reach the rate's gradient
+        scale = torch.where(use, scale, 0.0)
+        found = tuple(torch.where(_lanes(use, g), g, 0.0) for g in found)
+    return found, scale, ~finite & closing
+
+
+def _descend(
+    own: Continuum,
+    state: ContinuumState,
+    number: int,
+    found: Matrices,
+    scale: Tensor,
+    rate: Tensor,
+    window: Window,
+) -> ContinuumState:
+    """A level's own update, with its inner rule."""
+    period = own.periods[number]
+    assert period is not None
+    remembers = bool(state.memory)
+    # A rule with a memory scales what it answers.
+    steps = _steps(own, found, scale if remembers else rate * scale, period, window)
+    if period != own.window:
+        steps = tuple(p + s for p, s in zip(state.pending[number], steps, strict=True))
+    due = window.due(period)
+    if bool(due.any()):
+        moves, memory = steps, state.memory
+        kept: tuple[Matrices, ...] = ()
+        if remembers:
+            answers = [own.rule.step(s, m) for s, m in zip(steps, memory[number], strict=True)]
+            moves, kept = tuple(rate * d for d, _ in answers), tuple(m for _, m in answers)
+        delta, broken = _update(state.delta[number], moves, due)
+        if remembers:
+            take = due.to(broken.device) & ~broken
+            kept = tuple(where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
+            kept = tuple(_cut(own, m, period, window) for m in kept)
+            memory = _put(memory, number, kept)
+        delta = _cut(own, delta, period, window)
+        state = state._replace(delta=_put(state.delta, number, delta), memory=memory, faults=state.faults + broken)
+        if period != own.window:
+            steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
+    if period != own.window:
+        state = state._replace(pending=_put(state.pending, number, steps))
+    return state
+
+
+def _move_base(
+    own: Continuum, state: ContinuumState, number: int, found: Matrices, scale: Tensor, window: Window
+) -> ContinuumState:
+    """Nested: the next slower level moves the initial weights of this one, by its gradients at the adapted weights (MAML of first
+    order), and puts it back to them."""
+    period, mover = own.each()[own.slower[number]]
+    assert period is not None
+    steps = _steps(own, found, F.softplus(mover.rate.to(scale.dtype)) * scale, period, window)
+    steps = tuple(p + s for p, s in zip(state.moving[number], steps, strict=True))
+    due = window.due(period)
+    if bool(due.any()):
+        base, broken = _update(state.base[number], steps, due)
+        base = _cut(own, base, period, window)
+        steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
+        delta = where(due, base, state.delta[number])
+        memory = state.memory
+        if memory:
+            anew = (own.rule.start(d) for d in delta)
+            fresh = tuple(where(due, a, b) for a, b in zip(anew, memory[number], strict=True))
+            memory = _put(memory, number, fresh)
+        state = state._replace(
+            base=_put(state.base, number, base),
+            delta=_put(state.delta, number, delta),
+            memory=memory,
+            faults=state.faults + broken,
+        )
+    return state._replace(moving=_put(state.moving, number, steps))
+
+
+def _steps(own: Continuum, gradients: Matrices, scale: Tensor, period: int, window: Window) -> Matrices:
+    """The gradients of a window, scaled `[lane]`, as a level of this period takes them."""
+    assert own.window is not None
+    if own.mean:
+        scale = scale / (window.targets * period / own.window)
+    return tuple(_lanes(scale, g) * g for g in gradients)
+
+
+def _cut(own: Continuum, x: Matrices, period: int, window: Window) -> Matrices:
+    """Without its history in lanes where a truncated stretch ends."""
+    if isinstance(own.outer, str):
+        return x
+    ends = window.due(own.outer * period)
+    return where(ends, tuple(u.detach() for u in x), x) if bool(ends.any()) else x
+
+
+def _update(old: Matrices, steps: Matrices, due: Tensor) -> tuple[Matrices, Tensor]:
+    """old − steps in lanes that are due, unless that is not finite; and in which lanes it was not."""
+    new = tuple(d - s for d, s in zip(old, steps, strict=True))
+    total = sum(d.sum((1, 2)) for d in new)
+    assert isinstance(total, Tensor)
+    broken = due.to(total.device) & ~total.isfinite()
+    return where(due.to(total.device) & ~broken, new, old), broken
+
+
+def where(mask: Tensor, a: Matrices, b: Matrices) -> Matrices:
+    """Per lane a where the mask is true, else b."""
+    if surely(mask):
+        return a
+    return tuple(torch.where(_lanes(mask.to(x.device), x), x, y) for x, y in zip(a, b, strict=True))
+
+
+def _lanes(per_lane: Tensor, like: Tensor) -> Tensor:
+    return per_lane.view(-1, *[1] * (like.dim() - 1))
+
+
+def _put(items: tuple[T, ...], number: int, item: T) -> tuple[T, ...]:
+    return (*items[:number], item, *items[number + 1 :])
