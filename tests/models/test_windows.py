@@ -525,7 +525,11 @@ def test_the_report_tells_every_update_where_it_happened() -> None:
 
 
 def test_impossible_periods_are_refused_in_words() -> None:
-    for periods, words in (((1,), "at least 2"), ((), "at least one level"), ((4, 6), "multiples of the fastest, 4")):
+    for periods, words in (
+        ((1,), "at least 2"),
+        ((), "at least one level"),
+        ((4, 6), "multiples of the fastest, 4"),
+    ):
         with pytest.raises(ValueError, match=words):
             Continuum(8, 4, periods)
     for periods in (4, "48", (4, "8"), (4.0, 8), (True,), None, ()):

@@ -14,6 +14,7 @@ Three arrangements (§7.1 of the paper):
 As state every lane keeps the deviation Δ = θ − θ₀ and what has been summed up since the level's last update; the weights used
 are the live θ₀ + Δ, so that the outer loop trains θ₀ on every segment, and a reset is Δ = 0. When the gradients are taken is the
 language model's business (`nestling.models.windows`), as they come from its loss; what a level does with them is in `descent`.
+Levels may also learn by losses of their own, `error="local"`: then the continuum reads tokens by itself, see `local`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nestling.layers import descent
-from nestling.layers.descent import ContinuumState, Moved, Outer, Window
+from nestling.layers import descent, local
+from nestling.layers.descent import ContinuumState, Moved, Outer, Signal, Window
 from nestling.layers.level import Level, Period
 from nestling.layers.mlp import SwiGLU
+from nestling.memory import L2, Bias
+from nestling.memory.biases import reads_threshold
 from nestling.optim.inner import Gradient, InnerRule
 
 Arrangement = Literal["sequential", "nested", "independent"]
@@ -38,12 +41,13 @@ Arrangement = Literal["sequential", "nested", "independent"]
 class FeedForward(nn.Module):
     """One level, without its residual path, with the step size η = softplus(rate) of its inner updates (where it has any)."""
 
-    def __init__(self, dim: int, hidden: int, rate: float | None) -> None:
+    def __init__(self, dim: int, hidden: int, rate: float | None, *, values: bool = False) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.mlp = SwiGLU(dim, hidden)
         if rate is not None:
             self.rate = nn.Parameter(torch.tensor([rate + math.log(-math.expm1(-rate))]))
+        self.value = nn.Parameter(torch.full((dim,), local.FIRST_GAIN)) if values else None
 
     def forward(self, u: Tensor, moved: tuple[Tensor, ...] = ()) -> Tensor:
         """MLP(RMSNorm(u)), u `[lane, time, dim]`; moved: what each lane adds to the weights of the MLP."""
@@ -75,7 +79,10 @@ class Continuum(nn.Module):
             the one before it.
         outer: what the outer loop sees of an update: "first_order", "full", or a whole number n ≥ 2, truncated; see `descent`. It
             changes gradients alone. Beyond first order the graph of every window's gradient is built too, in every mode, and
-            attention is computed by its formula.
+            attention is computed by its formula. Default: "first_order"; with `local` errors, whose values learn through the
+            updates alone, "full".
+        error: what a level learns from: "task", the language model's loss (the paper); "local", a loss of its own, see `local`.
+        bias: the loss of `local` errors, default ½‖·‖².
     """
 
     def __init__(
@@ -89,10 +96,14 @@ class Continuum(nn.Module):
         mean: bool = True,
         rule: InnerRule | None = None,
         arrangement: Arrangement = "sequential",
-        outer: Outer = "first_order",
+        outer: Outer | None = None,
+        error: Signal = "task",
+        bias: Bias | None = None,
     ) -> None:
         super().__init__()
         finite = [p for p in periods if p is not None]
+        if error not in get_args(Signal):
+            raise ValueError(f"Continuum: error is {error!r}; expected {', '.join(get_args(Signal))}")
         if not periods or any(not isinstance(p, int) or isinstance(p, bool) or p < 2 for p in finite):
             raise ValueError(
                 f"Continuum: periods are {tuple(periods)}; expected at least one level, and at least 2 tokens each: "
@@ -114,7 +125,19 @@ class Continuum(nn.Module):
                 f"Continuum: periods {tuple(finite)} of nested levels must go from fast to slow, each a multiple of the one "
                 "before"
             )
+        outer = ("first_order" if error == "task" else "full") if outer is None else outer
         descent.check_outer(outer)
+        if error == "local" and outer == "first_order":
+            raise ValueError(
+                "Continuum: outer is 'first_order' with error='local'; expected full, or a number of updates: the values of a "
+                "local loss learn through the updates alone"
+            )
+        self.error: Signal = error
+        self.bias: Bias = L2() if bias is None else bias
+        if self.bias.window > 1 or reads_threshold(self.bias):
+            raise ValueError(
+                f"Continuum: bias is {self.bias}; expected a loss of one token without a threshold, as L2() or DotProduct()"
+            )
         self.periods, self.clip, self.mean, self.arrangement = tuple(periods), clip, mean, arrangement
         self.outer: Outer = outer
         learning = [n for n, p in enumerate(periods) if p is not None]
@@ -122,7 +145,10 @@ class Continuum(nn.Module):
         """Nested: which level moves the initial weights of which."""
         self.window = min(finite, default=None)
         """Tokens between two gradients: the fastest period. None: nothing here learns from tokens."""
-        self.levels_ = nn.ModuleList(FeedForward(dim, hidden, None if p is None else rate) for p in periods)
+        self.levels_ = nn.ModuleList(
+            FeedForward(dim, hidden, None if p is None else rate, values=error == "local" and p is not None)
+            for p in periods
+        )
         self.share = (
             nn.Parameter(torch.full((len(periods),), 1 / len(periods))) if arrangement == "independent" else None
         )
@@ -152,22 +178,30 @@ class Continuum(nn.Module):
         found = tuple(tuple(self.rule.start(w) for w in level) for level in weights)
         return found if any(x for level in found for x in level) else ()
 
-    def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Shapes of a state's matrices without the lane, field after field, level after level."""
-        own = [(p, tuple(tuple(w.shape) for w in level.weights())) for p, level in self.each()]
-        return (
-            *(shapes if p is not None else () for p, shapes in own),
-            *(shapes if p not in (None, self.window) else () for p, shapes in own),
-            *(2 * tuple(shapes if n in self.slower else () for n, (_, shapes) in enumerate(own))),
-        )
+    def shapes(self, state: ContinuumState | None = None) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Shapes of a state's matrices without the lane, field after field, level after level. None: those that fit."""
+        state = self.start(0) if state is None else state
+        assert state is not None
+        return tuple(tuple(tuple(w.shape[1:]) for w in level) for field in state[:4] for level in field)
 
     def forward(self, u: Tensor, delta: Moved | None = None) -> Tensor:
         """u `[lane, time, dim]` → the same; delta: the lanes' Δ of every level, None: all levels at θ₀."""
-        x = u
+        return self.chain(u, delta)[0]
+
+    def chain(self, u: Tensor, delta: Moved | None = None) -> tuple[Tensor, list[Tensor]]:
+        """`forward`, and what every level was given."""
+        x, inputs = u, list[Tensor]()
         for number, (_, level) in enumerate(self.each()):
             moved = () if delta is None else delta[number]
-            u = u + (level(u, moved) if self.share is None else self.share[number] * level(x, moved))
-        return u
+            inputs.append(u if self.share is None else x)
+            answer = level(inputs[-1], moved)
+            u = u + (answer if self.share is None else self.share[number] * answer)
+        return u, inputs
+
+    @property
+    def alone(self) -> bool:
+        """Whether its levels learn without the language model's loss, so that it carries a state as a sequence layer does."""
+        return self.error == "local" and self.window is not None
 
     def learn(
         self, state: ContinuumState, gradients: Moved, targets: int, closing: Tensor, position: Tensor
@@ -188,24 +222,29 @@ class Continuum(nn.Module):
         """Those that learn from tokens."""
         movers = {slow: fast for fast, slow in self.slower.items()}
         first = next((n for n, period in enumerate(self.periods) if period == self.window), None)
+        kept = "continuum." if self.alone else ""
+        more = local.paths(self) if self.alone else {}
+        task = self.error == "task"
+        transfer = "backpropagation" if task else "initialization"
         return [
             Level(
                 f"level{number}",
                 Period(period, "token"),
                 f"{'u +' if self.share is None else 'a ·'} SwiGLU(RMSNorm(u)), hidden width {level.mlp.down.weight.shape[1]}",
-                "next-token cross entropy of the whole model",
+                "next-token cross entropy of the whole model"
+                if task
+                else f"{self.bias}, of its answer and its next input",
                 "everything, as a deviation from the slow weights",
                 f"{self.rule} on the chunk's " + ("mean" if self.mean else "sum"),
-                "activations, and errors by backpropagation",
-                "backpropagation, and the initial weights of the next faster level"
-                if number in movers
-                else "backpropagation",
+                "activations, and errors by backpropagation" if task else "activations",
+                f"{transfer}, and the initial weights of the next faster level" if number in movers else transfer,
                 state_paths=(
-                    f"delta.{number}",
-                    f"pending.{number}",
-                    f"memory.{number}",
-                    *(f"{field}.{movers[number]}" for field in ("base", "moving") if number in movers),
-                    *(["faults"] if number == first else []),
+                    f"{kept}delta.{number}",
+                    f"{kept}pending.{number}",
+                    f"{kept}memory.{number}",
+                    *(f"{kept}{field}.{movers[number]}" for field in ("base", "moving") if number in movers),
+                    *([f"{kept}faults"] if number == first else []),
+                    *more.get(number, ()),
                 ),
             )
             for number, (period, level) in enumerate(self.each())

@@ -21,9 +21,12 @@ from nestling.state import register
 
 if TYPE_CHECKING:
     from nestling.layers.continuum import Continuum
+    from nestling.layers.pieces import Piece
+    from nestling.memory import Report
 
 T = TypeVar("T")
 Outer = Literal["first_order", "full"] | int
+Signal = Literal["task", "local"]
 Matrices = tuple[Tensor, ...]
 Moved = tuple[Matrices, ...]
 """Per level, per weight matrix, `[lane, out, in]`; a level that does not learn from tokens has no matrices here."""
@@ -92,6 +95,19 @@ def learn(own: Continuum, state: ContinuumState, gradients: Moved, window: Windo
         if number in own.slower:
             state = _move_base(own, state, number, found, scale, window)
     return state
+
+
+def note(report: Report, before: ContinuumState, after: ContinuumState, piece: Piece) -> None:
+    """Size of every level's update, at the token that closed its chunk: `update` `[lane, level, n]`; and the faults."""
+    last = F.one_hot((piece.length - 1).clamp_min(0), piece.at.shape[1])
+    sizes = [
+        torch.stack([(b - a).square().sum((1, 2)) for a, b in zip(x, y, strict=True)]).sum(0).sqrt()
+        for x, y in zip(before.delta, after.delta, strict=True)
+        if x
+    ]
+    size = torch.stack(sizes, 1).detach()
+    report.add(update=size[:, :, None] * last.to(size.device)[:, None])
+    report.count(faults=after.faults - before.faults)
 
 
 def _bounded(own: Continuum, found: Matrices, window: Window) -> tuple[Matrices, Tensor, Tensor]:

@@ -61,11 +61,11 @@ class Level:
     slow: int = 0
 
     def under(self, prefix: str, state: str | None = None) -> Level:
-        """The same level inside a larger module, whose state stands under `state` (default: the same prefix)."""
+        """The same level inside a larger module, whose state stands under `state` (default: the same prefix; "": where it is)."""
         state = prefix if state is None else state
         return replace(
             self,
             name=f"{prefix}.{self.name}" if self.name else prefix,
             params=tuple(f"{prefix}.{p}" for p in self.params),
-            state_paths=tuple(f"{state}.{p}" for p in self.state_paths),
+            state_paths=tuple(f"{state}.{p}" if state else p for p in self.state_paths),
         )

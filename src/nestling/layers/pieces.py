@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory import Report
@@ -58,6 +59,18 @@ def place(parts: Sequence[Tensor], cut: Sequence[Piece], shape: tuple[int, int],
         first += size
     rows = torch.arange(lanes, device=padded.device)[:, None]
     return padded[rows, source[:, :time].to(padded.device)].movedim(1, dim)
+
+
+def write(held: Tensor, new: Tensor, offset: Tensor, piece: Piece) -> Tensor:
+    """`held` `[lane, window, …]` with the piece's `new` `[lane, n, …]` written from place `offset` `[lane]` on."""
+    spots = (offset[:, None] + torch.arange(new.shape[1])).to(held.device)
+    if piece.mask is not None:
+        spots = torch.where(piece.mask.to(held.device), spots, held.shape[1])
+    spots = spots.view(*spots.shape, *[1] * (held.dim() - 2)).expand(-1, -1, *held.shape[2:])
+    if piece.mask is None:
+        return held.scatter(1, spots, new.to(held.dtype))
+    padded = F.pad(held, (0, 0) * (held.dim() - 2) + (0, 1))
+    return padded.scatter(1, spots, new.to(held.dtype))[:, :-1]
 
 
 def merge(report: Report, notes: Sequence[Report], cut: Sequence[Piece], time: int) -> None:

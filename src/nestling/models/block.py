@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from nestling import memory
-from nestling.layers import Continuum, Layer
+from nestling.layers import Continuum, Layer, Level, local
 from nestling.layers.continuum import Arrangement
-from nestling.layers.descent import Moved, Outer
+from nestling.layers.descent import Moved, Outer, Signal
+from nestling.layers.local import LocalState
+from nestling.memory import Report
+from nestling.state import register
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class ModelConfig:
                 moves
     arrangement of those levels: "sequential", "nested" or "independent"; see `Continuum`
     outer       what the outer loop sees of their updates: "first_order", "full" or a number n, truncated; see `Continuum`
+    error       what they learn from: "task", the model's loss, or "local", a loss of each level's own
     window      tokens that sliding-window attention sees, the segment of memory as context
     persistent  number of persistent tokens
     locals      chunk of each local memory of TNT;  refined: what the second stage of training makes of them, empty: the same
@@ -40,7 +44,8 @@ class ModelConfig:
     chunk: int | None = None
     periods: tuple[int, ...] = ()
     arrangement: Arrangement = "sequential"
-    outer: Outer = "first_order"
+    outer: Outer | None = None
+    error: Signal = "task"
     window: int | None = None
     persistent: int | None = None
     locals: tuple[int, ...] = ()
@@ -56,11 +61,19 @@ class ModelConfig:
         return memory.named(system, key_dim=self.dim // self.heads, **chunk, **choices)
 
 
+@register
+class BlockState(NamedTuple):
+    """Of a block whose feed-forward levels learn by losses of their own. Other blocks' state is the mixer's."""
+
+    mixer: Any
+    ffn: LocalState
+
+
 class Block(nn.Module):
     """x + mixer(RMSNorm(x)), then a chain of feed-forward levels; with one that no token moves, a transformer's block.
 
     Args:
-        config: gives the widths.
+        config: gives the widths, and the settings of the levels.
         mixer: the sequence layer.
         periods: of the feed-forward levels; see `Continuum`.
     """
@@ -69,9 +82,39 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.mixer = mixer
-        self.ffn = Continuum(config.dim, config.ffn, periods, arrangement=config.arrangement, outer=config.outer)
+        self.ffn = Continuum(
+            config.dim,
+            config.ffn,
+            periods,
+            arrangement=config.arrangement,
+            outer=config.outer,
+            error=config.error,
+        )
 
-    def forward(self, x: Tensor, state: Any, delta: Moved | None = None, **masks: Any) -> tuple[Tensor, Any]:
+    def start(self, lanes: int) -> Any:
+        """State of lanes that have read nothing, without what the model's own loss moves."""
+        mixer = self.mixer.start(lanes)
+        return BlockState(mixer, local.start(self.ffn, lanes)) if self.ffn.alone else mixer
+
+    def forward(
+        self, x: Tensor, state: Any, delta: Moved | None = None, *, report: Report | None = None, **masks: Any
+    ) -> tuple[Tensor, Any]:
         """As a layer's; delta: what the lanes' own learning adds to the feed-forward weights."""
-        y, state = self.mixer(self.mixer_norm(x), state, **masks)
-        return self.ffn(x + y, delta), state
+        mixer = state.mixer if self.ffn.alone else state
+        y, mixer = self.mixer(
+            self.mixer_norm(x), mixer, report=None if report is None else report.scope("mixer"), **masks
+        )
+        if not self.ffn.alone:
+            return self.ffn(x + y, delta), mixer
+        scope = None if report is None else report.scope("continuum")
+        x, ffn = local.read(self.ffn, x + y, state.ffn, report=scope, **masks)
+        return x, BlockState(mixer, ffn)
+
+    def levels(self) -> list[Level]:
+        """Those whose state the block carries itself."""
+        if not self.ffn.alone:
+            return [level.under("mixer", "") for level in self.mixer.levels()]
+        return [
+            *(level.under("mixer") for level in self.mixer.levels()),
+            *(level.under("ffn") for level in self.ffn.levels()),
+        ]

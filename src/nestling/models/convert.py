@@ -64,7 +64,7 @@ def convert(
     new = build(to, old.size, vocab_size=old.vocab_size, **widths, **own | changes)
     new.to(device=model.embedding.weight.device, dtype=model.embedding.weight.dtype)
     _check_reading(old, new.config)
-    learning = any(len(new.continuum(number).periods) > 1 or number in new.learning for number in range(old.layers))
+    learning = any(len(c.periods) > 1 or c.window is not None for c in map(new.continuum, range(old.layers)))
     if origins is not None and not learning:
         raise ValueError(
             f"convert: origins are {list(origins)}, but {to} has a single feed-forward network in every block"
@@ -75,7 +75,7 @@ def convert(
     for number, (before, after) in enumerate(zip(model.blocks, new.blocks, strict=True)):
         _copy(before.mixer_norm, after.mixer_norm, f"blocks.{number}.mixer_norm")  # type: ignore[arg-type]
         _copy(before.mixer, after.mixer, f"blocks.{number}.mixer")  # type: ignore[arg-type]
-        given = origins if number in new.learning else None
+        given = origins if new.continuum(number).window is not None else None
         _stack(model.continuum(number), new.continuum(number), given)
     return new
 
@@ -130,6 +130,8 @@ def _stack(before: Continuum, after: Continuum, given: Origins | None) -> None:
         old = before.levels_[origin]
         for part in ("norm", "mlp"):
             _copy(getattr(old, part), getattr(level, part), f"ffn.levels_.{number}.{part}")
+        if old.value is not None and level.value is not None:
+            level.value.copy_(old.value)  # type: ignore[operator, arg-type]
         if before.periods[origin] is not None and after.periods[number] is not None:
             level.rate.copy_(old.rate)  # type: ignore[operator, arg-type]
         if after.share is not None:

@@ -52,8 +52,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(blocks)
-        self.learning = [n for n in range(len(blocks)) if self.continuum(n).window is not None]
-        """Blocks with levels that learn from tokens."""
+        self.learning = [n for n, block in enumerate(blocks) if block.ffn.window is not None and not block.ffn.alone]
+        """Blocks with levels that learn from the model's loss."""
         self.window = min((w for n in self.learning if (w := self.continuum(n).window)), default=None)
         """Tokens between two gradients of the model's loss; None where no level learns from it."""
         self.twice = any(self.continuum(n).outer != "first_order" for n in self.learning)
@@ -75,13 +75,17 @@ class LanguageModel(nn.Module):
         """The blocks' sequence layers."""
         return [block.mixer for block in self.blocks]  # type: ignore[misc]
 
+    def each(self) -> list[Block]:
+        """The blocks, in order."""
+        return list(self.blocks)  # type: ignore[arg-type]
+
     def continuum(self, number: int) -> Continuum:
         """The feed-forward levels of a block."""
         return self.blocks[number].ffn  # type: ignore[return-value]
 
     def start(self, lanes: int) -> ModelState:
         """State of lanes that have read nothing; gradients reach initial memory states through it."""
-        blocks = tuple(layer.start(lanes) for layer in self.mixers())
+        blocks = tuple(block.start(lanes) for block in self.each())
         state = ModelState(blocks, torch.zeros(lanes, dtype=torch.int64))
         if self.window is None:
             return state
@@ -132,7 +136,7 @@ class LanguageModel(nn.Module):
         moved = {} if deltas is None else dict(zip(self.learning, deltas, strict=True))
         x, after = self.embedding(tokens), []
         for number, (block, inner) in enumerate(zip(self.blocks, blocks, strict=True)):
-            scope = None if report is None else report.scope(f"blocks.{number}.mixer")
+            scope = None if report is None else report.scope(f"blocks.{number}")
             x, inner = block(x, inner, moved.get(number), report=scope, **masks)
             after.append(inner)
         return self.head(self.norm(x)), tuple(after)
@@ -140,9 +144,7 @@ class LanguageModel(nn.Module):
     def levels(self) -> list[Level]:
         """Every level, fast to slow; the slow weights of all layers are one."""
         found = [
-            level.under(f"blocks.{number}.mixer", f"blocks.{number}")
-            for number, layer in enumerate(self.mixers())
-            for level in layer.levels()
+            level.under(f"blocks.{number}") for number, block in enumerate(self.each()) for level in block.levels()
         ]
         learned = [
             level.under(f"blocks.{number}.ffn", f"continuum.{place}")
@@ -197,8 +199,8 @@ class LanguageModel(nn.Module):
                 f"{len(self.learning)} and {self.window}: it was made by a model with other periods"
             )
         for number, found in zip(self.learning, state.continuum, strict=True):
-            fits = self.continuum(number).shapes()
-            came = tuple(tuple(tuple(w.shape[1:]) for w in level) for part in found[:4] for level in part)
+            own = self.continuum(number)
+            came, fits = own.shapes(found), own.shapes()
             if came != fits:
                 raise ValueError(
                     f"the state of block {number}'s continuum has weights {came}; expected {fits}: it was made by a model with "

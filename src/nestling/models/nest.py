@@ -25,7 +25,7 @@ def weighed(model: LanguageModel, levels: Sequence[Level]) -> list[Level]:
     return [
         replace(
             level,
-            weights=_numbers([_at(state, path) for path in level.state_paths if path != "open"]),
+            weights=_numbers([_at(state, path) for path in level.state_paths if "open" not in path.split(".")]),
             slow=sum(counts[name] for name in level.params),
         )
         for level in levels

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling import state as fast
-from nestling.layers.descent import ContinuumState, Moved
-from nestling.layers.pieces import Piece, merge, pieces, place
+from nestling.layers.descent import Moved, note
+from nestling.layers.pieces import Piece, merge, pieces, place, write
 from nestling.memory import Report
 from nestling.state import register
 
@@ -97,7 +97,7 @@ def _piece(
     else:
         logits, blocks = _logits(model, tokens, state.blocks, _deltas(state), valid=valid, report=report)
 
-    heard = _hear(state.open.tokens, tokens, state.position % model.window, piece)
+    heard = write(state.open.tokens, tokens, state.position % model.window, piece)
     if bool(again.any()):
         gradients = _read_again(model, heard, state, again, gradients, keep=outer and model.twice)
     position = state.position + piece.length
@@ -108,7 +108,8 @@ def _piece(
             for number, c, g in zip(model.learning, continuum, gradients, strict=True)
         )
     if report is not None:
-        _note(report, model, state.continuum, continuum, piece)
+        for number, old, new in zip(model.learning, state.continuum, continuum, strict=True):
+            note(report.scope(f"blocks.{number}.continuum"), old, new, piece)
     heard = torch.where(piece.closing.to(heard.device)[:, None], 0, heard)
     opened = _choose(piece.closing, blocks if model.twice else fast.detach(blocks), state.open.blocks)
     return logits, state._replace(blocks=blocks, position=position, continuum=continuum, open=Open(heard, opened))
@@ -221,35 +222,3 @@ def _choose(lanes: Tensor, a: Any, b: Any) -> Any:
     if bool(lanes.all()):
         return a
     return fast.where(lanes, a, b) if bool(lanes.any()) else b
-
-
-def _hear(heard: Tensor, tokens: Tensor, offset: Tensor, piece: Piece) -> Tensor:
-    """Write the piece's tokens into the window's."""
-    place = (offset[:, None] + torch.arange(tokens.shape[1])).to(heard.device)
-    if piece.mask is None:
-        return heard.scatter(1, place, tokens.to(heard.dtype))
-    spare = heard.shape[1]
-    padded = F.pad(heard, (0, 1))
-    place = torch.where(piece.mask.to(heard.device), place, spare)
-    return padded.scatter(1, place, tokens.to(heard.dtype))[:, :spare]
-
-
-def _note(
-    report: Report,
-    model: LanguageModel,
-    before: Sequence[ContinuumState],
-    after: Sequence[ContinuumState],
-    piece: Piece,
-) -> None:
-    """Size of every level's update, at the token that closed its chunk: `update` `[lane, level, n]`; and the faults."""
-    last = F.one_hot((piece.length - 1).clamp_min(0), piece.at.shape[1])
-    for number, old, new in zip(model.learning, before, after, strict=True):
-        sizes = [
-            torch.stack([(b - a).square().sum((1, 2)) for a, b in zip(x, y, strict=True)]).sum(0).sqrt()
-            for x, y in zip(old.delta, new.delta, strict=True)
-            if x
-        ]
-        size = torch.stack(sizes, 1).detach()
-        scope = report.scope(f"blocks.{number}.continuum")
-        scope.add(update=size[:, :, None] * last.to(size.device)[:, None])
-        scope.count(faults=new.faults - old.faults)
