@@ -22,6 +22,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "hope_swa",
         {"error": "local", "arrangement": "nested", "outer": 2, "periods": [2, 4, 8]},
     ),
+    "low rank": ("hope_swa", {"rank": 2}),
+    "low rank, nested, full": ("ttt_e2e", {"rank": 3, "arrangement": "nested", "periods": [2, 4], "outer": "full"}),
+    "low rank, local": ("hope_swa", {"rank": 2, "error": "local", "arrangement": "independent"}),
     "local beside a static level": ("ttt_e2e", {"error": "local"}),
 }
 VOCAB = 31

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from nestling.layers import descent, local
-from nestling.layers.descent import ContinuumState, Moved, Outer, Signal, Window
+from nestling.layers.descent import ContinuumState, Gradients, Moved, Outer, Signal, Window
 from nestling.layers.level import Level, Period
+from nestling.layers.low_rank import Kept, LowRank, full, zeros
 from nestling.layers.mlp import SwiGLU
 from nestling.memory import L2, Bias
 from nestling.memory.biases import reads_threshold
@@ -83,6 +84,8 @@ class Continuum(nn.Module):
             updates alone, "full".
         error: what a level learns from: "task", the language model's loss (the paper); "local", a loss of its own, see `local`.
         bias: the loss of `local` errors, default ½‖·‖².
+        rank: what a lane has learned of a matrix is kept as a product of this rank, see `low_rank`; where a product would not be
+            smaller, and by default everywhere, in full. Only for rules without a memory.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Continuum(nn.Module):
         outer: Outer | None = None,
         error: Signal = "task",
         bias: Bias | None = None,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
         finite = [p for p in periods if p is not None]
@@ -138,6 +142,14 @@ class Continuum(nn.Module):
             raise ValueError(
                 f"Continuum: bias is {self.bias}; expected a loss of one token without a threshold, as L2() or DotProduct()"
             )
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise ValueError(f"Continuum: rank is {rank!r}; expected a whole number of at least 1, or None: in full")
+        if rank is not None and self.rule.start(torch.zeros(1, 1, 1)):
+            raise ValueError(
+                f"Continuum: rank is {rank}, and {self.rule} remembers matrices as large as the weights; expected a rule without "
+                "a memory, as Gradient(), or rank=None"
+            )
+        self.rank = rank
         self.periods, self.clip, self.mean, self.arrangement = tuple(periods), clip, mean, arrangement
         self.outer: Outer = outer
         learning = [n for n, p in enumerate(periods) if p is not None]
@@ -158,31 +170,33 @@ class Continuum(nn.Module):
         if self.window is None:
             return None
 
-        def zeros(learns: bool, level: FeedForward) -> tuple[Tensor, ...]:
-            return tuple(
-                torch.zeros(lanes, *w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
-                for w in (level.weights() if learns else ())
-            )
+        def none(learns: bool, level: FeedForward) -> tuple[Kept, ...]:
+            return tuple(zeros(w, lanes, self.rank) for w in level.weights()) if learns else ()
 
         return ContinuumState(
-            tuple(zeros(p is not None, level) for p, level in self.each()),
-            tuple(zeros(p not in (None, self.window), level) for p, level in self.each()),
-            tuple(zeros(n in self.slower, level) for n, (_, level) in enumerate(self.each())),
-            tuple(zeros(n in self.slower, level) for n, (_, level) in enumerate(self.each())),
+            tuple(none(p is not None, level) for p, level in self.each()),
+            tuple(none(p not in (None, self.window), level) for p, level in self.each()),
+            tuple(none(n in self.slower, level) for n, (_, level) in enumerate(self.each())),
+            tuple(none(n in self.slower, level) for n, (_, level) in enumerate(self.each())),
             torch.zeros(lanes, dtype=torch.int64, device=self.levels_[0].weights()[0].device),  # type: ignore[operator]
-            self._remembers(tuple(zeros(p is not None, level) for p, level in self.each())),
+            self._remembers(tuple(none(p is not None, level) for p, level in self.each())),
         )
 
     def _remembers(self, weights: Moved) -> tuple[tuple[tuple[Tensor, ...], ...], ...]:
         """What the rule knows at first of weights like these; () for a rule without a memory."""
-        found = tuple(tuple(self.rule.start(w) for w in level) for level in weights)
+        found = tuple(tuple(self.rule.start(full(w)) for w in level) for level in weights)
         return found if any(x for level in found for x in level) else ()
 
     def shapes(self, state: ContinuumState | None = None) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Shapes of a state's matrices without the lane, field after field, level after level. None: those that fit."""
         state = self.start(0) if state is None else state
         assert state is not None
-        return tuple(tuple(tuple(w.shape[1:]) for w in level) for field in state[:4] for level in field)
+
+        def shape(x: Kept) -> tuple[int, ...]:
+            parts = x if isinstance(x, LowRank) else (x,)
+            return tuple(n for part in parts for n in part.shape[1:])
+
+        return tuple(tuple(shape(w) for w in level) for field in state[:4] for level in field)
 
     def forward(self, u: Tensor, delta: Moved | None = None) -> Tensor:
         """u `[lane, time, dim]` → the same; delta: the lanes' Δ of every level, None: all levels at θ₀."""
@@ -204,7 +218,7 @@ class Continuum(nn.Module):
         return self.error == "local" and self.window is not None
 
     def learn(
-        self, state: ContinuumState, gradients: Moved, targets: int, closing: Tensor, position: Tensor
+        self, state: ContinuumState, gradients: Gradients, targets: int, closing: Tensor, position: Tensor
     ) -> ContinuumState:
         """What the levels do when a window closes.
 
@@ -234,7 +248,8 @@ class Continuum(nn.Module):
                 "next-token cross entropy of the whole model"
                 if task
                 else f"{self.bias}, of its answer and its next input",
-                "everything, as a deviation from the slow weights",
+                "everything, as a deviation from the slow weights"
+                + (f", of rank {self.rank} at most" if self.rank else ""),
                 f"{self.rule} on the chunk's " + ("mean" if self.mean else "sum"),
                 "activations, and errors by backpropagation" if task else "activations",
                 f"{transfer}, and the initial weights of the next faster level" if number in movers else transfer,

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling import state as fast
+from nestling.layers.low_rank import Kept, full, like
 from nestling.memory.inputs import surely
 from nestling.state import register
 
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
     from nestling.memory import Report
 
 T = TypeVar("T")
+Held = TypeVar("Held", bound=tuple[Kept, ...])
 Outer = Literal["first_order", "full"] | int
 Signal = Literal["task", "local"]
 Matrices = tuple[Tensor, ...]
-Moved = tuple[Matrices, ...]
+Gradients = tuple[Matrices, ...]
 """Per level, per weight matrix, `[lane, out, in]`; a level that does not learn from tokens has no matrices here."""
+Moved = tuple[tuple[Kept, ...], ...]
+"""The same, some of them as products of low rank."""
 
 
 @register
@@ -80,7 +85,7 @@ def check_outer(outer: object) -> None:
         )
 
 
-def learn(own: Continuum, state: ContinuumState, gradients: Moved, window: Window) -> ContinuumState:
+def learn(own: Continuum, state: ContinuumState, gradients: Gradients, window: Window) -> ContinuumState:
     """See `Continuum.learn`. All levels that are due move at once, by gradients taken at the old weights."""
     for number, (period, level) in enumerate(own.each()):
         if period is None:
@@ -102,7 +107,7 @@ def note(report: Report, before: ContinuumState, after: ContinuumState, piece: P
     last = F.one_hot((piece.length - 1).clamp_min(0), piece.at.shape[1])
     sizes = [
         torch.stack([(b - a).square().sum((1, 2)) for a, b in zip(x, y, strict=True)]).sum(0).sqrt()
-        for x, y in zip(before.delta, after.delta, strict=True)
+        for x, y in zip(dense(before.delta), dense(after.delta), strict=True)
         if x
     ]
     size = torch.stack(sizes, 1).detach()
@@ -142,7 +147,7 @@ def _descend(
     # A rule with a memory scales what it answers.
     steps = _steps(own, found, scale if remembers else rate * scale, period, window)
     if period != own.window:
-        steps = tuple(p + s for p, s in zip(state.pending[number], steps, strict=True))
+        steps = tuple(full(p) + s for p, s in zip(state.pending[number], steps, strict=True))
     due = window.due(period)
     if bool(due.any()):
         moves, memory = steps, state.memory
@@ -154,14 +159,13 @@ def _descend(
         if remembers:
             take = due.to(broken.device) & ~broken
             kept = tuple(where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
-            kept = tuple(_cut(own, m, period, window) for m in kept)
-            memory = _put(memory, number, kept)
+            memory = _put(memory, number, tuple(_cut(own, m, period, window) for m in kept))
         delta = _cut(own, delta, period, window)
         state = state._replace(delta=_put(state.delta, number, delta), memory=memory, faults=state.faults + broken)
-        if period != own.window:
-            steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
+        steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
     if period != own.window:
-        state = state._replace(pending=_put(state.pending, number, steps))
+        held = _hold(window.closing, steps, state.pending[number])
+        state = state._replace(pending=_put(state.pending, number, held))
     return state
 
 
@@ -173,7 +177,7 @@ def _move_base(
     period, mover = own.each()[own.slower[number]]
     assert period is not None
     steps = _steps(own, found, F.softplus(mover.rate.to(scale.dtype)) * scale, period, window)
-    steps = tuple(p + s for p, s in zip(state.moving[number], steps, strict=True))
+    steps = tuple(full(p) + s for p, s in zip(state.moving[number], steps, strict=True))
     due = window.due(period)
     if bool(due.any()):
         base, broken = _update(state.base[number], steps, due)
@@ -182,7 +186,7 @@ def _move_base(
         delta = where(due, base, state.delta[number])
         memory = state.memory
         if memory:
-            anew = (own.rule.start(d) for d in delta)
+            anew = (own.rule.start(full(d)) for d in delta)
             fresh = tuple(where(due, a, b) for a, b in zip(anew, memory[number], strict=True))
             memory = _put(memory, number, fresh)
         state = state._replace(
@@ -191,7 +195,8 @@ def _move_base(
             memory=memory,
             faults=state.faults + broken,
         )
-    return state._replace(moving=_put(state.moving, number, steps))
+    held = _hold(window.closing, steps, state.moving[number])
+    return state._replace(moving=_put(state.moving, number, held))
 
 
 def _steps(own: Continuum, gradients: Matrices, scale: Tensor, period: int, window: Window) -> Matrices:
@@ -202,28 +207,39 @@ def _steps(own: Continuum, gradients: Matrices, scale: Tensor, period: int, wind
     return tuple(_lanes(scale, g) * g for g in gradients)
 
 
-def _cut(own: Continuum, x: Matrices, period: int, window: Window) -> Matrices:
+def _cut(own: Continuum, x: Held, period: int, window: Window) -> Held:
     """Without its history in lanes where a truncated stretch ends."""
     if isinstance(own.outer, str):
         return x
     ends = window.due(own.outer * period)
-    return where(ends, tuple(u.detach() for u in x), x) if bool(ends.any()) else x
+    return where(ends, fast.detach(x), x) if bool(ends.any()) else x
 
 
-def _update(old: Matrices, steps: Matrices, due: Tensor) -> tuple[Matrices, Tensor]:
+def _update(old: tuple[Kept, ...], steps: Matrices, due: Tensor) -> tuple[tuple[Kept, ...], Tensor]:
     """old − steps in lanes that are due, unless that is not finite; and in which lanes it was not."""
-    new = tuple(d - s for d, s in zip(old, steps, strict=True))
+    new = tuple(full(d) - s for d, s in zip(old, steps, strict=True))
     total = sum(d.sum((1, 2)) for d in new)
     assert isinstance(total, Tensor)
     broken = due.to(total.device) & ~total.isfinite()
-    return where(due.to(total.device) & ~broken, new, old), broken
+    return _hold(due.to(total.device) & ~broken, new, old), broken
 
 
-def where(mask: Tensor, a: Matrices, b: Matrices) -> Matrices:
+def _hold(mask: Tensor, new: Matrices, old: tuple[Kept, ...]) -> tuple[Kept, ...]:
+    """New matrices in lanes of the mask, in the form of the old ones."""
+    return where(mask, tuple(like(x, y) for x, y in zip(new, old, strict=True)), old)
+
+
+def where(mask: Tensor, a: Held, b: Held) -> Held:
     """Per lane a where the mask is true, else b."""
     if surely(mask):
         return a
-    return tuple(torch.where(_lanes(mask.to(x.device), x), x, y) for x, y in zip(a, b, strict=True))
+    chosen: Held = fast.where(mask, a, b)
+    return chosen
+
+
+def dense(moved: Moved) -> Gradients:
+    """All matrices in full."""
+    return tuple(tuple(full(x) for x in level) for level in moved)
 
 
 def _lanes(per_lane: Tensor, like: Tensor) -> Tensor:

@@ -53,11 +53,16 @@ def start(own: Continuum, lanes: int) -> LocalState:
     continuum = own.start(lanes)
     assert continuum is not None
     assert own.window is not None
-    inputs = tuple(
-        moved[1].new_zeros(lanes, own.window, moved[1].shape[1]) if moved else () for moved in continuum.delta
-    )
+    down = [level.mlp.down.weight for period, level in own.each() if period is not None]
     return LocalState(
-        continuum, tuple(x for x in inputs if isinstance(x, Tensor)), torch.zeros(lanes, dtype=torch.int64)
+        continuum,
+        tuple(
+            torch.zeros(
+                lanes, own.window, w.shape[0], dtype=torch.promote_types(w.dtype, torch.float32), device=w.device
+            )
+            for w in down
+        ),
+        torch.zeros(lanes, dtype=torch.int64),
     )
 
 
@@ -104,10 +109,9 @@ def _piece(own: Continuum, x: Tensor, state: LocalState, piece: Piece) -> tuple[
     inputs = tuple(write(old, seen[n], offset, piece) for n, old in zip(learning, state.open, strict=True))
     continuum = state.continuum
     if bool(piece.closing.any()):
-        found = dict(zip(learning, inputs, strict=True))
+        found, moved = dict(zip(learning, inputs, strict=True)), descent.dense(continuum.delta)
         gradients = tuple(
-            _gradients(own, level, found[n], continuum.delta[n]) if n in found else ()
-            for n, (_, level) in enumerate(own.each())
+            _gradients(own, level, found[n], moved[n]) if n in found else () for n, (_, level) in enumerate(own.each())
         )
         continuum = descent.learn(own, continuum, gradients, Window(own.window - 1, piece.closing, position))
         inputs = tuple(torch.where(piece.closing.to(u.device)[:, None, None], 0.0, u) for u in inputs)

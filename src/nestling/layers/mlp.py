@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nestling.layers.low_rank import Kept
 
 
 class SwiGLU(nn.Module):
@@ -15,17 +19,27 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor, moved: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, moved: Sequence[Kept] = ()) -> Tensor:
         """x `[…, dim]` → `[…, dim]`.
 
-        moved: what each lane adds to the weights (up `[lane, 2·hidden, dim]`, down `[lane, dim, hidden]`), x being
-        `[lane, time, dim]`; empty: the weights as they are. Moved weights act in the precision of what moved them.
+        moved: what each lane adds to the weights (up `[lane, 2·hidden, dim]`, down `[lane, dim, hidden]`, in full or as
+        products of low rank), x being `[lane, time, dim]`; empty: the weights as they are. Moved weights act in the precision
+        of what moved them.
         """
         if not moved:
             gate, value = self.up(x).chunk(2, -1)
             down: Tensor = self.down(F.silu(gate) * value)
             return down
         with torch.autocast(x.device.type, enabled=False):  # in less than float32 small moves would vanish in the sum
-            up, out = (w + d for w, d in zip((self.up.weight, self.down.weight), moved, strict=True))
-            gate, value = (x.to(up.dtype) @ up.mT).chunk(2, -1)
-            return ((F.silu(gate) * value) @ out.mT).to(x.dtype)
+            up, out = moved
+            gate, value = _apply(x, self.up.weight, up).chunk(2, -1)
+            return _apply(F.silu(gate) * value, self.down.weight, out).to(x.dtype)
+
+
+def _apply(x: Tensor, weight: Tensor, moved: Kept) -> Tensor:
+    """x (W + Δ)ᵀ."""
+    if isinstance(moved, Tensor):
+        w = weight + moved
+        return x.to(w.dtype) @ w.mT
+    x = x.to(torch.promote_types(x.dtype, moved.left.dtype))
+    return F.linear(x, weight.to(x.dtype)) + (x @ moved.right.mT) @ moved.left.mT

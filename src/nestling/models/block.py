@@ -28,6 +28,7 @@ class ModelConfig:
     arrangement of those levels: "sequential", "nested" or "independent"; see `Continuum`
     outer       what the outer loop sees of their updates: "first_order", "full" or a number n, truncated; see `Continuum`
     error       what they learn from: "task", the model's loss, or "local", a loss of each level's own
+    rank        of what a lane has learned of each of their matrices; None: kept in full
     window      tokens that sliding-window attention sees, the segment of memory as context
     persistent  number of persistent tokens
     locals      chunk of each local memory of TNT;  refined: what the second stage of training makes of them, empty: the same
@@ -46,6 +47,7 @@ class ModelConfig:
     arrangement: Arrangement = "sequential"
     outer: Outer | None = None
     error: Signal = "task"
+    rank: int | None = None
     window: int | None = None
     persistent: int | None = None
     locals: tuple[int, ...] = ()
@@ -89,6 +91,7 @@ class Block(nn.Module):
             arrangement=config.arrangement,
             outer=config.outer,
             error=config.error,
+            rank=config.rank,
         )
 
     def start(self, lanes: int) -> Any:

@@ -54,7 +54,7 @@ PERSISTENT = 4
 Setting = Literal["chunk", "periods", "window", "persistent", "locals", "refined", "shard", "global_chunk"]
 LISTS: tuple[Setting, ...] = ("periods", "locals", "refined")
 """Settings that are lists of whole numbers."""
-CONTINUUM = ("arrangement", "outer", "error")
+CONTINUUM = ("arrangement", "outer", "error", "rank")
 """What every model with periods has beside them; the continuum itself refuses what cannot be."""
 Make = Callable[[ModelConfig, int], Block]
 

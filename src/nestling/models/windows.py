@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling import state as fast
-from nestling.layers.descent import Moved, note
+from nestling.layers.descent import Gradients, Moved, dense, note
 from nestling.layers.pieces import Piece, merge, pieces, place, write
 from nestling.memory import Report
 from nestling.state import register
@@ -84,11 +84,11 @@ def _piece(
     begins = state.position % model.window == 0
     whole, again = piece.closing & begins, piece.closing & ~begins
     valid = None if piece.mask is None else piece.mask.to(tokens.device)
-    gradients: list[Moved] | None = None
+    gradients: list[Gradients] | None = None
     outer = torch.is_grad_enabled() and _asks(model, state)
     if bool(whole.any()):
         with _differentiating() as copied:
-            blocks, delta, own = copied(state.blocks), copied(_deltas(state)), copied(tokens)
+            blocks, delta, own = copied(state.blocks), copied(_dense(state)), copied(tokens)
             leaves = [_leaves(d) for d in delta]
             logits, blocks = _logits(model, own, blocks, leaves, valid=copied(valid), report=report)
             gradients = _gradients(model, logits, own, leaves, whole, keep=outer)
@@ -120,14 +120,14 @@ def _read_again(
     tokens: Tensor,
     state: ModelState,
     again: Tensor,
-    gradients: list[Moved] | None,
+    gradients: list[Gradients] | None,
     *,
     keep: bool,
-) -> list[Moved]:
+) -> list[Gradients]:
     """Gradients of the windows that were split: read them whole from where they started, in one batch. keep: with history."""
     assert state.open is not None
     lanes = again.nonzero()[:, 0]
-    since, delta = (tree if keep else fast.detach(tree) for tree in (state.open.blocks, tuple(_deltas(state))))
+    since, delta = (tree if keep else fast.detach(tree) for tree in (state.open.blocks, tuple(_dense(state))))
     with _differentiating() as copied:
         text = copied(tokens)[lanes.to(tokens.device)]
         blocks = fast.take(copied(since), lanes)
@@ -137,7 +137,7 @@ def _read_again(
     if bool(again.all()):
         return found
     if gradients is None:
-        gradients = [fast.tree_map(torch.zeros_like, d) for d in _deltas(state)]
+        gradients = [fast.tree_map(torch.zeros_like, d) for d in _dense(state)]
     at = lanes.to(tokens.device)
     return [
         fast.tree_map(lambda a, b: a.index_copy(0, at, b), mine, more)
@@ -152,8 +152,8 @@ def _logits(model: LanguageModel, *arguments: Any, **options: Any) -> tuple[Tens
 
 
 def _gradients(
-    model: LanguageModel, logits: Tensor, tokens: Tensor, leaves: Sequence[Moved], lanes: Tensor, *, keep: bool
-) -> list[Moved]:
+    model: LanguageModel, logits: Tensor, tokens: Tensor, leaves: Sequence[Gradients], lanes: Tensor, *, keep: bool
+) -> list[Gradients]:
     """∂(Σ_t L_t)/∂Δ per lane, over the targets inside the window; zeros in lanes that are not asked for.
 
     keep: the forward's graph is needed later; with it stays that of the gradients, where they are to be differentiated.
@@ -186,7 +186,7 @@ class _Leaf(torch.autograd.Function):
         return gradient if ctx.needs_input_grad[0] else None, None
 
 
-def _leaves(delta: Moved) -> Moved:
+def _leaves(delta: Gradients) -> Gradients:
     """Fresh aliases, so that the gradient stops at the window's start: earlier windows used others."""
     asking = torch.zeros((), requires_grad=True)
     return tuple(tuple(_Leaf.apply(d, asking) for d in level) for level in delta)  # type: ignore[no-untyped-call]
@@ -215,6 +215,10 @@ def _asks(model: LanguageModel, state: ModelState) -> bool:
 
 def _deltas(state: ModelState) -> list[Moved]:
     return [c.delta for c in state.continuum]
+
+
+def _dense(state: ModelState) -> list[Gradients]:
+    return [dense(c.delta) for c in state.continuum]
 
 
 def _choose(lanes: Tensor, a: Any, b: Any) -> Any:
