@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "momentum and erasing": {"rule": DeltaGradient(with_momentum=True)},
     "no decay": {"retention": Full()},
     "adaptive q": {"adaptive_q": True},
+    "static": {"static": ("k", "v"), "rule": DeltaGradient(with_momentum=True)},
     "unit values": {"unit_values": True},
     "matrices": {"network": IDENTITY, "others": IDENTITY, "bias": DotProduct()},
     "mixed": {"network": MLP(depth=3, expansion=2.0), "others": IDENTITY, "adaptive_q": True},
@@ -192,7 +193,7 @@ def by_hand(
     anchor, outputs, time = dict(w), [], len(q)
     for t in range(time):
         for m in w:
-            if t % periods[m] == 0:
+            if t % periods[m] == 0 and m not in spec.static:
                 anchor[m] = w[m]
         used = anchor
         if printed and t % spec.chunk == 0:
@@ -219,6 +220,40 @@ def test_both_engines_are_the_papers_equations(chunk: int, others: int | None, r
         for name, weights in spec.split(state.weights).items():
             for mine, theirs in zip(weights, end[name], strict=True):
                 close(mine[0, 0], theirs, 1e-10)
+
+
+@pytest.mark.parametrize("static", [("k",), ("v",), ("k", "v")])
+@pytest.mark.parametrize(("chunk", "others"), [(1, None), (4, 3)])
+def test_static_generators_stay_as_they_began(chunk: int, others: int | None, static: tuple[str, ...]) -> None:
+    """The rows "k static" and "v static" of the paper's ablation: the others learn, by what these answer at first."""
+    spec, w0 = build(1, chunk=chunk, chunk_others=others, static=static)
+    q, k, v, _ = example(spec, lanes=1, time=15)
+    expected, end = by_hand(spec, w0, *(x[0, 0] for x in (q, k, v)))
+    adaptive, _ = by_hand(build(1, chunk=chunk, chunk_others=others)[0], w0, *(x[0, 0] for x in (q, k, v)))
+    assert (expected - adaptive).abs().max() > 1e-3
+    start = spec.split(spec.start(w0, 1).weights)
+    for engine in ("reference", "chunked"):
+        y, state = nl.memory.scan(spec, w0, q, k, v, engine=engine)
+        close(y[0, 0], expected, 1e-10)
+        anchors = spec.split(state.anchor)
+        for name, weights in spec.split(state.weights).items():
+            for mine, theirs, at, first in zip(weights, end[name], anchors[name], start[name], strict=True):
+                if name in static:
+                    assert torch.equal(at, first)
+                else:
+                    close(mine[0, 0], theirs, 1e-10)
+
+
+def test_static_generators_learn_slowly_on_a_carried_segment() -> None:
+    spec, w0 = build(1, chunk=4, static=("k",), adaptive_q=True)
+    inputs = example(spec, time=6)
+    _, state = nl.memory.scan(spec, w0, *inputs)
+    w0 = [w.requires_grad_() for w in w0]
+    y, after = nl.memory.scan(spec, w0, *inputs, nl.state.detach(state))
+    found = dict(zip(spec.names, torch.autograd.grad(y.square().sum(), w0, allow_unused=True), strict=True))
+    assert all(found[name] is not None and found[name].any() for name in ("k.0", "k.1"))
+    assert found["v.0"] is None or not found["v.0"].any(), "it has been moved, and its state is its own"
+    assert after.position.tolist() == [12, 12]
 
 
 def test_at_chunk_1_the_boundary_is_the_state_before() -> None:
@@ -561,6 +596,8 @@ def test_two_periods_are_described() -> None:
         ({"chunk": 0}, "chunk is 0"),
         ({"read": "now"}, "read is 'now'"),
         ({"lr_max": 0.0}, "lr_max is 0.0"),
+        ({"static": ("lr",)}, "expected a tuple of names among 'k', 'v' and 'q'"),
+        ({"static": ("q",)}, "leave it out, or set adaptive_q"),
         ({"bias": Omega(L2(), length=2)}, "one token"),
         ({"retention": Softmax()}, "Decay"),
         ({"expansion": 2}, "no choice expansion"),

@@ -77,12 +77,12 @@ def close(
     """Close the chunks of each bank in the lanes of its `closing` (bool `[lane]`, CPU), with the border guard."""
     ends = []
     for bank, at in zip(spec.banks, closing, strict=True):
-        own = bank.layers
+        parts = [part[bank.layers] for part in (anchor, weights, momentum)]
         if torch.compiler.is_compiling() or bool(at.any()):
-            *parts, broken = border_guard(at, anchor[own], weights[own], momentum[own])
+            if spec.static and bank.names != ("main",):
+                parts[1:] = spec.put_back(at, *parts)
+            *parts, broken = border_guard(at, *parts)
             faults = faults + broken
-        else:
-            parts = [anchor[own], weights[own], momentum[own]]
         ends.append(parts)
     anchor, weights, momentum = (sum(parts, ()) for parts in zip(*ends, strict=True))
     return anchor, weights, momentum, faults
@@ -105,6 +105,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     read                 "before" (the paper), "after", or "boundary" (eq. 90 as printed: the chunk's start)
     lr_max               η_max. 0.5 keeps the factor along a key in [α − 1, α] at chunk 1 and bounded at any chunk (derived)
     adaptive_q           q_t = norm(M_q(q)), one generator more
+    static               of "k", "v" and "q" those that no token moves: their memories answer as they began, slow weights alone
     unit_values          v_t = norm(M_v(x_t)), ours: every memory is then asked where it is trained, at unit norm. Without it
                          M_v is trained to answer M_v(v) at k, and where ‖v‖ > 1 its gain squares from chunk to chunk (derived)
 
@@ -124,6 +125,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     lr_max: float = 0.5
     adaptive_q: bool = False
     unit_values: bool = False
+    static: tuple[str, ...] = ()
     name: str = "self_modifying"
 
     def __post_init__(self) -> None:
@@ -148,6 +150,12 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
                 f"{self.name}: {self.rule!r} maps the momentum of weights, looks ahead or damps the step by the key; expected "
                 "a rule that is linear in its gates"
             )
+        if not isinstance(self.static, tuple) or any(name not in ("k", "v", "q") for name in self.static):
+            raise ValueError(
+                f"{self.name}: static is {self.static!r}; expected a tuple of names among 'k', 'v' and 'q'"
+            )
+        if "q" in self.static and not self.adaptive_q:
+            raise ValueError(f"{self.name}: static has 'q', which has no memory: leave it out, or set adaptive_q")
         if not self.lr_max > 0:
             raise ValueError(f"{self.name}: lr_max is {self.lr_max}; expected a positive number")
         for field, network in (("network", self.network), ("others", self.others)):
@@ -233,6 +241,25 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
             for layer in range(bank.network.depth)
         )
 
+    def put_back(self, lanes: Tensor, anchor: Weights, weights: Weights, momentum: Weights) -> list[Weights]:
+        """The generators' weights and momentum, those that are `static` at their anchors and at rest in some lanes (bool)."""
+        still = torch.tensor([name in self.static for name in self.generators])
+        mask = (lanes[:, None] & still).to(anchor[0].device)[..., None, None, None]
+        return [
+            tuple(torch.where(mask, a, w) for a, w in zip(anchor, weights, strict=True)),
+            tuple(torch.where(mask, 0.0, m) for m in momentum),
+        ]
+
+    def _live(self, start: MemoryState, state: MemoryState) -> MemoryState:
+        """The state with the anchors of `static` memories taken from the slow weights, so that these learn in every call."""
+        still = torch.tensor([name in self.static for name in self.generators], device=state.faults.device)
+        own = self.banks[0].layers
+        anchor = tuple(
+            torch.where(still[:, None, None, None], a, b)
+            for a, b in zip(start.weights[own], state.anchor[own], strict=True)
+        )
+        return state._replace(anchor=anchor + state.anchor[own.stop :])
+
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         """Initial weights, float32, each `[head, in, out]`, in the order of `names`: k ≈ x, v ≈ x, v̂ ≈ v at first."""
         d, made = self.key_dim, list[Tensor]()
@@ -266,8 +293,9 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     def _prepare(self, call: Call) -> Streams:
         lanes, _, _ = check(self, call)
         w0, q, k, v, gates, state, reset, valid = call
-        start = self.start(w0, lanes) if state is None or reset is not None else state  # read after resets only
-        state = start if state is None else state
+        needed = state is None or reset is not None or self.static
+        start = self.start(w0, lanes) if needed or state is None else state  # read after resets only
+        state = start if state is None else self._live(start, state) if self.static else state
         dtype = widest(state.weights[0].dtype, q, k, v)
         gates = gates.map(lambda gate: gate.to(dtype))
         fine, (q, k, v), gates = token_guard((q.to(dtype), k.to(dtype), v.to(dtype)), gates)
@@ -290,7 +318,8 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
         return {
             "name": self.name,
             "features": "none: the memories make their keys",
-            "network": f"{self.network}; {', '.join(generators.names)}: {self.others}",
+            "network": f"{self.network}; {', '.join(generators.names)}: {self.others}"
+            + (f"; {', '.join(self.static)} without learning" if self.static else ""),
             "bias": str(self.bias),
             "retention": str(self.retention),
             "rule": str(self.rule),

@@ -252,7 +252,7 @@ def _group(
 
 def _natively(spec: SelfModifying, x: Streams, cut: Layout) -> tuple[Tensor, MemoryState] | None:
     """A call by the C code; None where that does not serve, or a guard would have to step in."""
-    if not all(native.serves(cell, x.q) for cell in native.cells(spec)) or spec.key_dim != x.q.shape[-1]:
+    if spec.static or not all(native.serves(cell, x.q) for cell in native.cells(spec)):
         return None
     whole, mu = native.log(x.momentum)
     if not (whole and surely(x.fine if x.valid is None else x.fine | ~x.valid)):
