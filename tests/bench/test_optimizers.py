@@ -9,7 +9,7 @@ import torch
 
 from nestling.bench import optimizer_lab as lab
 from nestling.bench.optimizer_report import smoothed
-from nestling.bench.optimizers import Landscape, landscape, problems, tasks
+from nestling.bench.optimizers import RATES, WIDE, banana, landscape, problems, tasks, valley
 from nestling.cli import run
 
 QUICK = problems(quick=True)
@@ -25,11 +25,18 @@ def test_how_far_momentum_reaches():
 
 
 def test_the_landscape_is_its_formula_and_starts_where_it_should():
-    module = Landscape(torch.Generator().manual_seed(0))
+    module = landscape(0).module
     with torch.no_grad():
         module.at.copy_(torch.tensor([0.5, 2.0]))
     expected = 0.25 + 10 * (0.5 - 2.0 + math.sin(2.5)) ** 2
     assert float(module().detach()) == pytest.approx(expected, rel=1e-6)
+    minima = ((valley, (0.0, 0.0)), (banana, (1.0, 1.0)))
+    for value, at in minima:
+        x = torch.tensor(at, requires_grad=True)
+        lowest = value(*x)
+        assert float(lowest.detach()) == 0
+        assert torch.autograd.grad(lowest, x)[0].tolist() == [0, 0]
+    assert float(banana(torch.tensor(2.0), torch.tensor(1.0))) == 1 + 100 * 9
     starts = torch.stack([landscape(seed).module.at.detach() for seed in range(20)])
     assert (starts.mean(0) - torch.tensor([-3.5, 2.0])).abs().max() < 0.1
     assert not torch.equal(starts[0], starts[1])
@@ -82,29 +89,49 @@ def test_a_run_can_be_repeated_and_one_that_diverges_scores_infinity(tmp_path):
     assert told["search"][0]["lr"] == 1e30
 
 
+def test_rates_are_the_problems_own_and_results_are_kept_as_they_come():
+    assert set(RATES) < set(WIDE)
+    seen = []
+    chosen = {"banana": problems(steps=3)["banana"]}
+    found = lab.measure(chosen, ["SGD", "AdamW"], seeds=1, kept=lambda found: seen.append([*found["banana"]]))
+    assert seen == [["SGD"], ["SGD", "AdamW"]]
+    assert len(found["banana"]["SGD"].search) == len(WIDE) * len(lab.TUNING_SEEDS)
+
+
+@pytest.mark.parametrize("name", ["Muon", "AdaMuon-like", "M3"])
+def test_heads_and_patches_are_left_to_adam(name):
+    trial = QUICK["digits"].make(0)
+    optimizer = lab.make(lab.ENTRIES[name], trial, 1e-3)
+    matrices = {id(p) for group in optimizer.param_groups if group["matrix"] is None for p in group["params"]}
+    assert {n for n, p in trial.module.named_parameters() if id(p) in matrices} == {
+        f"blocks.{n}.{w}.weight" for n in range(2) for w in ("down", "out", "qkv", "up")
+    }
+
+
 def test_a_curve_is_smoothed_by_means_of_what_came_before():
     assert smoothed(torch.tensor([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1, 2, 4, 6]
 
 
 def test_the_command_measures_prints_and_writes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(lab, "RATES", (0.3, 1.0))
+    plain = lab.measure
+    monkeypatch.setattr(lab, "measure", lambda *given, **more: plain(*given, **more, rates=(0.3, 1.0)))
     words = [
         "bench",
         "optimizers",
         "--quick",
         "--problems",
         "landscape",
-        "tasks",
+        "digits",
         "--optimizers",
         "SGD",
         "AdaMuon-like",
     ]
     assert run([*words, "--seeds", "2", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "four tasks in turn" in out
+    assert "digits, small vision transformer" in out
     assert "AdaMuon-like" in out
     told = json.loads((tmp_path / "out" / "optimizers.json").read_text())
-    assert set(told["results"]["tasks"]) == {"SGD", "AdaMuon-like"}
+    assert set(told["results"]["digits"]) == {"SGD", "AdaMuon-like"}
     assert told["about"]["quick"] is True
     assert told["reach"]["momentum 0.9"] == [7, 44]
     assert (tmp_path / "out" / "optimizers.png").stat().st_size > 10_000
@@ -122,12 +149,26 @@ def test_text_is_measured_in_bits_per_byte():
         (["--problems", "digit"], "problems: there is none named 'digit'"),
         (["--optimizers", "Adam"], "optimizers: there is none named 'Adam'.*AdamW"),
         (["--seeds", "0"], "seeds is 0"),
+        (["--steps", "0"], "steps is 0"),
+        (["--pixels", "30"], "pixels is 30.*multiple of 4"),
+        (["--problems", "images"], "images: expected --data"),
+        (["--data", "nowhere/at/all"], "nowhere/at/all is no folder"),
     ],
 )
 def test_what_cannot_be_is_one_message(words, message, capsys):
     assert run(["bench", "optimizers", *words]) == 2
 
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_without_scikit_learn_the_digits_are_left_out_and_said_to_be(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("nestling.bench.optimizers.find_spec", lambda name: None)
+    assert run(["bench", "optimizers", "--problems", "digits"]) == 2
+    assert "pip install 'nestling[bench]'" in capsys.readouterr().err
+    monkeypatch.setattr(lab, "measure", lambda chosen, *given, **more: {})
+    monkeypatch.setattr("nestling.bench.optimizer_report.draw", lambda *given, **more: None)
+    assert run(["bench", "optimizers", "--out", str(tmp_path)]) == 0
+    assert "left out: the digits come with scikit-learn" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_verb_of_two_words_asks_for_its_second(capsys):

@@ -20,12 +20,10 @@ import torch
 from torch import nn
 
 from nestling import optim
-from nestling.bench.optimizers import Problem
+from nestling.bench.optimizers import Problem, Trial
 from nestling.learn.checkpoint import replace_file
 
 TUNING_SEEDS = (1000, 1001)
-RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Learning rates tried, as multiples of the optimizer's default."""
 CLIP = 10.0
 """Largest gradient norm, for all alike: without it the landscape's first step decides."""
 
@@ -103,10 +101,11 @@ class Result:
         return median(r.seconds for r in self.runs), median(r.step_seconds for r in self.runs)
 
 
-def make(entry: Entry, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimizer over a module."""
+def make(entry: Entry, trial: Trial, lr: float) -> torch.optim.Optimizer:
+    """The optimizer over what a trial trains."""
+    module = trial.module
     groups: list[dict[str, Any]] = (
-        optim.split(module) if entry.name in ("muon", "m3") else [{"params": list(module.parameters())}]
+        optim.split(module, trial.outer) if entry.name in ("muon", "m3") else [{"params": list(module.parameters())}]
     )
     return optim.make(entry.name, module, groups, lr=lr, weight_decay=0.0, **entry.settings)
 
@@ -114,7 +113,7 @@ def make(entry: Entry, module: nn.Module, lr: float) -> torch.optim.Optimizer:
 def once(name: str, problem: str, task: Problem, lr: float, seed: int) -> Run:
     """One run of an optimizer on a problem; the rate falls linearly to 0 in its last third, for all alike."""
     trial = task.make(seed)
-    optimizer = make(ENTRIES[name], trial.module, lr)
+    optimizer = make(ENTRIES[name], trial, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, 3 * (1 - n / task.steps)))
     losses, moving, whole = [], [], []
     for step in range(task.steps):
@@ -148,8 +147,13 @@ def measure(
     seed: int = 0,
     rates: Sequence[float] | None = None,
     told: Callable[[str], object] = lambda name: None,
+    kept: Callable[[Mapping[str, Mapping[str, Result]]], object] = lambda found: None,
 ) -> dict[str, dict[str, Result]]:
-    """Results by problem and optimizer."""
+    """Results by problem and optimizer.
+
+    rates: in place of the problems' own. told: what is measured next. kept: called with all results after each, so that a run
+    that is cut short leaves what it has measured.
+    """
     found: dict[str, dict[str, Result]] = {}
     for problem, task in problems.items():
         found[problem] = {}
@@ -160,11 +164,12 @@ def measure(
             default = optim.default_lr(ENTRIES[name].name)
             search = tuple(
                 once(name, problem, task, default * rate, tuning + seed)
-                for rate in rates or RATES
+                for rate in rates or task.rates
                 for tuning in TUNING_SEEDS
             )
             runs = tuple(once(name, problem, task, best_rate(search), seed + n) for n in range(seeds))
             found[problem][name] = Result(search, runs)
+            kept(found)
     return found
 
 

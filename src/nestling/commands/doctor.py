@@ -46,6 +46,7 @@ EXTRAS = {
     "eval": "lm_eval",
     "track": "trackio",
     "cloud": "obstore",
+    "bench": "sklearn",
     "cuda": "triton",
     "ray": "ray",
 }

@@ -24,17 +24,23 @@ class Level(Protocol):
     def period(self) -> Any: ...
 
 
-def split(module: nn.Module) -> list[dict[str, Any]]:
+def split(module: nn.Module, outer: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The parameters of any module in two groups for `Muon` and `M3`: hidden matrices ("matrix": None), and the rest (False).
 
     Hidden matrices are the weights of linear layers and convolutions, but not those shared with an embedding, nor an output
-    layer as wide as one.
+    layer as wide as one, nor what is `outer`: patterns of names, for example ("patches.*", "head.*") of a vision transformer.
+    Raises ValueError for a pattern that fits nothing.
     """
     hidden = hidden_matrices(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
     inside: list[nn.Parameter] = []
     outside: list[nn.Parameter] = []
-    for p in module.parameters():
-        (inside if id(p) in hidden else outside).append(p)
+    left = set(patterns := tuple(outer))
+    for name, p in module.named_parameters():
+        fits = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
+        left -= fits
+        (inside if id(p) in hidden and not fits else outside).append(p)
+    if left:
+        raise ValueError(f"outer: {sorted(left)[0]!r} fits no parameter's name")
     return [{"params": ps, "matrix": m} for ps, m in ((inside, None), (outside, False)) if ps]
 
 
