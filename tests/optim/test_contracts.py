@@ -187,7 +187,7 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_handed_back(name):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", [n for n in MAKERS if n not in ERASES])
+@EVERY
 def test_a_sparse_gradient_is_the_dense_one_it_stands_for(name):
     weights = []
     for sparse in (False, True):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 
 from .problems import MAKERS
 
+DGD = tuple(n for n in MAKERS if n.startswith("dgd"))
 WHOLE_ROWS = ("deep", "deep_position", "deep_muon", "feature", "feature_powers")
 
 
@@ -29,7 +30,16 @@ class Bag(nn.Module):
         self.tensors = nn.ParameterList(tensors)
 
 
-@pytest.mark.parametrize("name", [n for n in MAKERS if not n.startswith("dgd")])
+@pytest.mark.parametrize("name", DGD)
+def test_delta_gradient_descent_needs_whole_layers(name, mesh):
+    layer = nn.Linear(4, 6)
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(TypeError, match="DGD: a parameter is sharded"):
+        MAKERS[name](layer)
+    assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("name", [n for n in MAKERS if n not in DGD])
 def test_shards_move_as_the_whole_does(name, mesh):
     generator = torch.Generator().manual_seed(0)
     shapes = [(6, 4), (4,), (3, 5)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nestling.schedule import Schedule as Schedule
+
 if TYPE_CHECKING:
     from nestling.learn.budget import Budget as Budget
     from nestling.learn.checkpoint import Checkpoint as Checkpoint
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from nestling.learn.run import TrainResult as TrainResult
     from nestling.learn.run import load_run as load_run
     from nestling.learn.run import train as train
-    from nestling.learn.schedule import Schedule as Schedule
 
 _WHERE = {
     "budget": ("Budget",),
@@ -50,7 +51,6 @@ _WHERE = {
     "learner": ("Learner", "LearningError", "StepResult"),
     "optimizer": ("adamw",),
     "run": ("Run", "TrainResult", "load_run", "train"),
-    "schedule": ("Schedule",),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 

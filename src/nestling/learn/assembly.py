@@ -11,7 +11,7 @@ from nestling.learn.budget import Budget
 from nestling.learn.config import TrainConfig
 from nestling.learn.learner import Learner
 from nestling.learn.optimizer import from_config
-from nestling.learn.schedule import Schedule
+from nestling.schedule import Schedule
 
 
 def assemble(

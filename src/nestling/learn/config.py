@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 
 from nestling.config import SettingError
-from nestling.learn.schedule import Shape
+from nestling.schedule import Shape
 
 
 def parse_overrides(pairs: list[str], option: str = "--set", example: str = "dim=128") -> dict[str, Any]:

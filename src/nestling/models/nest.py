@@ -71,7 +71,7 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> list[Level]:
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:
     """Its class, not that of a wrapper which says how often."""
-    return type(optimizer.optimizer if isinstance(optimizer, optim.Periodic) else optimizer).__name__
+    return type(optim.core(optimizer)).__name__
 
 
 def merge(levels: Sequence[Level]) -> list[tuple[Level, tuple[Level, ...]]]:

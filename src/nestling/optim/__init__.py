@@ -15,6 +15,9 @@ from nestling.optim.muon import Muon
 from nestling.optim.named import default_lr, describe, make, names
 from nestling.optim.periodic import Periodic
 from nestling.optim.preconditioners import Diagonal, Fixed, Identity, Preconditioner
+from nestling.optim.scheduled import Scheduled
+from nestling.optim.wrapper import Wrapper, core
+from nestling.schedule import Schedule
 
 __all__ = [
     "DGD",
@@ -33,6 +36,10 @@ __all__ = [
     "Periodic",
     "PreconditionedMomentum",
     "Preconditioner",
+    "Schedule",
+    "Scheduled",
+    "Wrapper",
+    "core",
     "default_lr",
     "describe",
     "from_levels",

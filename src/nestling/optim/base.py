@@ -165,10 +165,10 @@ def sharded(x: Tensor) -> bool:
 
 
 def refuse_shards(name: str, p: Tensor) -> None:
-    """TypeError for a sharded parameter, for optimizers whose memory is of whole rows."""
+    """TypeError for a sharded parameter, for optimizers that need whole rows."""
     if sharded(p):
         raise TypeError(
-            f"{name}: a parameter is sharded, but its memory reads whole rows of a gradient: give such parameters to an "
+            f"{name}: a parameter is sharded, but its memory reads whole rows of gradients or inputs: give such parameters to an "
             "element-wise optimizer, Muon or M3"
         )
 

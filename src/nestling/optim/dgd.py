@@ -17,14 +17,14 @@ is pulled towards −∇_y L and not towards a minimum of L, even a minimum is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nestling.memory.rules.delta import proximal
-from nestling.optim.base import GradientMemory, Optimizer, Params, State, blank, every
+from nestling.optim.base import GradientMemory, Optimizer, Params, State, blank, every, refuse_shards
 from nestling.optim.capture import Capture, Seen
 
 FORMS = ("normalized", "exact", "neurips")
@@ -47,7 +47,8 @@ class DGD(Optimizer):
     Biases are erased nowhere. A weight that is both embedding and output layer is erased along both, but not in form "exact",
     which has no closed form then (ValueError). Call `zero_grad` of the optimizer, or step, to forget what was seen.
 
-    Raises TypeError for parameters without their module: the rule needs inputs, which a gradient alone does not have.
+    Raises TypeError for parameters without their module: the rule needs inputs, which a gradient alone does not have. And for
+    sharded parameters, as the sums over inputs are of whole rows.
     """
 
     def __init__(
@@ -108,6 +109,11 @@ class DGD(Optimizer):
                 for name, value in vars(seen).items():
                     if value is not None:
                         state[f"seen_{name}"] = state[f"seen_{name}"] + value if f"seen_{name}" in state else value
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        super()._check(group)
+        for p in group["params"]:
+            refuse_shards("DGD", p)
 
     def _start(self, group: dict[str, Any], p: Tensor) -> State:
         return {"momentum": blank(p)} if group["momentum"] else {}

@@ -26,9 +26,9 @@ _MOMENTS = GradientMemory(
 
 def memories(optimizer: torch.optim.Optimizer) -> list[GradientMemory]:
     """The memories of an optimizer, fast to slow; none for one that remembers nothing, or that is not known."""
-    from nestling.optim.periodic import Periodic
+    from nestling.optim.wrapper import Wrapper
 
-    if isinstance(optimizer, Optimizer | Periodic):
+    if isinstance(optimizer, Optimizer | Wrapper):
         return optimizer.memories()
     group = optimizer.param_groups[0]
     if isinstance(optimizer, torch.optim.Adam):  # AdamW is one

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from nestling.optim.base import GradientMemory, Optimizer, loss_of, raised
-from nestling.optim.inventory import memories
+from nestling.optim.wrapper import Wrapper
 
 PENDING = "pending_gradient"
 
 
-class Periodic(torch.optim.Optimizer):
+class Periodic(Wrapper):
     """Runs each group of `optimizer` every `group["every"]` steps (default 1: every step) on its accumulated gradient.
 
     optimizer    any `torch.optim.Optimizer`; its groups and state stay its own, and are this one's. Use this one from then on
@@ -33,34 +33,23 @@ class Periodic(torch.optim.Optimizer):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, accumulate: str = "mean") -> None:
-        if isinstance(optimizer, Periodic):
-            raise TypeError("Periodic: the optimizer is Periodic already; expected the one it wraps")
+        if isinstance(optimizer, Wrapper):
+            raise TypeError(
+                f"Periodic: the optimizer is {type(optimizer).__name__} already; expected the one it wraps "
+                "(a schedule goes round it: Scheduled(Periodic(optimizer), …))"
+            )
         if accumulate not in ("mean", "sum"):
             raise ValueError(f"Periodic: accumulate is {accumulate!r}; expected 'mean' or 'sum'")
-        self.optimizer, self.accumulate = optimizer, accumulate
+        super().__init__(optimizer)
+        self.accumulate = accumulate
         self.pending: dict[Tensor, Tensor] = {}
-        self.defaults = optimizer.defaults
-        super().__setstate__({})  # hooks of its own; groups and state are the wrapped one's
         for group in self.param_groups:
             _clock(group)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The wrapped optimizer's."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The wrapped optimizer's."""
-        return self.optimizer.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of the wrapped optimizer; "every" is one more setting."""
         self.optimizer.add_param_group(param_group)
         _clock(self.param_groups[-1])
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -117,13 +106,10 @@ class Periodic(torch.optim.Optimizer):
         """Those of the wrapped optimizer, for every frequency that a group has."""
         found = []
         for every in sorted({group["every"] for group in self.param_groups}):
-            for memory in memories(self.optimizer):
+            for memory in super().memories():
                 name = memory.name if every == 1 else f"{memory.name}, every {every} steps"
                 found.append(memory._replace(name=name, period=memory.period * every))
         return found
-
-    def __repr__(self) -> str:
-        return f"Periodic({self.optimizer!r})"
 
     def _take_in(self, group: dict[str, Any]) -> None:
         """The gradients of a group that waits."""

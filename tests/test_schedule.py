@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestling.config import SettingError
-from nestling.learn.schedule import Schedule
+from nestling.schedule import Schedule
 
 SHAPES = st.sampled_from(["cosine", "trapezoid", "constant"])
 

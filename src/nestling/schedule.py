@@ -1,6 +1,7 @@
 """How the learning rate moves through a run: warm-up, then a cosine or a trapezoid.
 
-With p the share of the budget that is spent (0…1) and n the tokens read so far, the multiplier of the learning rate is
+With p the share of the budget that is spent (0…1) and n the tokens read or steps taken so far, the multiplier of the learning
+rate is
 
     warm(n) · shape(p)        warm(n) = min(1, n / warmup)
 
@@ -22,13 +23,13 @@ Shape = Literal["cosine", "trapezoid", "constant"]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A multiplier in [0, 1] of tokens read and of the budget's share spent; raises `SettingError` for
-    impossible settings.
+    """A multiplier in [0, 1] of tokens read (or steps taken, in any unit) and of the budget's share spent; raises `SettingError`
+    for impossible settings.
     """
 
     shape: Shape = "cosine"
     warmup: int = 0
-    """Tokens until the full learning rate; never more than a tenth of the budget, once that is known."""
+    """Tokens (or steps) until the full learning rate; never more than a tenth of the budget, once that is known."""
     decay: float = 0.4
     """Share of the budget over which the trapezoid falls."""
     floor: float = 0.0
