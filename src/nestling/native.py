@@ -74,16 +74,16 @@ def _load(source: Path, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "off: no C compiler found (cc, gcc or clang)"
     try:
-        return ctypes.CDLL(str(_build(compiler, source, DEFINES[dtype]))), f"on, built by {compiler}"
+        return _built(compiler, source, DEFINES[dtype]), f"on, built by {compiler}"
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()
-        return None, f"off: {compiler} could not build it ({last[-1] if last else error})"
+        return None, f"off: {compiler} could not build it ({last[-1] if last else f'exit status {error.returncode}'})"
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return None, f"off: {error}"
 
 
-def _build(compiler: str, source: Path, defines: tuple[str, ...]) -> Path:
-    """Path of the shared library, built if these files were not yet built by this compiler for this processor."""
+def _built(compiler: str, source: Path, defines: tuple[str, ...]) -> ctypes.CDLL:
+    """The shared library, built if these files were not yet built, whole, by this compiler for this processor."""
     digest = hashlib.sha256(source.read_bytes())
     for header in sorted(HEADERS.glob("*.h")):
         digest.update(header.read_bytes())
@@ -94,16 +94,28 @@ def _build(compiler: str, source: Path, defines: tuple[str, ...]) -> Path:
     _own(folder)
     if target.exists():
         _own(target)
-        return target
-    handle, draft = tempfile.mkstemp(suffix=".so", dir=folder)
+        if _whole(target):
+            return ctypes.CDLL(str(target))
+    handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
+    draft = Path(name)
     try:
-        command = [compiler, *FLAGS, *defines, f"-I{HEADERS}", str(source), "-o", draft, "-lm"]
+        command = [compiler, *FLAGS, *defines, f"-I{HEADERS}", str(source), "-o", name, "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120)
+        with draft.open("r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())
+        code = ctypes.CDLL(name)  # only what loads is kept
         os.replace(draft, target)  # whole or not at all, also if several processes build at once
     finally:
-        Path(draft).unlink(missing_ok=True)
-    return target
+        draft.unlink(missing_ok=True)
+    return code
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file ends with the digest of all before it: reading code that a crash cut short would end the process."""
+    content = path.read_bytes()
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _own(path: Path) -> None:

@@ -383,10 +383,25 @@ def test_does_without(tmp_path: Path) -> None:
 
 
 @NEEDS
-def test_is_built_once(tmp_path: Path) -> None:
+def test_is_built_once_and_anew_where_it_was_cut_short(tmp_path: Path) -> None:
+    """As by a crash: to load what is left would end the process with a bus error."""
     assert run(READS, XDG_CACHE_HOME=str(tmp_path)).startswith("on")
     (built,) = (tmp_path / "nestling").iterdir()
     before = built.stat().st_mtime_ns
     assert run(READS, XDG_CACHE_HOME=str(tmp_path)).startswith("on")
     assert [built] == list((tmp_path / "nestling").iterdir())
     assert built.stat().st_mtime_ns == before
+    whole = built.stat().st_size
+    os.truncate(built, 5000)
+    assert run(READS, XDG_CACHE_HOME=str(tmp_path)).startswith("on")
+    assert built.stat().st_size == whole
+
+
+def test_what_does_not_load_is_not_kept(tmp_path: Path) -> None:
+    """A compiler that says yes and makes nothing, and one that dies without a word."""
+    compiler = tmp_path / "cc"
+    for ends, words in (("exit 0", "off: "), ("kill -9 $$", "could not build it (exit status -9)")):
+        compiler.write_text(f"#!/bin/sh\n{ends}\n")
+        compiler.chmod(0o755)
+        assert words in run(READS, PATH=f"{tmp_path}:/usr/bin:/bin", XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert not list((tmp_path / "cache" / "nestling").iterdir())
