@@ -127,6 +127,26 @@ def test_an_overflowing_factor_is_dropped_and_counted(name: str) -> None:
     assert state.faults[1] == 0
 
 
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_whose_square_overflows_writes_nothing(name: str, engine: str) -> None:
+    """Finite itself, but a norm or an erasing factor made of it is not: as harmless as one that is not finite."""
+    spec, w0, (q, k, v, gates) = example(name)
+    w0, (q, k, v) = [w.float() for w in w0], (x.float() for x in (q, k, v))
+    for place in ("k", "v"):
+        kk, vv = k.clone(), v.clone()
+        {"k": kk, "v": vv}[place][0, :, TOKEN] = 1e25
+        inputs = [x.detach().requires_grad_() for x in (*w0, q, kk, vv)]
+        y, state = nl.memory.scan(
+            spec, inputs[: len(w0)], *inputs[-3:], gates.map(lambda gate: gate.float()), engine=engine
+        )
+        assert torch.isfinite(y).all(), place
+        assert all_finite(state), place
+        assert state.faults.tolist() == [1, 0], place
+        for gradient in torch.autograd.grad(y.sum(), inputs, allow_unused=True):
+            assert gradient is None or torch.isfinite(gradient).all(), place
+
+
 def test_report_collects_surprise_update_and_faults() -> None:
     spec, w0, (q, k, v, gates) = example("titans")
     k = k.clone()

@@ -110,8 +110,9 @@ def check_weights(spec: Memory, w0: Sequence[Tensor]) -> None:
 
 
 def token_guard(tokens: Weights, gates: Gates) -> tuple[Tensor, Weights, Gates]:
-    """Which tokens (bool `[lane, time]`) have finite inputs `[lane, head, time, dim]` and legal gates; others made harmless."""
-    total = sum(x.sum((1, 3)) for x in tokens)
+    """Which tokens (bool `[lane, time]`) have inputs `[lane, head, time, dim]` that are finite, as are their squares, and legal
+    gates; others made harmless. Products of the input with itself, as in norms and erasing factors, would leave the range."""
+    total = sum(torch.linalg.vector_norm(x.detach(), dim=-1).square_().sum(1) for x in tokens)
     assert isinstance(total, Tensor)
     for _, gate in gates.items():
         total = total + gate.sum((1, 3) if gate.dim() > 3 else 1)
