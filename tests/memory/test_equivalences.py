@@ -339,3 +339,13 @@ def test_activation_slopes_and_their_own_gradients(name: str) -> None:
     close(slope, expected)
     assert torch.autograd.gradcheck(lambda x: activate_with_slope(name, x), z)
     assert torch.autograd.gradgradcheck(lambda x: activate_with_slope(name, x), z)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_activations_far_out_are_0_or_the_input(name: str) -> None:
+    """σ' is exactly 0 or 1 and σ'' exactly 0, however large the input: no power of it may overflow, and none cancel."""
+    far = torch.tensor([3e2, 1e5, 1e9, 1e15, 1e25], requires_grad=True)
+    for sign, limit in ((1, 1.0), (-1, 0.0)):
+        _, slope = activate_with_slope(name, sign * far)
+        assert slope.tolist() == [limit] * 5
+        assert torch.autograd.grad(slope.sum(), far)[0].abs().tolist() == [0.0] * 5

@@ -55,19 +55,23 @@ static inline real sigmoid(real x) { return R(1.0) / (R(1.0) + exponential(-x));
 #define ROOT R(0.79788456080286535588)  // √(2/π)
 #define CUBIC R(0.044715)
 
+// z², at most: beyond, slopes are 0 or 1 and curvatures 0, but higher powers would overflow, and ∞ · 0 is no number.
+static inline real square(real z) { return z * z < R(1e4) ? z * z : R(1e4); }
+
 #define INVERSE_ROOT_TWO R(0.70710678118654752440)
 #define DENSITY R(0.39894228040143267794)  // 1/√(2π)
 
 // Each: value, slope and curvature; what a caller does not use is not computed.
 static inline void gelu(real z, real *value, real *slope, real *curve) {
-    real below = R(0.5) + R(0.5) * error_function(z * INVERSE_ROOT_TWO), density = DENSITY * exponential(-R(0.5) * z * z);
+    real s = square(z), below = R(0.5) + R(0.5) * error_function(z * INVERSE_ROOT_TWO);
+    real density = DENSITY * exponential(-R(0.5) * s);
     *value = z * below;
     *slope = below + z * density;
-    *curve = density * (R(2.0) - z * z);
+    *curve = density * (R(2.0) - s);
 }
 
 static inline void gelu_tanh(real z, real *value, real *slope, real *curve) {
-    real s = z * z, t = R(1.0) - R(2.0) * sigmoid(-R(2.0) * ROOT * z * (R(1.0) + CUBIC * s));
+    real s = square(z), t = R(1.0) - R(2.0) * sigmoid(-R(2.0) * ROOT * z * (R(1.0) + CUBIC * s));
     real inner = ROOT * (R(1.0) + R(3.0) * CUBIC * s), rise = (R(1.0) - t * t) * inner;
     real bend = (R(1.0) - t * t) * (R(6.0) * ROOT * CUBIC * z) - R(2.0) * t * rise * inner;
     *value = R(0.5) * z * (R(1.0) + t);

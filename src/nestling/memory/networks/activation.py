@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT, CUBIC = math.sqrt(2 / math.pi), 0.044715  # of the tanh approximation
+FAR = 1e4  # of z², beyond which σ' is 0 or 1 and σ'' is 0 to the last digit: larger powers would overflow, and ∞ · 0 is no number
 NAMES = ("gelu", "gelu_tanh", "silu")
 
 
@@ -32,7 +33,7 @@ def activate_with_slope(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """zΦ(z), Φ(z) + zφ(z), φ(z)(2 − z²)."""
-    square = z.square()
+    square = z.square().clamp_max(FAR)
     density = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
     cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
     return z * cdf, torch.addcmul(cdf, z, density), density * (2 - square)
@@ -40,7 +41,7 @@ def _gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """z(1 + t)/2 with t = tanh(u), u = √(2/π)(z + cz³), so that t' = (1 − t²)u'."""
-    square = z.square()
+    square = z.square().clamp_max(FAR)
     t = torch.tanh(ROOT * z * (1 + CUBIC * square))
     inner = ROOT * (1 + 3 * CUBIC * square)
     rise = (1 - t.square()) * inner
@@ -86,13 +87,13 @@ def _gelu_forward(z: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def _gelu_curvature(z: Tensor, inner: None) -> Tensor:
-    square = z.square()
+    square = z.square().clamp_max_(FAR)
     density = (-0.5 * square).exp_()
     return density.mul_(square.sub_(2)).mul_(-1 / math.sqrt(2 * math.pi))
 
 
 def _gelu_tanh_forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    square = z.square()
+    square = z.square().clamp_max_(FAR)
     t = (square * (ROOT * CUBIC)).add_(ROOT).mul_(z).tanh_()
     rise = (t * t).sub_(1).mul_(square.mul_(-3 * ROOT * CUBIC).sub_(ROOT))
     return torch.addcmul(z, z, t).mul_(0.5), torch.addcmul(t, z, rise).add_(1).mul_(0.5), t
@@ -100,7 +101,7 @@ def _gelu_tanh_forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gelu_tanh_curvature(z: Tensor, t: Tensor) -> Tensor:
     """(1 − t²)(√(2/π)(1 + 6cz²) − z t u'²)."""
-    square = z.square()
+    square = z.square().clamp_max_(FAR)
     bend = (square * (3 * ROOT * CUBIC)).add_(ROOT).square_().mul_(z).mul_(t)
     bend.sub_(square.mul_(6 * ROOT * CUBIC)).sub_(ROOT)
     return (t * t).sub_(1).mul_(bend)
@@ -109,7 +110,7 @@ def _gelu_tanh_curvature(z: Tensor, t: Tensor) -> Tensor:
 def _silu_forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s = z.sigmoid()
     h = z * s
-    return h, torch.addcmul(s, h, s, value=-1).add_(h), s
+    return h, torch.addcmul(s, h, 1 - s), s  # h − hs would lose σ' where h is large
 
 
 def _silu_curvature(z: Tensor, s: Tensor) -> Tensor:
