@@ -161,6 +161,9 @@ def test_help_needs_no_pytorch():
         ("levels --model titans_lm", r"model: there is none named 'titans_lm'\. Did you mean 'titans_lmm'"),
         ("levels --model gated_deltanet --size tinny", r"size: there is none named 'tinny'\. Did you mean 'tiny'"),
         ("levels --model gated_deltanet --set depth=3", r"has no setting depth; expected some of: .*layers"),
+        ("levels --set dim=100000000000000000000", r"overrides: got {'dim': 1.*}, but expected whole numbers up to"),
+        ("train --seed 100000000000000000000", r"seed: got 1.*, but expected whole numbers up to"),
+        ("train --tokens 64 --set layers=1 --optimizer-set betas=[0.9]", r"adamw expected more numbers in a list"),
         ("demo --minutes 0", r"minutes: got 0\.0, but expected a number above 0\."),
         ("demo --segment 2", r"segment: got 2, but expected at least 8\."),
         ("demo --model transformer", r"name a memory model"),
@@ -524,6 +527,10 @@ def test_levels_show_the_nested_system(nestling, trained):
     assert [level["name"] for level in result["levels"]][-1] == "slow weights"
     model = models.build("titans_lmm", "tiny", layers=1)
     assert {name for level in result["levels"] for name in level["params"]} == {n for n, _ in model.named_parameters()}
+    for option in (("--model", "titans_lmm"), ("--size", "base"), ("--set", "dim=16"), ("--optimizer", "sgd")):
+        code, out, err = nestling("levels", trained, *option)
+        assert (code, out) == (2, "")
+        assert f"{option[0][2:]}: a run has settings of its own" in one_message(err)
 
 
 def test_levels_say_choices_in_words(nestling):
@@ -577,6 +584,7 @@ def test_doctor_finds_that_everything_works(nestling, tmp_path, monkeypatch):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 1, "out of memory: try fewer --lanes"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory: try fewer --lanes"),
         (OSError(28, "No space left on device", "metrics.jsonl"), 1, "metrics.jsonl: No space left on device"),
         (checkpoint.CheckpointError("it is gone"), 1, "it is gone"),
     ],

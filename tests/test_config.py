@@ -56,6 +56,10 @@ def test_every_kind_of_value_arrives_with_its_type():
         ({"data": [1]}, "expected text"),
         ({"overrides": [1]}, "expected a mapping"),
         ({"lanes": 0}, "file.yaml: lanes: got 0"),
+        ({"lanes": 10**20}, "expected whole numbers up to"),
+        ({"lr": 10**400}, "expected whole numbers up to"),
+        ({"overrides": {"periods": [8, 10**20]}}, "expected whole numbers up to"),
+        ({"out": "a\0b"}, "expected a path"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(given, words):
@@ -78,6 +82,8 @@ def test_three_formats_say_the_same(tmp_path, name, text):
         ("c.yaml", "a: [", "not valid YAML"),
         ("c.toml", "a = ", "not valid TOML"),
         ("c.json", "{", "not valid JSON"),
+        ("c.json", "[" * 100_000, "not valid JSON"),
+        ("c.yaml", "[" * 10_000, "not valid YAML"),
         ("c.yaml", "- 1\n- 2\n", "expected `name: value` pairs"),
         ("c.ini", "a = 1", "ending in .yaml"),
         ("c.yaml", "!!python/object/apply:os.system ['true']", "not valid YAML"),

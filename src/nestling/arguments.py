@@ -6,6 +6,7 @@ nestling: --lanes: got 'two', but expected a whole number. See nestling train --
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import re
@@ -16,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from nestling.config import SettingError, from_text
+from nestling.config import LARGEST, SettingError, from_text, too_large
 
 Settings = TypeVar("Settings")
 
@@ -37,7 +38,7 @@ def parse(prog: str, default: Settings, argv: list[str]) -> Settings:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, default=default, args=argv, prog=prog)
+            found = tyro.cli(kind, default=default, args=argv, prog=prog)
     except SystemExit as end:
         if not end.code:
             raise
@@ -47,6 +48,12 @@ def parse(prog: str, default: Settings, argv: list[str]) -> Settings:
         wrong = _complaint(kind, argv)
         message = str(told) if told else f"{wrong} See {prog} --help." if wrong else said.getvalue()
         raise SettingError(message) from None
+    for field in dataclasses.fields(found):  # type: ignore[arg-type]
+        if too_large(value := getattr(found, field.name)):
+            raise SettingError(
+                f"{field.name.replace('_', '-')}: got {value}, but expected whole numbers up to {LARGEST}. See {prog} --help."
+            )
+    return found
 
 
 def _about(kind: type) -> str:

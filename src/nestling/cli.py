@@ -184,6 +184,8 @@ def parse(verb: str, argv: list[str]) -> Any:
     return arguments.parse(prog, override(default, settings, source), argv)
 
 
+NO_MEMORY = ("not enough memory", "can't allocate memory", "size calculation overflowed")  # PyTorch's words, on CPUs
+
 _RIVALS = {"tokens": "minutes", "minutes": "tokens"}
 
 
@@ -198,7 +200,7 @@ def explain(error: Exception) -> str | None:
 
     if isinstance(error, CheckpointError | LearningError | StateError | CorpusError | StreamError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in NO_MEMORY):
         return "out of memory: try fewer --lanes, a shorter --length or a smaller --size."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

@@ -56,7 +56,7 @@ def read_file(path: Path) -> dict[str, Any]:
                 settings = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SettingError(f"--config {path}: is not valid {suffix[1:].upper()} ({reason}).") from error
     if settings is None:
@@ -117,6 +117,8 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def _fit(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; raises TypeError(what was expected)."""
+    if too_large(value):
+        raise TypeError(f"whole numbers up to {LARGEST}")
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -133,7 +135,7 @@ def _fit(value: Any, hint: Any) -> Any:
         if not isinstance(value, Mapping):
             raise TypeError("a mapping of names to values")
         return {str(key): item for key, item in value.items()}
-    if hint is Path and isinstance(value, str):
+    if hint is Path and isinstance(value, str) and "\0" not in value:
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -145,6 +147,18 @@ def _fit(value: Any, hint: Any) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise TypeError(_WORDS.get(hint, str(hint)))
     return value
+
+
+LARGEST = 2**53  # a size or a seed: what every reader of JSON keeps exactly, and what sizes can be computed with
+
+
+def too_large(value: Any) -> bool:
+    """Whether this is, or has inside, a whole number that no size and no seed can be."""
+    if isinstance(value, Mapping):
+        return any(map(too_large, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(too_large, value))
+    return isinstance(value, int) and abs(value) > LARGEST
 
 
 _WORDS: dict[Any, str] = {

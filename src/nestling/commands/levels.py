@@ -52,6 +52,11 @@ def run(config: LevelsConfig) -> int:
     from nestling.models.nest import merge
 
     if config.run is not None:
+        for name, option in (("model", "model"), ("size", "size"), ("optimizer", "optimizer"), ("overrides", "set")):
+            if getattr(config, name) != getattr(LevelsConfig(), name):
+                raise SettingError(
+                    f"{option}: a run has settings of its own, which are those of {config.run}: leave it out."
+                )
         settings = settings_of(config.run)
     else:
         settings = TrainConfig(

@@ -21,9 +21,10 @@ def parse_overrides(pairs: list[str], option: str = "--set", example: str = "dim
         if not equals or not name:
             raise SettingError(f"{option}: got {pair!r}, but expected NAME=VALUE, for example {example}.")
         try:
-            overrides[name.replace("-", "_")] = json.loads(text)
-        except ValueError:
-            overrides[name.replace("-", "_")] = text
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = text
+        overrides[name.replace("-", "_")] = value
     return overrides
 
 

@@ -50,3 +50,7 @@ def from_config(config: TrainConfig, model: models.LanguageModel) -> torch.optim
         )
     except (ValueError, TypeError) as error:
         raise SettingError(f"optimizer: {error}") from error
+    except IndexError as error:
+        raise SettingError(
+            f"optimizer: {config.optimizer} expected more numbers in a list of its settings: {settings}."
+        ) from error
