@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -247,12 +248,23 @@ def test_every_parameter_and_state_tensor_belongs_to_one_level(name: str) -> Non
         assert sum(path == c or path.startswith(c + ".") for c in claimed) == 1, path
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "340M"])
+@cache
+def transformer(size: str) -> int:
+    """Parameters of the model that the others of a size are to equal."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in nl.models.build("transformer", size).parameters())
+
+
+@pytest.mark.parametrize("size", nl.models.SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_models_of_a_size_have_equally_many_parameters(name: str, size: str) -> None:
     with torch.device("meta"):
-        count, target = (sum(p.numel() for p in nl.models.build(n, size).parameters()) for n in (name, "transformer"))
-    assert abs(count / target - 1) < 0.02
+        model = nl.models.build(name, size)
+    assert abs(sum(p.numel() for p in model.parameters()) / transformer(size) - 1) < 0.02
+    levels = [len(model.continuum(number).periods) for number in range(model.config.layers)]
+    assert model.config.ffn * min(levels) >= model.config.dim, (
+        "a block's feed-forward networks are narrower than the model"
+    )
 
 
 @pytest.mark.parametrize("name", ["titans_lmm", "titans_mac", "titans_mag", "titans_mal"])
