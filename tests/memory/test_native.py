@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nestling as nl
-from nestling.memory import MLP, DeltaGradient, DotProduct, Full, Gates, Gradient, Matrix, MemorySpec, Momentum, Omega, native
+from nestling.memory import (
+    MLP,
+    DeltaGradient,
+    DotProduct,
+    Full,
+    Gates,
+    Gradient,
+    Matrix,
+    MemorySpec,
+    Momentum,
+    Omega,
+    native,
+)
 from nestling.memory.native.lanes import Lanes
 from nestling.native import status, without
 

@@ -42,7 +42,6 @@ from nestling.memory.retentions import Retention, Scaled, Settled, per_channel, 
 from nestling.memory.rules import Leader, Nesterov
 from nestling.memory.state import MemoryState, Tail, Weights
 from nestling.memory.step import returning, step
-from nestling.native import without
 
 if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
@@ -353,8 +352,9 @@ def scan(
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.periods, tile=size, halo=halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return _silence(spec, x), x.state
-    if report is None and (found := _natively(spec, x, cut)) is not None:
-        return found
+    if report is None and (found := native.scan(spec, x, cut, scan)) is not None:
+        tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut)
+        return found.y, MemoryState(*found.stand, tail, cut.position, x.state.faults)
     groups, count = _tiles(spec, x, cut).groups(), cut.tokens.shape[1]
     running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)
 
@@ -378,50 +378,6 @@ def scan(
         report.count(faults=faults - x.state.faults)
     tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut)
     return y, MemoryState(running.anchor, running.weights, running.momentum, tail, cut.position, faults)
-
-
-def _natively(spec: MemorySpec, x: Inputs, cut: Layout) -> tuple[Tensor, MemoryState] | None:
-    """A call by the C code; None where that does not serve, or a guard would have to step in."""
-    cell, (anchor, weights, momentum, tail, *_) = native.Cell.of(spec, spec.network), x.state
-    if not native.serves(cell, x.q):
-        return None
-    kept, retention = native.log(x.retention)
-    carried_over, mu = native.log(x.momentum)
-    if not (kept and carried_over and surely(x.fine if x.valid is None else x.fine | ~x.valid)):
-        return None
-    cut_in_runs = native.runs(cut, x.q.shape[2], None if tail is None else tail.ok)
-    if cut_in_runs is None:
-        return None
-    keys, values = x.k, x.v
-    if tail is not None:
-        keys, values = torch.cat([tail.key, keys], 2), torch.cat([tail.value, values], 2)
-
-    def again(streams: native.Given, stand: native.Stand) -> native.Ends:
-        q, k, v, lr, retention, mu, erase, window = streams
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        assert lr is not None
-        before = k.shape[2] - q.shape[2]
-        past = None if tail is None else Tail(k[:, :, :before], v[:, :, :before], tail.ok)
-        state = x.state._replace(anchor=stand.anchor or stand.weights, weights=stand.weights, momentum=stand.momentum)
-        start = x.start._replace(anchor=stand.start, weights=stand.start) if stand.start else x.start
-        retention, mu = (None if gate is None else Factor(gate) for gate in (retention, mu))
-        own = (q, k[:, :, before:], v[:, :, before:], lr, retention, mu, erase, window)
-        with without():
-            y, end = scan(spec, Inputs(start, state._replace(tail=past), *own, x.fine, x.reset, x.valid))
-        return native.Ends(y, end.weights, end.momentum, end.anchor)
-
-    anchored, fresh = native.anchored(anchor, weights), cut_in_runs.fresh
-    found = native.Scan(cell, cut_in_runs, again).scan(
-        (x.q, keys, values, x.lr, retention, mu, x.erase, x.window),
-        native.Stand(weights, momentum, () if anchored else anchor, x.start.weights if fresh else ()),
-    )
-    if found is None:
-        return None
-    after = None if tail is None else carried(tail, x.k, x.v, x.fine, cut)
-    end = found.anchor or found.weights, found.weights, found.momentum
-    return found.y, MemoryState(*end, after, cut.position, x.state.faults)
 
 
 def _silence(spec: MemorySpec, x: Inputs) -> Tensor:

@@ -42,7 +42,6 @@ from nestling.memory.norm import l2_norm
 from nestling.memory.report import Report
 from nestling.memory.self_modifying import SelfModifying, Streams, close
 from nestling.memory.state import MemoryState, Weights
-from nestling.native import without
 
 
 class Made(NamedTuple):
@@ -147,8 +146,8 @@ def scan(
     cut = layout(x.state.position, time, x.reset, x.valid, period=periods, tile=tile or TILE, halo=0)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return x.q.new_zeros(x.q.shape), x.state
-    if report is None and (found := _natively(spec, x, cut)) is not None:
-        return found
+    if report is None and (found := native.scan_self_modifying(spec, x, cut, scan)) is not None:
+        return found.y, MemoryState(*found.stand, None, cut.position, x.state.faults)
     tiles = _tiles(spec, x, cut)
 
     def group(first: int, last: int, running: Running) -> tuple[Tensor, Running, list[Weights]]:
@@ -248,56 +247,6 @@ def _group(
             seen = (*surprise_and_update(factors[1], made.lr, 0), made.lr.detach(), kept.detach())
             notes.append(tuple(part.squeeze(1) for part in seen))
     return torch.stack(outputs, 2), Running(anchor, weights, momentum, faults), notes
-
-
-def _natively(spec: SelfModifying, x: Streams, cut: Layout) -> tuple[Tensor, MemoryState] | None:
-    """A call by the C code; None where that does not serve, or a guard would have to step in."""
-    if spec.static or not all(native.serves(cell, x.q) for cell in native.cells(spec)):
-        return None
-    whole, mu = native.log(x.momentum)
-    if not (whole and surely(x.fine if x.valid is None else x.fine | ~x.valid)):
-        return None
-    runs = native.runs(cut, x.q.shape[2])
-    if runs is None:
-        return None
-
-    def again(streams: native.Given, stand: native.Stand) -> native.Ends:
-        q, k, v, mu, *readout = streams
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        half = len(readout) // 2
-        pairs = zip(spec.gates, readout[:half], readout[half:], strict=False)
-        given = x._replace(
-            start=x.start._replace(anchor=stand.start, weights=stand.start) if stand.start else x.start,
-            state=x.state._replace(
-                anchor=stand.anchor or stand.weights, weights=stand.weights, momentum=stand.momentum
-            ),
-            q=q,
-            k=k,
-            v=v,
-            momentum=None if mu is None else Factor(mu),
-            readout={gate: (w, b) for gate, w, b in pairs if w is not None and b is not None},
-        )
-        with without():
-            y, end = scan(spec, given)
-        return native.Ends(y, end.weights, end.momentum, end.anchor)
-
-    (anchor, weights, momentum, *_), none = x.state, (None, None)
-    (w_lr, b_lr), (w_alpha, b_alpha) = x.readout["lr"], x.readout.get("retention", none)
-    found = native.SelfModifyingScan(spec, runs, again).scan(
-        (x.q, x.k, x.v, mu, w_lr, w_alpha, b_lr, b_alpha),
-        native.Stand(
-            weights,
-            momentum,
-            () if native.anchored(anchor, weights) else anchor,
-            x.start.weights if runs.fresh else (),
-        ),
-    )
-    if found is None:
-        return None
-    end = found.anchor or found.weights, found.weights, found.momentum
-    return found.y, MemoryState(*end, None, cut.position, x.state.faults)
 
 
 def step(spec: SelfModifying, x: Streams) -> tuple[Tensor, MemoryState]:

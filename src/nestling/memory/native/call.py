@@ -50,7 +50,9 @@ class _Call(torch.autograd.Function):
         return None, *work.backward(_whole(given), kept, tuple(g.contiguous() for g in grads))
 
 
-def _by_autograd(again: Callable[[Given], tuple[Tensor, ...]], given: Sequence[Tensor | None], grads: Sequence[Tensor]) -> Given:
+def _by_autograd(
+    again: Callable[[Given], tuple[Tensor, ...]], given: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> Given:
     # Their own names: where one of them was made from another, the way through it is not to be counted here.
     given = tuple(x.view_as(x) if x is not None and x.requires_grad else x for x in given)
     pairs = [pair for pair in zip(again(given), grads, strict=True) if pair[0].requires_grad]

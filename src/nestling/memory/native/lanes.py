@@ -14,9 +14,8 @@ from torch import Tensor
 from nestling.memory.native import fields
 from nestling.memory.native.call import Given, run
 from nestling.memory.native.runs import Runs
+from nestling.memory.state import MemoryState, Weights
 from nestling.native import library, threads
-
-Weights = tuple[Tensor, ...]
 
 
 class Stand(NamedTuple):
@@ -40,8 +39,36 @@ class Ends(NamedTuple):
     momentum: Weights
     anchor: Weights
 
+    @property
+    def stand(self) -> tuple[Weights, Weights, Weights]:
+        """Anchor, weights and momentum, as a state has them."""
+        return self.anchor or self.weights, self.weights, self.momentum
+
+    @staticmethod
+    def of(found: tuple[Tensor, MemoryState]) -> Ends:
+        """What the framework's way found."""
+        y, end = found
+        return Ends(y, end.weights, end.momentum, end.anchor)
+
 
 Again = Callable[[Given, Stand], Ends]
+
+
+def stand(state: MemoryState, start: MemoryState, cut: Runs) -> Stand:
+    """What a call starts from."""
+    at_anchor = all(
+        w is a or (not (w.requires_grad or a.requires_grad) and torch.equal(w, a))
+        for w, a in zip(state.weights, state.anchor, strict=True)
+    )
+    return Stand(state.weights, state.momentum, () if at_anchor else state.anchor, start.weights if cut.fresh else ())
+
+
+def states(state: MemoryState, start: MemoryState, at: Stand) -> tuple[MemoryState, MemoryState]:
+    """`start` and `state` with these tensors in them."""
+    return (
+        start._replace(anchor=at.start, weights=at.start) if at.start else start,
+        state._replace(anchor=at.anchor or at.weights, weights=at.weights, momentum=at.momentum),
+    )
 
 
 class Lanes(ABC):

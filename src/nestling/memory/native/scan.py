@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from nestling.memory.biases import L2, Bias, DotProduct, Omega
 from nestling.memory.gates import Factor
+from nestling.memory.inputs import Inputs
+from nestling.memory.layout import Layout
 from nestling.memory.native import fields
 from nestling.memory.native.call import Given
-from nestling.memory.native.lanes import Again, Lanes, Stand
-from nestling.memory.native.runs import Runs
+from nestling.memory.native.lanes import Again, Ends, Lanes, Stand, stand, states
+from nestling.memory.native.runs import Runs, runs
 from nestling.memory.networks import MLP, Matrix
 from nestling.memory.networks.base import Network
 from nestling.memory.networks.layer_norm import EPS
 from nestling.memory.retentions import Decay, Full, Retention
 from nestling.memory.rules import DeltaGradient, Gradient, Implicit, Momentum, Rule
-from nestling.native import DEFINES, SCAN, library
+from nestling.memory.state import MemoryState, Tail
+from nestling.native import DEFINES, SCAN, library, without
 
-Weights = tuple[Tensor, ...]
+if TYPE_CHECKING:
+    from nestling.memory.spec import MemorySpec
 
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 
@@ -102,19 +106,10 @@ def _known(cell: Cell) -> bool:
     )
 
 
-def anchored(anchor: Weights, weights: Weights) -> bool:
-    """Whether the weights are the anchor, as at a chunk's start, also for a gradient."""
-    return all(
-        w is a or (not (w.requires_grad or a.requires_grad) and torch.equal(w, a))
-        for w, a in zip(weights, anchor, strict=True)
-    )
-
-
-def log(gate: Factor | None) -> tuple[bool, Tensor | None]:
-    """Whether a gate has a logarithm everywhere, and that."""
-    if gate is None:
-        return True, None
-    return gate.zero is None or not bool(gate.zero.any()), gate.log
+def orderly(fine: Tensor, valid: Tensor | None, *gates: Factor | None) -> bool:
+    """Whether every token that is there is fine, and these gates have a logarithm everywhere."""
+    fine = fine if valid is None else fine | ~valid
+    return bool(fine.all()) and not any(g is not None and g.zero is not None and bool(g.zero.any()) for g in gates)
 
 
 class Scan(Lanes):
@@ -139,3 +134,49 @@ class Scan(Lanes):
 
     def stores(self, structure: fields.Scan) -> list[tuple[fields.Store, slice]]:
         return [(structure.store, slice(None))]
+
+
+def scan(
+    spec: MemorySpec, x: Inputs, cut: Layout, slow: Callable[[MemorySpec, Inputs], tuple[Tensor, MemoryState]]
+) -> Ends | None:
+    """A call by the C code; None where that does not serve, or a guard would have to step in.
+
+    slow   the same call by the framework's operations
+    """
+    cell, tail = Cell.of(spec, spec.network), x.state.tail
+    if not (serves(cell, x.q) and orderly(x.fine, x.valid, x.retention, x.momentum)):
+        return None
+    found = runs(cut, x.q.shape[2], None if tail is None else tail.ok)
+    if found is None:
+        return None
+    keys, values = x.k, x.v
+    if tail is not None:
+        keys, values = torch.cat([tail.key, keys], 2), torch.cat([tail.value, values], 2)
+
+    def again(streams: Given, at: Stand) -> Ends:
+        q, k, v, lr, retention, mu, erase, window = streams
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        assert lr is not None
+        before = k.shape[2] - q.shape[2]
+        start, state = states(x.state, x.start, at)
+        past = None if tail is None else Tail(k[:, :, :before], v[:, :, :before], tail.ok)
+        given = x._replace(
+            start=start,
+            state=state._replace(tail=past),
+            q=q,
+            k=k[:, :, before:],
+            v=v[:, :, before:],
+            lr=lr,
+            retention=None if retention is None else Factor(retention),
+            momentum=None if mu is None else Factor(mu),
+            erase=erase,
+            window=window,
+        )
+        with without():
+            return Ends.of(slow(spec, given))
+
+    retention, momentum = (None if gate is None else gate.log for gate in (x.retention, x.momentum))
+    streams = x.q, keys, values, x.lr, retention, momentum, x.erase, x.window
+    return Scan(cell, found, again).scan(streams, stand(x.state, x.start, found))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nestling.memory.gates import Factor
+from nestling.memory.layout import Layout
 from nestling.memory.native import fields
 from nestling.memory.native.call import Given
-from nestling.memory.native.lanes import Again, Lanes, Stand
-from nestling.memory.native.runs import Runs
-from nestling.memory.native.scan import Cell
+from nestling.memory.native.lanes import Again, Ends, Lanes, Stand, stand, states
+from nestling.memory.native.runs import Runs, runs
+from nestling.memory.native.scan import Cell, orderly, serves
 from nestling.memory.norm import EPS
-from nestling.native import HEADERS
+from nestling.memory.state import MemoryState
+from nestling.native import HEADERS, without
 
 if TYPE_CHECKING:
-    from nestling.memory.self_modifying import SelfModifying
+    from nestling.memory.self_modifying import SelfModifying, Streams
 
 SOURCE = HEADERS / "self_modifying.c"
 
@@ -58,3 +61,42 @@ class Scan(Lanes):
     def like(self, name: str, x: Tensor, lanes: int) -> Tensor:
         readout = name.endswith(("_weight", "_bias"))  # shared by the lanes: one of each, to be summed
         return torch.zeros(lanes, *x.shape, dtype=x.dtype) if readout else torch.zeros_like(x)
+
+
+def scan(
+    spec: SelfModifying,
+    x: Streams,
+    cut: Layout,
+    slow: Callable[[SelfModifying, Streams], tuple[Tensor, MemoryState]],
+) -> Ends | None:
+    """A call by the C code, as `nestling.memory.native.scan.scan`."""
+    if spec.static or not (all(serves(cell, x.q) for cell in cells(spec)) and orderly(x.fine, x.valid, x.momentum)):
+        return None
+    found = runs(cut, x.q.shape[2])
+    if found is None:
+        return None
+
+    def again(streams: Given, at: Stand) -> Ends:
+        q, k, v, mu, *readout = streams
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        half = len(readout) // 2
+        pairs = zip(("lr", "retention"), readout[:half], readout[half:], strict=True)
+        start, state = states(x.state, x.start, at)
+        given = x._replace(
+            start=start,
+            state=state,
+            q=q,
+            k=k,
+            v=v,
+            momentum=None if mu is None else Factor(mu),
+            readout={gate: (w, b) for gate, w, b in pairs if w is not None and b is not None},
+        )
+        with without():
+            return Ends.of(slow(spec, given))
+
+    (w_lr, b_lr), (w_alpha, b_alpha) = x.readout["lr"], x.readout.get("retention", (None, None))
+    mu = None if x.momentum is None else x.momentum.log
+    streams = x.q, x.k, x.v, mu, w_lr, w_alpha, b_lr, b_alpha
+    return Scan(spec, found, again).scan(streams, stand(x.state, x.start, found))
