@@ -532,7 +532,7 @@ def test_impossible_periods_are_refused_in_words() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             Continuum(8, 4, periods)
-    for periods in (4, "48", (4, "8"), (4.0, 8), (True,), None, ()):
+    for periods in (4, "48", (4, "8"), (4.0, 8), (True,), None):
         with pytest.raises(ValueError, match="list of whole numbers"):
             nl.models.build("hope", periods=periods)
     with pytest.raises(ValueError, match="from fast to slow"):

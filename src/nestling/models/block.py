@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ class ModelConfig:
     outer       what the outer loop sees of their updates: "first_order", "full" or a number n, truncated; see `Continuum`
     error       what they learn from: "task", the model's loss, or "local", a loss of each level's own
     rank        of what a lane has learned of each of their matrices; None: kept in full
+    chunk_others, network, adaptive, dgd, momentum, decay: of the self-modifying memories; see `nestling.models.zoo.hope`
     window      tokens that sliding-window attention sees, the segment of memory as context
     persistent  number of persistent tokens
     locals      chunk of each local memory of TNT;  refined: what the second stage of training makes of them, empty: the same
@@ -48,6 +49,12 @@ class ModelConfig:
     outer: Outer | None = None
     error: Signal = "task"
     rank: int | None = None
+    chunk_others: int | None = None
+    network: Literal["mlp", "matrix"] | None = None
+    adaptive: tuple[str, ...] = ()
+    dgd: bool | None = None
+    momentum: bool | None = None
+    decay: bool | None = None
     window: int | None = None
     persistent: int | None = None
     locals: tuple[int, ...] = ()
@@ -77,7 +84,7 @@ class Block(nn.Module):
     Args:
         config: gives the widths, and the settings of the levels.
         mixer: the sequence layer.
-        periods: of the feed-forward levels; see `Continuum`.
+        periods: of the feed-forward levels; see `Continuum`. None: one that no token moves.
     """
 
     def __init__(self, config: ModelConfig, mixer: Layer, periods: Sequence[int | None] = (None,)) -> None:
@@ -87,7 +94,7 @@ class Block(nn.Module):
         self.ffn = Continuum(
             config.dim,
             config.ffn,
-            periods,
+            periods or (None,),
             arrangement=config.arrangement,
             outer=config.outer,
             error=config.error,

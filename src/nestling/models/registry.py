@@ -51,11 +51,35 @@ small (about 2 M parameters) for a laptop; the large ones are the papers' (Miras
 PERSISTENT = 4
 """Persistent tokens, where a model has them (Titans does not say how many)."""
 
-Setting = Literal["chunk", "periods", "window", "persistent", "locals", "refined", "shard", "global_chunk"]
+Setting = Literal[
+    "chunk",
+    "periods",
+    "window",
+    "persistent",
+    "locals",
+    "refined",
+    "shard",
+    "global_chunk",
+    "chunk_others",
+    "network",
+    "adaptive",
+    "dgd",
+    "momentum",
+    "decay",
+]
 LISTS: tuple[Setting, ...] = ("periods", "locals", "refined")
 """Settings that are lists of whole numbers."""
 CONTINUUM = ("arrangement", "outer", "error", "rank")
 """What every model with periods has beside them; the continuum itself refuses what cannot be."""
+CHOICES: dict[Setting, tuple[Any, ...]] = {
+    "network": ("mlp", "matrix"),
+    "dgd": (True, False),
+    "momentum": (False, True),
+    "decay": (True, False),
+}
+"""Settings that are one of a few; the first is the default."""
+PROJECTIONS = ("k", "v", "q")
+"""What `adaptive` may name."""
 Make = Callable[[ModelConfig, int], Block]
 
 
@@ -136,11 +160,19 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
         "refined": (),
         "shard": given.shard,
         "global_chunk": given.shard,
+        "chunk_others": None,
+        "adaptive": PROJECTIONS[:2],
+        **{setting: choices[0] for setting, choices in CHOICES.items()},
     }
     numbers: dict[str, Any] = {"dim": given.dim, "layers": given.layers, "heads": given.heads}
     numbers |= {setting: own[setting] for setting in entry.settings} | overrides
     others: dict[str, Any] = {setting: _whole(setting, numbers.pop(setting)) for setting in LISTS if setting in numbers}
     others |= {setting: numbers.pop(setting) for setting in CONTINUUM if setting in numbers}
+    others |= {setting: _chosen(setting, numbers.pop(setting)) for setting in CHOICES if setting in numbers}
+    if "adaptive" in numbers:
+        others["adaptive"] = _projections(numbers.pop("adaptive"))
+    if numbers.get("chunk_others", 0) is None:
+        others["chunk_others"] = numbers.pop("chunk_others")
     for setting, number in (*numbers.items(), ("vocab_size", vocab_size)):
         least = 0 if setting == "persistent" else 1
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
@@ -167,9 +199,26 @@ def levels(model: LanguageModel, optimizer: torch.optim.Optimizer | None = None)
 def _whole(setting: Setting, given: Any) -> tuple[int, ...]:
     """Refuse what is no list of periods; which fit together the layers know."""
     whole = isinstance(given, list | tuple) and all(isinstance(p, int) and not isinstance(p, bool) for p in given)
-    if not whole or (not given and setting != "refined"):
+    if not whole or (not given and setting == "locals"):
         raise ValueError(f"{setting} is {given!r}; expected a list of whole numbers of tokens, for example [64, 256]")
     return tuple(given)
+
+
+def _chosen(setting: Setting, given: Any) -> Any:
+    """Refuse what is none of a setting's choices."""
+    if not any(given is choice or (isinstance(given, str) and given == choice) for choice in CHOICES[setting]):
+        words = " or ".join(str(choice).lower() for choice in CHOICES[setting])
+        raise ValueError(f"{setting} is {given!r}; expected {words}")
+    return given
+
+
+def _projections(given: Any) -> tuple[str, ...]:
+    """Refuse what is no list of projections."""
+    if not isinstance(given, list | tuple) or any(name not in PROJECTIONS for name in given):
+        raise ValueError(
+            f"adaptive is {given!r}; expected a list of some of {', '.join(PROJECTIONS)}, for example {['k', 'v']}"
+        )
+    return tuple(name for name in PROJECTIONS if name in given)
 
 
 def _entry(name: str) -> Entry:
