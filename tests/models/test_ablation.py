@@ -24,7 +24,7 @@ ROWS = ABLATION | OTHERS
 
 def build(row: str) -> nl.models.LanguageModel:
     torch.manual_seed(0)
-    model = nl.models.build("hope", dim=16, heads=2, vocab_size=31, ffn=16, **ROWS[row]).double()
+    model = nl.models.build("hope", dim=16, layers=1, heads=2, vocab_size=31, ffn=16, **ROWS[row]).double()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:

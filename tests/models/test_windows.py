@@ -82,6 +82,8 @@ def by_definition(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[di
     }
     theta = {name: weight.clone() for name, weight in frozen.named_parameters() if name in names}
     theta_0 = {name: weight.clone() for name, weight in theta.items()}
+    by_period = sorted(range(len(model.config.periods)), key=lambda n: model.config.periods[n])
+    slower = dict(itertools.pairwise(by_period)) if model.blocks[0].ffn.arrangement == "nested" else {}
     pending = {name: torch.zeros_like(weight) for name, weight in theta.items()}
     base, moving = dict(theta_0), dict(pending)  # nested: what a level is put back to, and what will move that
     state, outputs, history = model.start(1).blocks, [], []
@@ -107,18 +109,17 @@ def by_definition(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[di
                 norm, share = norm / (size - 1), (size - 1) * period / size
             step = found[name] * (ffn.clip / norm).clamp_max(1)
             pending[name] = pending[name] + F.softplus(ffn.levels_[level].rate) * step / share
-            if ffn.arrangement == "nested" and level + 1 < len(model.config.periods):
-                slow = share * model.config.periods[level + 1] / period if ffn.mean else 1.0
-                moving[name] = moving[name] + F.softplus(ffn.levels_[level + 1].rate) * step / slow
+            if level in slower:
+                slow = share * model.config.periods[slower[level]] / period if ffn.mean else 1.0
+                moving[name] = moving[name] + F.softplus(ffn.levels_[slower[level]].rate) * step / slow
         for name, (_, level) in names.items():
             if (first + size) % model.config.periods[level] == 0:
                 theta[name] = theta[name] - pending[name]
                 pending[name] = torch.zeros_like(pending[name])
                 theta[name] = cut(theta[name], theta_0[name], first + size, model.config.periods[level])
-            nested = model.blocks[0].ffn.arrangement == "nested" and level + 1 < len(model.config.periods)
-            if nested and (first + size) % model.config.periods[level + 1] == 0:
+            if level in slower and (first + size) % model.config.periods[slower[level]] == 0:
                 moved = base[name] - moving[name]
-                theta[name] = base[name] = cut(moved, theta_0[name], first + size, model.config.periods[level + 1])
+                theta[name] = base[name] = cut(moved, theta_0[name], first + size, model.config.periods[slower[level]])
                 moving[name] = torch.zeros_like(moving[name])
         history.append({name: theta[name] - theta_0[name] for name in theta})
     return torch.cat(outputs, 1), history
@@ -134,16 +135,34 @@ NESTED, INDEPENDENT = {"arrangement": "nested"}, {"arrangement": "independent"}
         ((2, 4, 12), NESTED),
         ((4, 8), {**NESTED, "mean": False, "clip": 0.7}),
         ((2, 6, 4), INDEPENDENT),
-        ((2, 6, 4), {"outer": "full"}),
-        ((4, 8), {"outer": 2, "mean": False}),
-        ((4, 8), {**NESTED, "outer": "full"}),
-        ((2, 4, 8), {**NESTED, "outer": 2}),
     ],
 )
 @pytest.mark.parametrize("time", [3, 17, 24])
 def test_equal_to_the_definition_with_every_gradient(
     periods: tuple[int, ...], time: int, settings: dict[str, Any]
 ) -> None:
+    equals_the_definition(periods, time, settings)
+
+
+@pytest.mark.parametrize(
+    ("periods", "settings"),
+    [
+        ((2, 6, 4), {"outer": "full"}),
+        ((4, 8), {"outer": 2, "mean": False}),
+        ((2, 4, 8), {**NESTED, "outer": 2}),
+        ((2, 2, 4, 8, 16), {}),
+        ((2, 4, 4, 8, 16), NESTED),
+        ((12, 4, 2), {**NESTED, "outer": "full"}),
+        ((16, 8, 4, 4, 2, 2), {**INDEPENDENT, "outer": 3}),
+    ],
+)
+def test_any_number_of_levels_in_either_order_and_every_outer_gradient(
+    periods: tuple[int, ...], settings: dict[str, Any]
+) -> None:
+    equals_the_definition(periods, 18, settings)
+
+
+def equals_the_definition(periods: tuple[int, ...], time: int, settings: dict[str, Any]) -> None:
     model = build(periods, **settings)
     tokens = text(time, 2, time)
     logits, state = model(tokens)
@@ -535,8 +554,8 @@ def test_impossible_periods_are_refused_in_words() -> None:
     for periods in (4, "48", (4, "8"), (4.0, 8), (True,), None):
         with pytest.raises(ValueError, match="list of whole numbers"):
             nl.models.build("hope", periods=periods)
-    with pytest.raises(ValueError, match="from fast to slow"):
-        Continuum(8, 4, (8, 4), arrangement="nested")
+    with pytest.raises(ValueError, match="from fast to slow or from slow to fast"):
+        Continuum(8, 4, (8, 4, 16), arrangement="nested")
     with pytest.raises(ValueError, match="expected sequential, nested, independent"):
         nl.models.build("hope", arrangement="parallel")
     for settings in ({"rate": math.nan}, {"rate": math.inf}, {"rate": 0.0}, {"clip": math.nan}):

@@ -61,7 +61,8 @@ class FeedForward(nn.Module):
 
 
 class Continuum(nn.Module):
-    """A CMS (Nested Learning, eq. 70–74), first applied = fastest (as drawn in its Figure 5).
+    """A CMS (Nested Learning, eq. 70–74) of any number of levels, applied in the order given: fastest first as drawn in its
+    Figure 5, or otherwise.
 
     Args:
         dim: width.
@@ -76,8 +77,8 @@ class Continuum(nn.Module):
         rule: how a level descends (eq. 71's f): `Gradient`, `Momentum`, `Adam` or `M3` of `nestling.optim.inner`, whose
             memories are part of the state. A chunk is one of their steps. Initial weights of nested levels move by gradient
             descent; a level that is put back to them remembers nothing.
-        arrangement: "sequential", "nested" or "independent". Nested levels stand from fast to slow, every period a multiple of
-            the one before it.
+        arrangement: "sequential", "nested" or "independent". Nested levels stand from fast to slow or from slow to fast, every
+            period a multiple of the next faster one.
         outer: what the outer loop sees of an update: "first_order", "full", or a whole number n ≥ 2, truncated; see `descent`. It
             changes gradients alone. Beyond first order the graph of every window's gradient is built too, in every mode, and
             attention is computed by its formula. Default: "first_order"; with `local` errors, whose values learn through the
@@ -124,10 +125,11 @@ class Continuum(nn.Module):
             raise ValueError(f"Continuum: rate is {rate} and clip {clip}; expected positive numbers, the rate finite")
         if arrangement not in get_args(Arrangement):
             raise ValueError(f"Continuum: arrangement is {arrangement!r}; expected {', '.join(get_args(Arrangement))}")
-        if arrangement == "nested" and any(slow % fast for fast, slow in pairwise(finite)):
+        rising = finite == sorted(finite)
+        if arrangement == "nested" and any(slow % fast for fast, slow in pairwise(finite if rising else finite[::-1])):
             raise ValueError(
-                f"Continuum: periods {tuple(finite)} of nested levels must go from fast to slow, each a multiple of the one "
-                "before"
+                f"Continuum: periods {tuple(finite)} of nested levels must go from fast to slow or from slow to fast, each a "
+                "multiple of the next faster one"
             )
         outer = ("first_order" if error == "task" else "full") if outer is None else outer
         descent.check_outer(outer)
@@ -153,7 +155,7 @@ class Continuum(nn.Module):
         self.periods, self.clip, self.mean, self.arrangement = tuple(periods), clip, mean, arrangement
         self.outer: Outer = outer
         learning = [n for n, p in enumerate(periods) if p is not None]
-        self.slower = dict(pairwise(learning)) if arrangement == "nested" else {}
+        self.slower = dict(pairwise(learning if rising else learning[::-1])) if arrangement == "nested" else {}
         """Nested: which level moves the initial weights of which."""
         self.window = min(finite, default=None)
         """Tokens between two gradients: the fastest period. None: nothing here learns from tokens."""
