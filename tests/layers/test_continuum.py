@@ -1,5 +1,6 @@
 """How a level of the continuum descends: each rule is the optimizer of its name, lane by lane, and keeps the contracts."""
 
+import copy
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from nestling.optim import inner
 
 F64 = torch.float64
 RULES = [inner.Gradient(), inner.Momentum(), inner.Adam(), inner.M3(period=2)]
-REMEMBERING = RULES[1:]
+REMEMBERING = [*RULES[1:], inner.DGD(0.5)]
 OPTIMIZERS = {
     "Gradient": lambda p, lr: torch.optim.SGD(p, lr),
     "Momentum": lambda p, lr: optim.AdamMemory(p, lr, (0.9, 0.9), target="square", bias_correction=False),
@@ -70,6 +71,38 @@ def model_with(rule, periods=(4, 8)):
     return model
 
 
+@pytest.mark.parametrize("coupling", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("mean", [True, False])
+def test_levels_that_erase_are_delta_gradient_descent_on_their_layers(coupling, mean):
+    """`optim.DGD` on the same layers, their inputs seen by its own hooks: a level of one window, and one of two."""
+    model = model_with(inner.DGD(coupling))
+    (own,) = (block.ffn for block in model.blocks)
+    own.clip, own.mean = math.inf, mean
+    tokens, plain = text(1, 16), copy.deepcopy(model)
+    with torch.no_grad():
+        _, state = model(tokens)
+
+    blocks, optimizers = plain.start(1).blocks, []
+    for level, every in zip(plain.blocks[0].ffn.levels_, (1, 2), strict=True):
+        rate = torch.nn.functional.softplus(level.rate).item()
+        group = {"params": list(level.weights()), "every": every}
+        step = optim.DGD(plain, rate, coupling=coupling, params=[group], reduction="mean" if mean else "sum")
+        optimizers.append(optim.Periodic(step, accumulate="mean" if mean else "sum"))
+    for window in tokens.split(4, 1):
+        logits, blocks = plain.read(window, nl.state.detach(blocks))
+        found = torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:], reduction="mean" if mean else "sum")
+        found.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        plain.zero_grad()
+    for number, level in enumerate(plain.blocks[0].ffn.levels_):
+        for delta, new, old in zip(
+            state.continuum[0].delta[number], level.weights(), own.levels_[number].weights(), strict=True
+        ):
+            assert delta.abs().max() > 1e-5
+            torch.testing.assert_close(delta[0], new - old, rtol=1e-7, atol=1e-9)
+
+
 def text(lanes, time):
     return torch.randint(31, (lanes, time), generator=torch.Generator().manual_seed(1))
 
@@ -86,7 +119,7 @@ def test_splits_lanes_resets_and_files_change_nothing(rule, tmp_path):
         logits, whole = model(tokens)
         plain, _ = model_with(inner.Gradient())(tokens)
         assert not torch.allclose(logits[:, -1], plain[:, -1]), "the rule has an effect"
-        assert any(x.abs().max() > 0 for c in whole.continuum for x in nl.state.leaves(c.memory))
+        assert rule.erases or any(x.abs().max() > 0 for c in whole.continuum for x in nl.state.leaves(c.memory))
 
         for cut in (3, 13):
             first, state = model(tokens[:, :cut])
@@ -115,17 +148,17 @@ def test_rates_are_learned_and_memories_have_no_history(rule):
     assert not any(x.requires_grad for c in state.continuum for x in nl.state.leaves(c.memory))
 
 
-@pytest.mark.parametrize("rule", RULES, ids=name_of)
+@pytest.mark.parametrize("rule", [*RULES, inner.DGD()], ids=name_of)
 def test_every_memory_belongs_to_its_level(rule):
     layer = Continuum(4, 3, (2, 4), rule=rule)
     levels = layer.levels()
     assert all(str(rule) in level.rule for level in levels)
     state = layer.start(1)
-    assert bool(nl.state.leaves(state.memory)) == (rule in REMEMBERING)
+    assert bool(nl.state.leaves(state.memory)) == (rule is not RULES[0])
     assert [level.state_paths[2] for level in levels] == ["memory.0", "memory.1"]
 
 
-@pytest.mark.parametrize("rule", REMEMBERING, ids=name_of)
+@pytest.mark.parametrize("rule", RULES[1:], ids=name_of)
 def test_an_update_that_would_not_be_finite_leaves_the_memory_as_it_was(rule):
     layer = Continuum(4, 3, (2, 4), rule=rule, clip=math.inf)
     chunks = random_gradients(layer, 2)
@@ -147,6 +180,8 @@ def test_an_update_that_would_not_be_finite_leaves_the_memory_as_it_was(rule):
         (lambda: inner.Momentum(1.0), "share is 1.0"),
         (lambda: inner.Adam((0.9, 1.5)), "shares is"),
         (lambda: inner.M3(period=0), "period is 0"),
+        (lambda: inner.DGD(1.5), "coupling is 1.5"),
+        (lambda: inner.named("muon"), "rule is 'muon'; expected one of: gradient, momentum, dgd, adam, m3"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make, words):

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import nestling as nl
+from nestling.cli import run
 from nestling.learn import planning
+from nestling.optim import inner
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "outer full": ("hope_swa", {"outer": "full"}),
@@ -26,6 +28,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "low rank, nested, full": ("ttt_e2e", {"rank": 3, "arrangement": "nested", "periods": [2, 4], "outer": "full"}),
     "low rank, local": ("hope_swa", {"rank": 2, "error": "local", "arrangement": "independent"}),
     "local beside a static level": ("ttt_e2e", {"error": "local"}),
+    "delta gradient descent, nested": ("hope_swa", {"rule": "dgd", "arrangement": "nested"}),
+    "delta gradient descent, truncated": ("ttt_e2e", {"rule": "dgd", "outer": 2}),
+    "delta gradient descent, local": ("hope_swa", {"rule": "dgd", "error": "local"}),
+    "adam, full": ("hope_swa", {"rule": "adam", "outer": "full"}),
+    "m3, independent": ("hope_swa", {"rule": "m3", "arrangement": "independent"}),
 }
 VOCAB = 31
 
@@ -179,3 +186,26 @@ def test_models_of_a_size_have_equally_many_parameters(name: str, size: str) -> 
         model, target = nl.models.build(name, size, error="local"), nl.models.build("transformer", size)
     count, wanted = (sum(p.numel() for p in m.parameters()) for m in (model, target))
     assert abs(count / wanted - 1) < 0.02
+
+
+@pytest.mark.parametrize("rule", inner.RULES)
+def test_the_rule_of_the_levels_is_a_setting_and_shown(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.device("meta"):
+        model = nl.models.build("hope", "small", rule=rule)
+    assert model.config.rule == rule
+    shown = [level.rule for level in model.levels() if ".ffn." in level.name]
+    assert shown == [f"{inner.named(rule)} on the chunk's mean"] * 8
+    assert run(["levels", "--model", "hope", "--set", f"rule={rule}"]) == 0
+    assert str(inner.named(rule)) in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_rules_that_cannot_be_are_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="rule is 'muon'; expected one of: gradient, momentum, dgd, adam, m3"):
+        nl.models.build("hope", rule="muon")
+    with pytest.raises(ValueError, match="transformer has no setting rule"):
+        nl.models.build("transformer", rule="m3")
+    with pytest.raises(ValueError, match=r"rank is 2, and delta gradient descent.*rule without a memory"):
+        nl.models.build("hope", rule="dgd", rank=2)
+    for words in (["--model", "hope", "--set", "rule=muon"], ["--model", "deltanet", "--set", "rule=m3"]):
+        assert run(["train", *words]) == 2
+    assert "expected one of: gradient, momentum, dgd, adam, m3" in capsys.readouterr().err.replace("\n", " ")

@@ -25,6 +25,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.layers import descent, local
@@ -34,6 +35,8 @@ from nestling.layers.low_rank import Kept, LowRank, full, zeros
 from nestling.layers.mlp import SwiGLU
 from nestling.memory import L2, Bias
 from nestling.memory.biases import reads_threshold
+from nestling.memory.norm import EPS
+from nestling.memory.rules.delta import erasure
 from nestling.optim.inner import Gradient, InnerRule
 
 Arrangement = Literal["sequential", "nested", "independent"]
@@ -55,6 +58,22 @@ class FeedForward(nn.Module):
         y: Tensor = self.mlp(self.norm(u), moved)
         return y
 
+    def said(self, u: Tensor, moved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What each weight matrix would lose if it forgot all that it says to its inputs: Σ_t (W x_t)x_tᵀ/‖x_t‖² `[lane, out,
+        in]`. u and moved as in `forward`.
+        """
+        with torch.autocast(u.device.type, enabled=False):
+            up, down = (w + d for w, d in zip(self.weights(), moved, strict=True))
+            x = self.norm(u.to(self.norm.weight.dtype)).to(up.dtype)
+            first = x @ up.mT
+            gate, value = first.chunk(2, -1)
+            hidden = F.silu(gate) * value
+
+            def lost(x: Tensor, read: Tensor) -> Tensor:
+                return erasure(x, read, 1 / (x.square().sum(-1, keepdim=True) + EPS**2)).mT
+
+            return lost(x, first), lost(hidden, hidden @ down.mT)
+
     def weights(self) -> tuple[Tensor, Tensor]:
         """θ₀: the matrices that tokens may move. Norm gains stay slow."""
         return self.mlp.up.weight, self.mlp.down.weight
@@ -74,7 +93,7 @@ class Continuum(nn.Module):
             than the period.
         clip: largest norm of one window's (mean) gradient of one level.
         mean: average the gradients of a chunk instead of summing them, so that a useful η does not depend on the period.
-        rule: how a level descends (eq. 71's f): `Gradient`, `Momentum`, `Adam` or `M3` of `nestling.optim.inner`, whose
+        rule: how a level descends (eq. 71's f): `Gradient`, `Momentum`, `DGD`, `Adam` or `M3` of `nestling.optim.inner`, whose
             memories are part of the state. A chunk is one of their steps. Initial weights of nested levels move by gradient
             descent; a level that is put back to them remembers nothing.
         arrangement: "sequential", "nested" or "independent". Nested levels stand from fast to slow or from slow to fast, every
@@ -224,7 +243,8 @@ class Continuum(nn.Module):
     ) -> ContinuumState:
         """What the levels do when a window closes.
 
-        gradients  of Σ_t L_t over the window's targets, per lane, like `state.delta`; with a history where `outer` wants it
+        gradients  of Σ_t L_t over the window's targets, per lane, like `state.delta`; with a history where `outer` wants it;
+                   for a rule that erases, behind those of every level, `FeedForward.said`
         targets    how many L_t the sum has
         closing    bool `[lane]` (CPU): lanes whose window closes now; the others are left alone
         position   `[lane]` (CPU): tokens read by then, which says what is due

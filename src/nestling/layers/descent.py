@@ -93,7 +93,11 @@ def learn(own: Continuum, state: ContinuumState, gradients: Gradients, window: W
         found = gradients[number]
         if own.outer == "first_order":
             found = tuple(g.detach() for g in found)
+        count = len(state.delta[number])
+        found, said = found[:count], found[count:]
         found, scale, bad = _bounded(own, found, window)
+        if own.rule.erases:
+            state = _take_in(own, state, number, said, ~bad, window)
         state = state._replace(faults=state.faults + bad)
         rate = F.softplus(level.rate.to(scale.dtype))
         state = _descend(own, state, number, found, scale, rate, window)
@@ -131,6 +135,22 @@ def _bounded(own: Continuum, found: Matrices, window: Window) -> tuple[Matrices,
     return found, scale, ~finite & closing
 
 
+def _take_in(
+    own: Continuum, state: ContinuumState, number: int, said: Matrices, whole: Tensor, window: Window
+) -> ContinuumState:
+    """For a rule that erases: what the weights said to a window's inputs, `FeedForward.said`, summed up where the rule keeps it,
+    in lanes whose gradients are whole."""
+    period = own.periods[number]
+    assert period is not None
+    assert own.window is not None
+    tokens = own.window - own.alone  # without the model's loss, a level is not asked at the last
+    use = whole & window.closing.to(whole.device)
+    said = tuple(torch.where(_lanes(use, x), x, 0.0) for x in said)
+    steps = _steps(own, said, use.to(said[0].dtype), period, window._replace(targets=tokens))
+    kept = tuple((m[0] + s, *m[1:]) for m, s in zip(state.memory[number], steps, strict=True))
+    return state._replace(memory=_put(state.memory, number, kept))
+
+
 def _descend(
     own: Continuum,
     state: ContinuumState,
@@ -154,10 +174,11 @@ def _descend(
         kept: tuple[Matrices, ...] = ()
         if remembers:
             answers = [own.rule.step(s, m) for s, m in zip(steps, memory[number], strict=True)]
-            moves, kept = tuple(rate * d for d, _ in answers), tuple(m for _, m in answers)
+            size = own.rule.size(rate)
+            moves, kept = tuple(size * d for d, _ in answers), tuple(m for _, m in answers)
         delta, broken = _update(state.delta[number], moves, due)
         if remembers:
-            take = due.to(broken.device) & ~broken
+            take = due.to(broken.device) & (~broken | own.rule.erases)  # sums of a chunk end with it in any case
             kept = tuple(where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
             memory = _put(memory, number, tuple(_cut(own, m, period, window) for m in kept))
         delta = _cut(own, delta, period, window)

@@ -119,7 +119,7 @@ def _piece(own: Continuum, x: Tensor, state: LocalState, piece: Piece) -> tuple[
 
 
 def _gradients(own: Continuum, level: FeedForward, u: Tensor, delta: Matrices) -> Matrices:
-    """∂(Σ_t L_t)/∂θ per lane over a window, like `delta`; u `[lane, window, dim]`."""
+    """∂(Σ_t L_t)/∂θ per lane over a window, like `delta`, and what a rule that erases needs beside; u `[lane, window, dim]`."""
     assert level.value is not None
     with torch.autocast(u.device.type, enabled=False):
         (up, down), dtype = (w + d for w, d in zip(level.weights(), delta, strict=True)), delta[0].dtype
@@ -129,7 +129,8 @@ def _gradients(own: Continuum, level: FeedForward, u: Tensor, delta: Matrices) -
         trace = NETWORK.trace(weights, k[:, :-1])
         errors = NETWORK.errors(weights, trace, own.bias.error(trace.prediction, v))
         gate, other, out = (e.mT @ x for x, e in zip(trace.inputs, errors, strict=True))
-        return torch.cat([gate, other], 1), out
+        found = torch.cat([gate, other], 1), out
+    return (*found, *level.said(u[:, :-1], delta)) if own.rule.erases else found
 
 
 def check(own: Continuum, state: LocalState) -> None:

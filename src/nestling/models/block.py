@@ -14,6 +14,7 @@ from nestling.layers.continuum import Arrangement
 from nestling.layers.descent import Moved, Outer, Signal
 from nestling.layers.local import LocalState
 from nestling.memory import Report
+from nestling.optim import inner
 from nestling.state import register
 
 
@@ -29,6 +30,7 @@ class ModelConfig:
     outer       what the outer loop sees of their updates: "first_order", "full" or a number n, truncated; see `Continuum`
     error       what they learn from: "task", the model's loss, or "local", a loss of each level's own
     rank        of what a lane has learned of each of their matrices; None: kept in full
+    rule        how they descend: "gradient", "momentum", "dgd", "adam" or "m3"; see `nestling.optim.inner`
     chunk_others, network, adaptive, dgd, momentum, decay: of the self-modifying memories; see `nestling.models.zoo.hope`
     window      tokens that sliding-window attention sees, the segment of memory as context
     persistent  number of persistent tokens
@@ -49,6 +51,7 @@ class ModelConfig:
     outer: Outer | None = None
     error: Signal = "task"
     rank: int | None = None
+    rule: str = "gradient"
     chunk_others: int | None = None
     network: Literal["mlp", "matrix"] | None = None
     adaptive: tuple[str, ...] = ()
@@ -99,6 +102,7 @@ class Block(nn.Module):
             outer=config.outer,
             error=config.error,
             rank=config.rank,
+            rule=inner.named(config.rule),
         )
 
     def start(self, lanes: int) -> Any:

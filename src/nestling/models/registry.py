@@ -69,7 +69,7 @@ Setting = Literal[
 ]
 LISTS: tuple[Setting, ...] = ("periods", "locals", "refined")
 """Settings that are lists of whole numbers."""
-CONTINUUM = ("arrangement", "outer", "error", "rank")
+CONTINUUM = ("arrangement", "outer", "error", "rank", "rule")
 """What every model with periods has beside them; the continuum itself refuses what cannot be."""
 CHOICES: dict[Setting, tuple[Any, ...]] = {
     "network": ("mlp", "matrix"),

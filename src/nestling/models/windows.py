@@ -90,8 +90,9 @@ def _piece(
         with _differentiating() as copied:
             blocks, delta, own = copied(state.blocks), copied(_dense(state)), copied(tokens)
             leaves = [_leaves(d) for d in delta]
-            logits, blocks = _logits(model, own, blocks, leaves, valid=copied(valid), report=report)
-            gradients = _gradients(model, logits, own, leaves, whole, keep=outer)
+            with _watching(model) as seen:
+                logits, blocks = _logits(model, own, blocks, leaves, valid=copied(valid), report=report)
+            gradients = _said(model, _gradients(model, logits, own, leaves, whole, keep=outer), seen, keep=outer)
         if not outer:
             logits, blocks = logits.detach(), fast.detach(blocks)
     else:
@@ -132,12 +133,14 @@ def _read_again(
         text = copied(tokens)[lanes.to(tokens.device)]
         blocks = fast.take(copied(since), lanes)
         leaves = [_leaves(fast.take(copied(d), lanes)) for d in delta]
-        logits, _ = _logits(model, text, blocks, leaves)
+        with _watching(model) as seen:
+            logits, _ = _logits(model, text, blocks, leaves)
         found = _gradients(model, logits, text, leaves, torch.ones(len(lanes), dtype=torch.bool), keep=keep)
+        found = _said(model, found, seen, keep=keep)
     if bool(again.all()):
         return found
     if gradients is None:
-        gradients = [fast.tree_map(torch.zeros_like, d) for d in _dense(state)]
+        gradients = [fast.tree_map(lambda g: g.new_zeros(len(tokens), *g.shape[1:]), d) for d in found]
     at = lanes.to(tokens.device)
     return [
         fast.tree_map(lambda a, b: a.index_copy(0, at, b), mine, more)
@@ -168,6 +171,49 @@ def _gradients(
         found = iter(torch.autograd.grad(loss, flat, retain_graph=keep, create_graph=model.twice))
     live = keep and model.twice
     return [fast.tree_map(lambda _: next(found) if live else next(found).detach(), moved) for moved in leaves]
+
+
+Seen = dict[tuple[int, int], tuple[Tensor, tuple[Tensor, ...]]]
+"""Inputs and moved weights of levels, by block and level."""
+
+
+@contextmanager
+def _watching(model: LanguageModel) -> Iterator[Seen]:
+    """Note what the levels are given whose rule needs it."""
+    seen: Seen = {}
+    handles = []
+    for number in model.learning:
+        own = model.continuum(number)
+        for which, (period, level) in enumerate(own.each()):
+            if own.rule.erases and period is not None:
+
+                def keep(_: Any, given: Any, __: Any, at: tuple[int, int] = (number, which)) -> None:
+                    seen[at] = given
+
+                handles.append(level.register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _said(model: LanguageModel, gradients: list[Gradients], seen: Seen, *, keep: bool) -> list[Gradients]:
+    """The gradients, and behind those of a level whose rule erases what its weights said to its inputs. keep: with history, where
+    any is wanted."""
+    if not seen:
+        return gradients
+    found: list[Gradients] = []
+    with torch.set_grad_enabled(keep and model.twice):
+        for number, own in zip(model.learning, gradients, strict=True):
+            levels = [level for _, level in model.continuum(number).each()]
+            found.append(
+                tuple(
+                    (*g, *level.said(*seen[number, which])) if (number, which) in seen else g
+                    for which, (g, level) in enumerate(zip(own, levels, strict=True))
+                )
+            )
+    return found
 
 
 class _Leaf(torch.autograd.Function):

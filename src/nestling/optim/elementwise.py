@@ -26,7 +26,10 @@ def optimum(numerator: Sequence[Tensor], square: Sequence[Tensor], target: str, 
     if target == "square":
         return tuple(numerator)
     root = torch._foreach_sqrt(list(square))
-    torch._foreach_add_(root, eps)
+    if torch.is_grad_enabled():  # inside a model, where the outer loop may differentiate it
+        root = torch._foreach_add(root, eps)
+    else:
+        torch._foreach_add_(root, eps)
     return torch._foreach_div(list(numerator), root)
 
 

@@ -8,8 +8,9 @@ forked and reset with it. A rule is two pure functions; its step size is the lev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -34,13 +35,31 @@ class InnerRule(Protocol):
         """Before the first gradient of weights like `w` `[lane, out, in]`."""
         ...
 
+    @property
+    def erases(self) -> bool:
+        """Whether it needs what the weights said to the level's inputs, too: Σ (W x)xᵀ/‖x‖², in the memory's first tensor."""
+        ...
+
     def step(self, g: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """D and the new memory, for a gradient `[lane, out, in]`; the weights go to W − ηD."""
+        """D and the new memory, for a gradient `[lane, out, in]`; the weights go to W − η'D."""
+        ...
+
+    def size(self, rate: Tensor) -> Tensor:
+        """η' of the level's η."""
         ...
 
 
+class Plain:
+    """A rule that needs gradients alone, and takes η as it is."""
+
+    erases: ClassVar[bool] = False
+
+    def size(self, rate: Tensor) -> Tensor:
+        return rate
+
+
 @dataclass(frozen=True)
-class Gradient:
+class Gradient(Plain):
     """D = g: gradient descent (the default of the continuum)."""
 
     rate: float = 0.5
@@ -56,7 +75,7 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(Plain):
     """D = m, m ← βm + (1 − β)g: as `PreconditionedMomentum`, as a mean.
 
     share   β
@@ -80,7 +99,40 @@ class Momentum:
 
 
 @dataclass(frozen=True)
-class Adam:
+class DGD:
+    """W ← W − η'(g + κ W Ĉ), η' = η/(1 + κη), Ĉ the mean of x̂x̂ᵀ over the chunk, x̂ = x/‖x‖: delta gradient descent, as
+    `nestling.optim.DGD` in form "normalized".
+
+    W are the weights that are used, θ₀ + Δ, so that a level also erases what the outer loop has given it; what it remembers are
+    the sums of a chunk that is open.
+
+    coupling   κ in [0, 1]: 1 is the paper, 0 gradient descent; 0.1 is ours
+    """
+
+    coupling: float = 0.1
+    rate: float = 0.5
+
+    erases: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.coupling <= 1:
+            raise ValueError(f"DGD: coupling is {self.coupling}; expected a number in [0, 1]")
+
+    def start(self, w: Tensor) -> Memory:
+        return (torch.zeros_like(w),)
+
+    def step(self, g: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        return g + self.coupling * memory[0], self.start(g)
+
+    def size(self, rate: Tensor) -> Tensor:
+        return rate / (1 + self.coupling * rate)
+
+    def __str__(self) -> str:
+        return f"delta gradient descent (erasing {self.coupling})"
+
+
+@dataclass(frozen=True)
+class Adam(Plain):
     """D = m̂/(√v̂ + ε): as `AdamMemory`, the optimal element-wise memory, with the correction of its means.
 
     shares   β₁, β₂
@@ -103,7 +155,8 @@ class Adam:
         corrected = [
             x / _lanes(1 - share ** steps.to(x.dtype), x) for x, share in zip((mean, square), self.shares, strict=True)
         ]
-        (found,) = optimum(corrected[:1], corrected[1:], "root", self.eps)
+        # The root has no slope at 0; what is smaller than the smallest number has none for us.
+        (found,) = optimum(corrected[:1], [corrected[1].clamp_min(torch.finfo(g.dtype).tiny)], "root", self.eps)
         return found, (mean, square, steps)
 
     def __str__(self) -> str:
@@ -111,7 +164,7 @@ class Adam:
 
 
 @dataclass(frozen=True)
-class M3:
+class M3(Plain):
     """D = s (NS(M¹) + α NS(M²)): two momenta of two periods, as `nestling.optim.M3` with second_moment="none".
 
     share, slow_share   β₁, β₃
@@ -152,6 +205,22 @@ class M3:
 
     def __str__(self) -> str:
         return f"M3 ({self.share}; {self.slow_share} every {self.period} updates)"
+
+
+RULES: dict[str, Callable[[], InnerRule]] = {
+    "gradient": Gradient,
+    "momentum": Momentum,
+    "dgd": DGD,
+    "adam": Adam,
+    "m3": M3,
+}
+
+
+def named(name: str) -> InnerRule:
+    """A rule by name, with its default settings. Raises ValueError for one that is not known."""
+    if name not in RULES:
+        raise ValueError(f"rule is {name!r}; expected one of: {', '.join(RULES)}")
+    return RULES[name]()
 
 
 def _count(w: Tensor) -> Tensor:
