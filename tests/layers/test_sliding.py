@@ -86,6 +86,13 @@ def test_long_calls_in_fine_blocks_are_the_band(behind: int) -> None:
     torch.testing.assert_close(y, layer.out(dense.transpose(1, 2).flatten(2))[:, behind:])
 
 
+def test_no_lanes_at_all() -> None:
+    layer = SlidingAttention(8, 2, 4)
+    y, state = layer(torch.zeros(0, 40, 8))
+    assert y.shape == (0, 40, 8)
+    assert layer(torch.zeros(0, 1, 8), state)[0].shape == (0, 1, 8)
+
+
 def test_the_state_keeps_nothing_of_the_call_alive() -> None:
     layer = SlidingAttention(8, 2, 4)
     _, state = layer(torch.randn(1, 500, 8))

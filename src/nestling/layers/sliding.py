@@ -207,12 +207,12 @@ def _windows(stream: Tensor, blocks: int, size: int, behind: int) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """q `[lane, block · size, head, dim]`, k, v `[lane, block, seen, head, dim]`, mask `[lane or 1, block or 1, size, seen]`;
     what the mask lacks of the keys stands before it and is seen."""
-    lanes, blocks = k.shape[:2]
-    q = q.reshape(lanes * blocks, -1, *q.shape[2:])
+    lanes, blocks, size = *k.shape[:2], mask.shape[2]
+    q = q.reshape(lanes * blocks, size, *q.shape[2:])
     mask = F.pad(mask, (k.shape[2] - mask.shape[3], 0), value=True)
     mask = mask[0] if mask.shape[:2] == (1, 1) else mask.expand(lanes, blocks, -1, -1).flatten(0, 1)
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask.unsqueeze(1)
     )
-    return y.transpose(1, 2).reshape(lanes, -1, *q.shape[2:])
+    return y.transpose(1, 2).reshape(lanes, blocks * size, *q.shape[2:])
