@@ -54,8 +54,8 @@ def test_a_normalized_matrix_memory_is_softmax_attention(chunk: int, scale: floa
     q, k, v = data(0)
     spec = nl.memory.named("deep_transformer", key_dim=D, network=Matrix(), chunk=chunk)
     theta = float(torch.tensor(scale, dtype=torch.float64).log())
-    for size in (1.0, 20.0):
-        y, _ = spec.scan(empty(theta), q, size * k, v)
+    for size, engine in ((1.0, "chunked"), (20.0, "chunked"), (20.0, "reference")):
+        y, _ = spec.scan(empty(theta), q, size * k, v, engine=engine)
         close(y, F.scaled_dot_product_attention(q, size * k, v, is_causal=True, scale=scale))
 
 

@@ -65,7 +65,12 @@ def _lane(
 def summed(spec: KernelMemory, theta: Tensor, pairs: Sum, x: Tensor) -> Tensor:
     """Σ a κ(k, x) u of x `[head, n, key_dim]`, over Σ a κ(k, x) if normalized."""
     product = torch.einsum("hnd,hmd->hnm", x, pairs.key) - (1.0 if spec.kernel.unit_peak else 0.0)
-    shares = (theta.exp() * product).clamp_max(CAP).exp() * pairs.weight.unsqueeze(1)
+    exponent, weight = theta.exp() * product, pairs.weight.unsqueeze(1)
+    if spec.normalized and exponent.shape[-1] > 0:  # the largest divides out, so that no exponent needs a cap
+        counts = (weight != 0).expand_as(exponent)
+        top = exponent.detach().masked_fill(~counts, -torch.inf).amax(-1, keepdim=True)
+        exponent = exponent - torch.where(counts.any(-1, keepdim=True), top, 0.0)
+    shares = exponent.clamp_max(CAP).exp() * weight
     total = torch.einsum("hnm,hmo->hno", shares, pairs.write)
     if not spec.normalized:
         return total
