@@ -128,6 +128,21 @@ def test_an_overflowing_factor_is_dropped_and_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["chunked", "reference"])
+@pytest.mark.parametrize("name", ["longhorn", "deep_transformer", "swdt"])
+def test_a_step_backwards_is_refused_where_it_divides(name: str, engine: str) -> None:
+    """η/(1 + η‖k‖²) has a pole at −1 for a unit key, and a kernels' sum with weights of both signs may be 0."""
+    spec, w0, (q, k, v, gates) = example(name)
+    lr = gates.lr.clone()
+    lr[0, :, TOKEN] = -1.0
+    kk = k.clone()
+    kk[0, :, TOKEN] = float("nan")
+    y, state = nl.memory.scan(spec, w0, q, k, v, Gates(lr=lr), engine=engine)
+    expected, _ = nl.memory.scan(spec, w0, q, kk, v, gates, engine=engine)
+    assert state.faults.tolist() == [1, 0]
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_token_whose_square_overflows_writes_nothing(name: str, engine: str) -> None:
     """Finite itself, but a norm or an erasing factor made of it is not: as harmless as one that is not finite."""

@@ -1,6 +1,6 @@
 """The data-dependent factors of an update, one per lane, head and token.
 
-    lr         η  step size                       None: 1
+    lr         η  step size                       None: 1.  At least 0 in implicit steps and over a kernels' sum
     momentum   μ  share of the old momentum kept  None: 0
     retention  α  share of the memory kept        None: 1.  `[lane, head, time, key_dim]` where each channel has its own
     delta      β  strength of the erasing factor  None: the same as lr

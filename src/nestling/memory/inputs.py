@@ -74,7 +74,9 @@ def prepare(spec: MemorySpec, call: Call) -> Inputs:
     state = start if state is None else state
     dtype = widest(state.weights[0].dtype, q, k, v)
     q = q.to(dtype)
-    fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
+    fine, (k, v), gates = token_guard(
+        (k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)), forward=isinstance(spec.rule, Implicit)
+    )
     own = tuple(w.to(dtype) for w in w0[spec.network.depth :])
     q, k = spec.features.apply(q, own), spec.features.apply(k, own)
 
@@ -109,15 +111,18 @@ def check_weights(spec: Memory, w0: Sequence[Tensor]) -> None:
             )
 
 
-def token_guard(tokens: Weights, gates: Gates) -> tuple[Tensor, Weights, Gates]:
+def token_guard(tokens: Weights, gates: Gates, *, forward: bool = False) -> tuple[Tensor, Weights, Gates]:
     """Which tokens (bool `[lane, time]`) have inputs `[lane, head, time, dim]` that are finite, as are their squares, and legal
-    gates; others made harmless. Products of the input with itself, as in norms and erasing factors, would leave the range."""
+    gates; others made harmless. Products of the input with itself, as in norms and erasing factors, would leave the range.
+
+    forward   a step size below 0 is not legal: what divides by a sum with it would have a pole there
+    """
     total = sum(torch.linalg.vector_norm(x.detach(), dim=-1).square_().sum(1) for x in tokens)
     assert isinstance(total, Tensor)
     for _, gate in gates.items():
         total = total + gate.sum((1, 3) if gate.dim() > 3 else 1)
     fine = torch.isfinite(total)
-    for ranged in (gates.retention, gates.momentum, gates.threshold):
+    for ranged in (gates.retention, gates.momentum, gates.threshold, gates.lr if forward else None):
         if ranged is not None:
             legal = ranged >= 0
             fine = fine & (legal.all(-1) if legal.dim() > 3 else legal).all(1)

@@ -253,7 +253,9 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         state = start if state is None else state
         self._check_state(state, start)
         dtype = widest(torch.float32, q, k, v, *w0, *state.weights)
-        fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
+        fine, (k, v), gates = token_guard(
+            (k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)), forward=self.normalized
+        )
         lr = q.new_ones(lanes, heads, time, dtype=dtype) if gates.lr is None else gates.lr
         retention = factor(gates.retention, gates.log_retention, dtype)
         if self.span is not None:  # a token's η stays with it
