@@ -162,6 +162,32 @@ def test_a_token_whose_square_overflows_writes_nothing(name: str, engine: str) -
             assert gradient is None or torch.isfinite(gradient).all(), place
 
 
+@pytest.mark.parametrize("engine", ["chunked", "reference", "step"])
+def test_an_overflowing_factor_leaves_finite_outer_gradients(engine: str) -> None:
+    """Features of a key of 1e12 are 1e24, and what a gated network multiplies of them is no number any more."""
+    spec, w0, (q, k, v, gates) = example("atlas_plus")
+    k = k.float()
+    k[0, :, TOKEN] = 1e12
+    inputs = [x.float().requires_grad_() for x in (*w0, q, k, v)]
+    start, (q, k, v) = inputs[: len(w0)], inputs[-3:]
+    gates = gates.map(lambda gate: gate.float())
+    state, outputs = None, []
+    for first in range(14) if engine == "step" else (0,):
+        part = slice(first, first + 1 if engine == "step" else 14)
+        y, state = nl.memory.scan(
+            spec,
+            start,
+            *(x[:, :, part] for x in (q, k, v)),
+            gates[part],
+            state,
+            engine="chunked" if engine == "step" else engine,
+        )
+        outputs.append(y)
+    assert state.faults.tolist() == [1, 0]
+    for gradient in torch.autograd.grad(torch.cat(outputs, 2).sum(), inputs, allow_unused=True):
+        assert gradient is None or torch.isfinite(gradient).all()
+
+
 def test_report_collects_surprise_update_and_faults() -> None:
     spec, w0, (q, k, v, gates) = example("titans")
     k = k.clone()

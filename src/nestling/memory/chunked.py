@@ -105,7 +105,12 @@ class Triangle(NamedTuple):
 def factors(spec: MemorySpec, anchor: Sequence[Tensor], k: Tensor, v: Tensor) -> Factors:
     """Gradients at the anchor (weights, not dual). A token whose factors are not finite gets factors of 0."""
     found = gradients(spec.network, spec.bias, anchor, k, v)
-    return found.only(found.finite.all(1, keepdim=True))
+    keep = found.finite.all(1, keepdim=True)
+    if keep.device.type == "cpu" and not surely(keep) and not torch.compiler.is_compiling():
+        # Made again without them: factors that overflow have derivatives that are no numbers, and 0 times these neither.
+        k, v = (torch.where(keep.unsqueeze(-1), x, 0.0) for x in (k, v))
+        found = gradients(spec.network, spec.bias, anchor, k, v)
+    return found.only(keep)
 
 
 def gradients(network: Network, bias: Bias, anchor: Sequence[Tensor], k: Tensor, v: Tensor) -> Factors:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail
+from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail, surely
 from nestling.memory.networks.base import Network, at
 from nestling.memory.retentions import linked, per_channel, settled, toward_initial
 from nestling.memory.rules import Leader, Nesterov
@@ -130,12 +130,22 @@ def _gradients(
     leaves = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in anchor)
     total = tuple(torch.zeros_like(w) for w in anchor)
     own = used[:, -1]
-    for i in range(keys.shape[2]):
-        loss = spec.bias.loss(spec.network.apply(at(leaves), keys[:, :, i, None]), values[:, :, i, None]).sum()
+
+    def gradient(key: Tensor, value: Tensor) -> tuple[Weights, Tensor]:
+        loss = spec.bias.loss(spec.network.apply(at(leaves), key), value).sum()
         found = torch.autograd.grad(loss, leaves, create_graph=True)
         flat = sum(g.sum((1, 2, 3)) for g in found)
         assert isinstance(flat, Tensor)
-        finite = torch.isfinite(flat)
+        return found, torch.isfinite(flat)
+
+    for i in range(keys.shape[2]):
+        key, value = keys[:, :, i, None], values[:, :, i, None]
+        found, finite = gradient(key, value)
+        if not surely(
+            finite
+        ):  # made again without them, whose derivatives are no numbers either, and 0 times these neither
+            place = finite.view(-1, 1, 1, 1)
+            found, _ = gradient(torch.where(place, key, 0.0), torch.where(place, value, 0.0))
         weight = (used[:, i] & finite).view(-1, 1, 1, 1).to(keys.dtype)
         if x.window is not None:
             weight = weight * x.window[:, :, t, keys.shape[2] - 1 - i, None, None]
