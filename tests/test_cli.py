@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from nestling import arguments, cli, memory, models
-from nestling.learn import checkpoint, load_run
+from nestling import state as fast
+from nestling.learn import checkpoint, load_run, planning
 from nestling.learn.metrics import draw_curve
 
 VERBS = sorted(cli.VERBS)
@@ -517,7 +518,15 @@ def test_levels_show_the_nested_system(nestling, trained):
     code, out, err = nestling("levels", trained)
     assert (code, err) == (0, "")
     assert out.startswith("gated_deltanet tiny: ")
-    for words in ("state of constant size", "every 1 token", "every 1 step", "AdamW", "Models: ", "Sizes: tiny"):
+    for words in (
+        "state of constant size",
+        "every 1 token",
+        "every 1 step",
+        "AdamW",
+        "initial states",
+        "Models: ",
+        "Sizes: tiny",
+    ):
         assert words in out
     copied = nestling("levels", trained / "checkpoints" / "step-00000008")
     assert copied[1] == out
@@ -526,6 +535,15 @@ def test_levels_show_the_nested_system(nestling, trained):
     assert (code, result["model"]) == (0, "titans_lmm")
     assert [level["name"] for level in result["levels"]][-1] == "slow weights"
     model = models.build("titans_lmm", "tiny", layers=1)
+    tokens = torch.zeros(1, result["length"], dtype=torch.int64)
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (
+        result["initial_state_parameters"] == sum(p.numel() for n, p in model.named_parameters() if ".initial" in n) > 0
+    )
+    assert result["state_bytes_per_lane"] == fast.nbytes(model(tokens)[1])
+    real = planning.count(model, result["length"])
+    assert result["forward_flops_per_token"] == pytest.approx(real.forward / result["length"], rel=0.05)
+    assert result["decode_flops_per_token"] == pytest.approx(real.decode, rel=0.05)
     assert {name for level in result["levels"] for name in level["params"]} == {n for n, _ in model.named_parameters()}
     for option in (("--model", "titans_lmm"), ("--size", "base"), ("--set", "dim=16"), ("--optimizer", "sgd")):
         code, out, err = nestling("levels", trained, *option)

@@ -33,8 +33,14 @@ class LevelsConfig:
     """Settings of the model that differ from its size's, for example --set dim=128 layers=4."""
     draw: Drawing = None
     """Draw the nest into this .svg, .png or .pdf file as well."""
+    length: int | None = None
+    """Tokens over which FLOPs and the state's size are counted (default: the slowest level's period in tokens, from 8 to 128)."""
     json: bool = False
     """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 1:
+            raise SettingError(f"length: got {self.length}, but expected a number from 1 on.")
 
 
 def run(config: LevelsConfig) -> int:
@@ -45,6 +51,7 @@ def run(config: LevelsConfig) -> int:
     from rich.text import Text
 
     from nestling import models
+    from nestling.learn import planning
     from nestling.learn.folder import settings_of
     from nestling.learn.optimizer import from_config
     from nestling.learn.run import build_model, parameters
@@ -71,9 +78,21 @@ def run(config: LevelsConfig) -> int:
         except ValueError as error:
             raise SettingError(str(error)) from error
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    slowest = max((level.period.n for level in levels if level.period.unit == "token"), default=0)
+    length = config.length or min(max(slowest, 8), 128)
+    vocabulary = model.config.vocab_size
+    found = planning.plan(settings.model, settings.size, length, vocab_size=vocabulary, **settings.overrides)
+    cost = {
+        "parameters": found.slow,
+        "initial_state_parameters": found.initial,
+        "length": length,
+        "state_bytes_per_lane": round(found.counts.state),
+        "forward_flops_per_token": found.counts.forward / length,
+        "decode_flops_per_token": found.counts.decode,
+    }
     if config.json:
         rows = [dataclasses.asdict(level) | {"period": str(level.period)} for level in levels]
-        print(json.dumps({"model": settings.model, "size": settings.size, "levels": rows}, indent=1))
+        print(json.dumps({"model": settings.model, "size": settings.size} | cost | {"levels": rows}, indent=1))
         return 0
     table = Table(
         title=f"{settings.model} {settings.size}: {parameters(model):,} slow weights, "
@@ -104,5 +123,11 @@ def run(config: LevelsConfig) -> int:
         table.add_row(f"{name}\nevery {level.period}", lines, f"{count:,}" if count else "–")
     console = Console()
     console.print(table)
+    console.print(
+        f"{found.slow:,} slow parameters, {found.initial:,} of them initial states. After {length} tokens a lane's state has "
+        f"{cost['state_bytes_per_lane']:,} bytes; a token costs {cost['forward_flops_per_token']:,.0f} FLOPs in reading them, "
+        f"{cost['decode_flops_per_token']:,.0f} in decoding one more (matrix products; nestling plan says more).",
+        highlight=False,
+    )
     console.print(f"Models: {', '.join(models.names())}.\nSizes: {', '.join(models.SIZES)}.", highlight=False)
     return 0
