@@ -75,6 +75,11 @@ VERBS = {
         "nestling.commands.bench_optimizers:OptimizersConfig",
         "nestling.commands.bench_optimizers:run",
     ),
+    "bench learning": Verb(
+        "train small models on formal languages, recall, copying and text, and measure what they learned",
+        "nestling.commands.bench_learning:LearningConfig",
+        "nestling.commands.bench_learning:run",
+    ),
     "doctor": Verb(
         "check that everything Nestling needs is here and works",
         "nestling.commands.doctor:DoctorConfig",
