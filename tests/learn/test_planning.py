@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -13,21 +14,32 @@ from nestling.learn import planning
 from nestling.learn.planning import Counts, Machine, Plan, bounds, count, plan
 
 CLOSE = 0.05
-KEPT = 0.1  # of activations, of which a few percent more are seen at few tokens
-# Attention; alternating blocks and windows; fast weights; learning from the model's loss.
-KINDS = ["transformer", "samba_like", "gated_deltanet", "ttt_e2e"]
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_counts_are_those_of_a_real_model(name: str) -> None:
-    length = 8
+def kept(model: models.LanguageModel, length: int) -> float:
+    """Activations where nobody looks whether all tokens are fine before they are made so: on a GPU, and in a plan."""
+    with mock.patch("nestling.memory.inputs.surely", return_value=False):
+        return count(model, length).activations
+
+
+# Attention; alternating blocks and windows; fast weights; learning from the model's loss. And lengths that are no multiple of
+# a chunk, a segment or a window, as nothing is scaled in length.
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        *((name, 8) for name in ("transformer", "samba_like", "ttt_e2e")),
+        ("swa_transformer", 45),
+        ("gated_deltanet", 21),
+    ],
+)
+def test_counts_are_those_of_a_real_model(name: str, length: int) -> None:
     planned = plan(name, "tiny", length)
     model = models.build(name)
     real = count(model, length)
     assert planned.slow == sum(p.numel() for p in model.parameters())
     for field in ("forward", "backward", "decode"):
         assert getattr(planned.counts, field) == pytest.approx(getattr(real, field), rel=CLOSE), field
-    assert planned.counts.activations == pytest.approx(real.activations, rel=KEPT)
+    assert planned.counts.activations == pytest.approx(kept(model, length), rel=CLOSE)
     _, state = model(torch.zeros(1, length, dtype=torch.int64))
     assert planned.counts.state == fast.nbytes(state)
 
@@ -36,10 +48,10 @@ def test_counts_are_those_of_a_real_model(name: str) -> None:
 def test_blocks_that_were_not_traced_cost_what_they_cost(name: str, layers: int, unit: int) -> None:
     planned = plan(name, "tiny", 8, layers=layers)
     assert planned.traced == (unit, 2 * unit)
-    real = count(models.build(name, layers=layers), 8)
+    model = models.build(name, layers=layers)
+    real = count(model, 8)._replace(activations=kept(model, 8))
     for field in Counts._fields:
-        mine, theirs = getattr(planned.counts, field), getattr(real, field)
-        assert mine == pytest.approx(theirs, rel=KEPT if field == "activations" else CLOSE), field
+        assert getattr(planned.counts, field) == pytest.approx(getattr(real, field), rel=CLOSE), field
 
 
 def test_a_mix_of_blocks_that_no_part_has_is_traced_whole() -> None:
