@@ -76,7 +76,7 @@ VERBS = {
         "nestling.commands.bench_optimizers:run",
     ),
     "bench learning": Verb(
-        "train small models on formal languages, recall, copying and text, and measure what they learned",
+        "measure what small models learn of formal languages, recall, copying and text",
         "nestling.commands.bench_learning:LearningConfig",
         "nestling.commands.bench_learning:run",
     ),

@@ -329,6 +329,37 @@ def test_backward_goes_the_way_that_forward_went() -> None:
 
 
 @NEEDS
+def test_a_backward_pass_that_goes_another_way_is_told_and_corrupts_nothing() -> None:
+    """What is computed again for it, without the C code, keeps other tensors than those it had in the forward pass."""
+    run(
+        """
+import torch, nestling as nl
+from torch.utils.checkpoint import checkpoint
+from nestling.native import without
+spec = nl.memory.named("titans", key_dim=8, chunk=4)
+w0 = [w.requires_grad_() for w in spec.init(2, torch.Generator().manual_seed(0))]
+q, k, v, gates = spec.example(torch.Generator().manual_seed(0), time=24)
+
+def twice(*w0):
+    y, state = nl.memory.scan(spec, w0, q, k, v, gates)
+    return nl.memory.scan(spec, w0, q, k, y, gates, state)[0].sum()
+
+for _ in range(3):
+    y = checkpoint(twice, *w0, use_reentrant=False, determinism_check="none")
+    try:
+        with without():
+            torch.autograd.grad(y, w0)
+    except RuntimeError as error:
+        assert "went another way" in str(error) or "checkpoint" in str(error).lower(), error
+    else:
+        raise AssertionError("it went on")
+y = checkpoint(twice, *w0, use_reentrant=False, determinism_check="none")
+assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y, w0))
+"""
+    )
+
+
+@NEEDS
 @pytest.mark.parametrize("dim", [17, 31, 33])
 def test_odd_widths_in_single_precision(dim: int) -> None:
     """Around the widths of the vector registers and panels, keys and values of different widths."""

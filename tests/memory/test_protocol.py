@@ -13,6 +13,7 @@ import nestling as nl
 from nestling import testing
 from nestling.memory import Gates, Memory
 from nestling.memory.protocol import TwoEngines
+from nestling.native import without
 from nestling.state import register
 
 
@@ -144,7 +145,8 @@ def test_a_choice_of_the_right_shape_serves_as_one(choice: dict[str, Any], engin
     for given in (inner, Plain(inner)):
         spec = nl.memory.MemorySpec(4, 4, chunk=4, **{kind: given})
         w0 = spec.init(2, torch.Generator().manual_seed(1))
-        y, state = nl.memory.scan(spec, w0, *spec.example(torch.Generator().manual_seed(2), time=11), engine=engine)
+        with without():  # the C code knows but our own choices, and rounds in its own way
+            y, state = nl.memory.scan(spec, w0, *spec.example(torch.Generator().manual_seed(2), time=11), engine=engine)
         runs.append((y, *state.weights))
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)

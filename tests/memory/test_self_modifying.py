@@ -27,6 +27,7 @@ from nestling.memory import (
     SelfModifying,
     Softmax,
 )
+from nestling.native import without
 
 D, HEADS = 4, 2
 IDENTITY = Matrix(init_scale=0.3, identity=True)
@@ -554,7 +555,9 @@ def test_report_has_the_gates_it_made() -> None:
     q, k, v, _ = example(spec, time=9)
     report = nl.Report()
     y, _ = nl.memory.scan(spec, w0, q, k, v, report=report.scope("main"))
-    assert torch.equal(y, nl.memory.scan(spec, w0, q, k, v)[0])
+    with without():  # a report is made by the framework's operations, whose roundings are theirs
+        assert torch.equal(y, nl.memory.scan(spec, w0, q, k, v)[0])
+    close(y, nl.memory.scan(spec, w0, q, k, v)[0])
     entry = report["main"]
     named = dict(zip(spec.names, w0, strict=True))
     x = k[:, :, :1]

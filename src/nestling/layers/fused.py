@@ -138,6 +138,9 @@ def _run_in_c(x: Tensor, tail: Tensor, weight: Tensor, **others: Tensor) -> bool
     if code is None or not all(u.is_contiguous() for u in given.values()):
         return False
     lanes, time, channels = x.shape
+    fits = {"tail": (lanes, weight.shape[0] - 1, channels), "weight": (weight.shape[0], channels), "of_y": x.shape}
+    if any(u.dtype != x.dtype or tuple(u.shape) != tuple(fits.get(name, u.shape)) for name, u in given.items()):
+        return False  # C code would read beyond their ends; the framework says what does not fit
     c = _InC(lanes, time, channels, weight.shape[0], threads(lanes * channels))
     for name, u in given.items():
         setattr(c, name, u.data_ptr())

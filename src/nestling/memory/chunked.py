@@ -106,7 +106,7 @@ def factors(spec: MemorySpec, anchor: Sequence[Tensor], k: Tensor, v: Tensor) ->
     """Gradients at the anchor (weights, not dual). A token whose factors are not finite gets factors of 0."""
     found = gradients(spec.network, spec.bias, anchor, k, v)
     keep = found.finite.all(1, keepdim=True)
-    if keep.device.type == "cpu" and not surely(keep) and not torch.compiler.is_compiling():
+    if keep.device.type == "cpu" and not torch.compiler.is_compiling() and bool((~keep).any()):
         # Made again without them: factors that overflow have derivatives that are no numbers, and 0 times these neither.
         k, v = (torch.where(keep.unsqueeze(-1), x, 0.0) for x in (k, v))
         found = gradients(spec.network, spec.bias, anchor, k, v)
@@ -359,7 +359,7 @@ def scan(
         return _silence(spec, x), x.state
     if report is None and (found := native.scan(spec, x, cut, scan)) is not None:
         tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut)
-        return found.y, MemoryState(*found.stand, tail, cut.position, x.state.faults)
+        return found.y, MemoryState(*found.stand, tail, cut.position, x.state.faults + _skipped(x))
     groups, count = _tiles(spec, x, cut).groups(), cut.tokens.shape[1]
     running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)
 
@@ -370,8 +370,7 @@ def scan(
     keep = spec.network.depth == 1 and not per_token and spec.rule.erase == "none"
     y, running, notes = by_groups(group, count, running, again=not keep)
     y = back(y, cut, time)
-    skipped = ~x.fine if x.valid is None else ~x.fine & x.valid
-    faults = running.faults + skipped.sum(1)
+    faults = running.faults + _skipped(x)
     if report is not None:
         surprise, update = series(notes, cut, time)
         report.add(surprise=surprise, update=update, lr=x.lr)
@@ -383,6 +382,11 @@ def scan(
         report.count(faults=faults - x.state.faults)
     tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut)
     return y, MemoryState(running.anchor, running.weights, running.momentum, tail, cut.position, faults)
+
+
+def _skipped(x: Inputs) -> Tensor:
+    """How many tokens of each lane the token guard left out."""
+    return (~x.fine if x.valid is None else ~x.fine & x.valid).sum(1)
 
 
 def _silence(spec: MemorySpec, x: Inputs) -> Tensor:

@@ -147,7 +147,8 @@ def scan(
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return x.q.new_zeros(x.q.shape), x.state
     if report is None and (found := native.scan_self_modifying(spec, x, cut, scan)) is not None:
-        return found.y, MemoryState(*found.stand, None, cut.position, x.state.faults)
+        skipped = ~x.fine if x.valid is None else ~x.fine & x.valid
+        return found.y, MemoryState(*found.stand, None, cut.position, x.state.faults + skipped.sum(1))
     tiles = _tiles(spec, x, cut)
 
     def group(first: int, last: int, running: Running) -> tuple[Tensor, Running, list[Weights]]:

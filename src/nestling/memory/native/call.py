@@ -14,6 +14,8 @@ Given = tuple[Tensor | None, ...]
 class Pass(Protocol):
     """Something that the C code computes from some tensors, whole ones in the order that the pass knows."""
 
+    name: str
+
     def forward(self, given: Given, keep: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Outputs, and what `backward` needs besides what was given, if it is to `keep` that."""
         ...
@@ -37,7 +39,7 @@ class _Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: Pass, *given: Tensor | None) -> tuple[Tensor, ...]:
         outputs, kept = work.forward(_whole(given), any(ctx.needs_input_grad))
-        ctx.work = work
+        ctx.work, ctx.kinds = work, _kinds((*given, kept))
         ctx.save_for_backward(*given, kept)  # as given: a second derivative goes through them
         return outputs
 
@@ -45,6 +47,11 @@ class _Call(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         work: Pass = ctx.work
         *given, kept = ctx.saved_tensors
+        if _kinds((*given, kept)) != ctx.kinds:  # C code would read beyond their ends
+            raise RuntimeError(
+                f"{work.name}: the backward pass found other tensors than the forward pass kept. What was made again for it "
+                "went another way: leave inputs and weights as they are, and the C code on or off, until it is done"
+            )
         if torch.is_grad_enabled():
             return None, *_by_autograd(work.again, given, grads)
         return None, *work.backward(_whole(given), kept, tuple(g.contiguous() for g in grads))
@@ -65,3 +72,7 @@ def _by_autograd(
 def _whole(given: Sequence[Tensor | None]) -> Given:
     """As the C code reads them."""
     return tuple(None if x is None else x.resolve_neg().contiguous() for x in given)
+
+
+def _kinds(given: Sequence[Tensor | None]) -> list[tuple[torch.Size, torch.dtype] | None]:
+    return [None if x is None else (x.shape, x.dtype) for x in given]

@@ -15,8 +15,11 @@
 
 // Of a tile's own tokens, `[tokens]`, those with a log as logarithms; window `[tokens, window]`, lag 0 first.  Null: not there;
 // of a window: all ones.
+// fine, of the halo's tokens too: those that act; others come with η = ε = 0 and α = μ = 1, and what they must not do besides is
+// add S to W, or be in a window.  Null: all.
 typedef struct {
     const real *lr, *retention, *momentum, *erase, *window;
+    const unsigned char *fine;
 } Gates;
 
 typedef struct {
@@ -48,7 +51,7 @@ static void coefficients(int tokens, int rows, int window, int erases, const Gat
     if (momentum) memset(c->impulse, 0, rows * sizeof(real));
     for (int t = 1; t <= tokens; t++) {
         real alpha = g->retention ? (real)exp(g->retention[t - 1]) : 1, lr = g->lr[t - 1];
-        int now = halo + t - 1, first = now - window + 1 < 0 ? 0 : now - window + 1;
+        int now = halo + t - 1, first = now - window + 1 < 0 ? 0 : now - window + 1, acts = !g->fine || g->fine[now];
         const real *before = c->write + (size_t)(t - 1) * rows;
         real *row = c->write + (size_t)t * rows, *added = row;
         c->alpha[t - 1] = alpha;
@@ -64,12 +67,16 @@ static void coefficients(int tokens, int rows, int window, int erases, const Gat
             memset(added + now, 0, (rows - now) * sizeof(real));
             c->mu[t - 1] = mu;
             c->decay[t] = mu * c->decay[t - 1];
-            c->carry[t] = alpha * c->carry[t - 1] + c->decay[t];
+            c->carry[t] = alpha * c->carry[t - 1] + (acts ? c->decay[t] : 0);
         }
         if (erases) row[now] = 1;
         else
-            for (int i = first; i <= now; i++) added[i] += g->window ? lr * g->window[(t - 1) * window + now - i] : lr;
-        if (momentum) add(now + 1, added, row);
+            for (int i = first; i <= now; i++) {
+                real share = g->window ? g->window[(t - 1) * window + now - i] : 1;
+                if (g->fine) share = g->fine[i] ? share : 0;
+                added[i] += lr * share;  // rounded alike, whether a token is missing or none
+            }
+        if (momentum && acts) add(now + 1, added, row);
     }
 }
 
@@ -80,7 +87,7 @@ static void back_coefficients(
     int halo = rows - tokens, momentum = g->momentum != 0;
     real total = 0;
     for (int t = tokens; t >= 1; t--) {
-        int now = halo + t - 1, first = now - window + 1 < 0 ? 0 : now - window + 1;
+        int now = halo + t - 1, first = now - window + 1 < 0 ? 0 : now - window + 1, acts = !g->fine || g->fine[now];
         const real *before = c->write + (size_t)(t - 1) * rows;
         real *row = of->write + (size_t)t * rows, *earlier = row - rows, alpha = c->alpha[t - 1];
         real of_alpha = dot(row, before, now);  // from `now` on, the row before is 0
@@ -89,10 +96,10 @@ static void back_coefficients(
         if (momentum) {
             real *past = of->impulse + (size_t)(t - 1) * rows, mu = c->mu[t - 1];
             added = of->impulse + (size_t)t * rows;
-            add(now + 1, row, added);
+            if (acts) add(now + 1, row, added);
             of_alpha += of->carry[t] * c->carry[t - 1];
             of->carry[t - 1] += alpha * of->carry[t];
-            of->decay[t] += of->carry[t];
+            if (acts) of->decay[t] += of->carry[t];
             real of_mu = dot(added, c->impulse + (size_t)(t - 1) * rows, now) + of->decay[t] * c->decay[t - 1];
             of->decay[t - 1] += mu * of->decay[t];
             for (int i = 0; i < now; i++) past[i] += mu * added[i];
@@ -100,6 +107,7 @@ static void back_coefficients(
         }
         if (!erases)
             for (int i = first; i <= now; i++) {
+                if (g->fine && !g->fine[i]) continue;
                 int at = (t - 1) * window + now - i;
                 to->lr[t - 1] += g->window ? added[i] * g->window[at] : added[i];
                 if (g->window) to->window[at] += added[i] * g->lr[t - 1];

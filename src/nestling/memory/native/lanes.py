@@ -75,6 +75,7 @@ class Lanes(ABC):
     """One scan, as a pass of the C code. A subclass says which code and what its structure holds.
 
     names    of the streams
+    fine     bool `[lane, time]`: tokens that act, with those of a window before the call;  None: all
     again    the same by the framework's operations, to be differentiated more than once
     """
 
@@ -82,8 +83,8 @@ class Lanes(ABC):
     entry: str
     names: tuple[str, ...]
 
-    def __init__(self, name: str, cut: Runs, again: Again) -> None:
-        self.name, self.cut, self._again = name, cut, again
+    def __init__(self, name: str, cut: Runs, fine: Tensor | None, again: Again) -> None:
+        self.name, self.cut, self.fine, self._again = name, cut, fine, again
         self.broken = torch.zeros(0)
         self._code: Any = None
         self._counts = (0, 0, 0, 0)
@@ -164,7 +165,7 @@ class Lanes(ABC):
         c.lanes, c.heads, c.tiles = w.shape[0], w.shape[-3], cut.table.shape[1]
         c.longest, c.group, c.apart = cut.longest, cut.group, bool(stand.anchor)
         c.threads, c.runs = threads(c.lanes * c.heads), cut.table.data_ptr()
-        fields.point(c, dict(zip(self.names, streams, strict=True)))
+        fields.point(c, {"fine": self.fine, **dict(zip(self.names, streams, strict=True))})
         self._point(c, ("w", "s", "a", "start"), stand)
         return c
 

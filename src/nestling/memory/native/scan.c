@@ -11,7 +11,8 @@ typedef struct {
     Store store;
     int lanes, heads, time, tiles, longest, group, apart, threads;
     int tail;         // rows of k and v before the call's own
-    const Run *runs;  // `[lane, tiles]`
+    const Run *runs;            // `[lane, tiles]`
+    const unsigned char *fine;  // `[lane, tail + time]`: tokens that act; null: all
     // `[memory, time, …]`, memory = lane · heads + head; q null where nothing is asked, k and v with the tail before them
     const real *q, *k, *v, *lr, *retention, *momentum, *erase, *window;
     real *y;
@@ -64,6 +65,7 @@ static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *run, int begu
         at_token(s->momentum, token, 1),
         at_token(s->erase, token, 1),
         at_token(s->window, token, cell->window),
+        s->fine ? s->fine + (row - (size_t)memory * (s->tail + s->time)) + (size_t)(memory / s->heads) * (s->tail + s->time) : 0,
     };
     coefficients(t.tokens, t.rows, cell->window, cell->erases, &h->gates, &h->c);
     return t;

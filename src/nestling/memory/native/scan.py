@@ -106,10 +106,9 @@ def _known(cell: Cell) -> bool:
     )
 
 
-def orderly(fine: Tensor, valid: Tensor | None, *gates: Factor | None) -> bool:
-    """Whether every token that is there is fine, and these gates have a logarithm everywhere."""
-    fine = fine if valid is None else fine | ~valid
-    return bool(fine.all()) and not any(g is not None and g.zero is not None and bool(g.zero.any()) for g in gates)
+def orderly(*gates: Factor | None) -> bool:
+    """Whether these gates have a logarithm everywhere."""
+    return not any(gate is not None and gate.zero is not None and bool(gate.zero.any()) for gate in gates)
 
 
 class Scan(Lanes):
@@ -120,8 +119,8 @@ class Scan(Lanes):
     entry = "nestling_scan"
     names = fields.STREAMS
 
-    def __init__(self, cell: Cell, cut: Runs, again: Again) -> None:
-        super().__init__(cell.name, cut, again)
+    def __init__(self, cell: Cell, cut: Runs, fine: Tensor | None, again: Again) -> None:
+        super().__init__(cell.name, cut, fine, again)
         self.cell = cell
 
     def structure(self, streams: Given, stand: Stand) -> fields.Scan:
@@ -144,7 +143,7 @@ def scan(
     slow   the same call by the framework's operations
     """
     cell, tail = Cell.of(spec, spec.network), x.state.tail
-    if not (serves(cell, x.q) and orderly(x.fine, x.valid, x.retention, x.momentum)):
+    if not (serves(cell, x.q) and orderly(x.retention, x.momentum)):
         return None
     found = runs(cut, x.q.shape[2], None if tail is None else tail.ok)
     if found is None:
@@ -177,6 +176,11 @@ def scan(
         with without():
             return Ends.of(slow(spec, given))
 
+    fine, lr, erase = None, x.lr, x.erase
+    if not bool(x.fine.all()):
+        fine, acts = x.fine.contiguous() if tail is None else torch.cat([tail.ok, x.fine], 1), x.fine[:, None]
+        lr = torch.where(acts, lr, 0.0)
+        erase = None if erase is None else torch.where(acts, erase, 0.0)
     retention, momentum = (None if gate is None else gate.log for gate in (x.retention, x.momentum))
-    streams = x.q, keys, values, x.lr, retention, momentum, x.erase, x.window
-    return Scan(cell, found, again).scan(streams, stand(x.state, x.start, found))
+    streams = x.q, keys, values, lr, retention, momentum, erase, x.window
+    return Scan(cell, found, fine, again).scan(streams, stand(x.state, x.start, found))

@@ -21,6 +21,7 @@ typedef struct {
     int unit_values, after_decay;  // after_decay: ε = ηα, not η
     double lr_max, step, epsilon;  // step: the rule's constant;  epsilon: of the unit norms
     const Run *runs;
+    const unsigned char *fine;  // `[lane, time]`: tokens that act; null: all
     const real *q, *k, *v, *momentum;   // `[lane, head, time, dim]`; log μ `[lane, head, time]` or null
     const real *weight[2], *bias[2];    // read-outs `[head, dim]` and `[head]`
     real *y, *kept;
@@ -176,10 +177,13 @@ static int make(const Scan *s, Hand *h, int memory, const Run *run, const Memori
             }
         }
     }
+    const unsigned char *fine = s->fine ? s->fine + (size_t)(memory / s->heads) * s->time + run->first : 0;
+    for (int i = 0; i < L && fine; i++)
+        if (!fine[i]) h->sigmoid[i] = h->lr[i] = h->erase[i] = h->log_retention[i] = 0, h->retention[i] = 1;
     int erases = s->cells[MAIN].erases;
     h->gates = (Gates){
         h->lr, s->gate[RETENTION] < 0 ? 0 : h->log_retention,
-        s->momentum ? s->momentum + (size_t)memory * s->time + run->first : 0, erases ? h->erase : 0, 0
+        s->momentum ? s->momentum + (size_t)memory * s->time + run->first : 0, erases ? h->erase : 0, 0, fine
     };
     coefficients(L, L, 1, erases, &h->gates, &h->c);
     if (erases) product(L, d, L, plain(h->key, d), turned(h->key, d), h->gram, L, 0, h->panel);

@@ -38,8 +38,8 @@ class Scan(Lanes):
     entry = "nestling_self_modifying"
     names = fields.ASKED
 
-    def __init__(self, spec: SelfModifying, cut: Runs, again: Again) -> None:
-        super().__init__(spec.name, cut, again)
+    def __init__(self, spec: SelfModifying, cut: Runs, fine: Tensor | None, again: Again) -> None:
+        super().__init__(spec.name, cut, fine, again)
         self.spec = spec
 
     def structure(self, streams: Given, stand: Stand) -> fields.SelfModifying:
@@ -70,7 +70,7 @@ def scan(
     slow: Callable[[SelfModifying, Streams], tuple[Tensor, MemoryState]],
 ) -> Ends | None:
     """A call by the C code, as `nestling.memory.native.scan.scan`."""
-    if spec.static or not (all(serves(cell, x.q) for cell in cells(spec)) and orderly(x.fine, x.valid, x.momentum)):
+    if spec.static or not (all(serves(cell, x.q) for cell in cells(spec)) and orderly(x.momentum)):
         return None
     found = runs(cut, x.q.shape[2])
     if found is None:
@@ -99,4 +99,5 @@ def scan(
     (w_lr, b_lr), (w_alpha, b_alpha) = x.readout["lr"], x.readout.get("retention", (None, None))
     mu = None if x.momentum is None else x.momentum.log
     streams = x.q, x.k, x.v, mu, w_lr, w_alpha, b_lr, b_alpha
-    return Scan(spec, found, again).scan(streams, stand(x.state, x.start, found))
+    fine = None if bool(x.fine.all()) else x.fine.contiguous()
+    return Scan(spec, found, fine, again).scan(streams, stand(x.state, x.start, found))
