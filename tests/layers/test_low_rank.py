@@ -153,6 +153,9 @@ def test_sessions_weigh_what_the_rank_says() -> None:
         own = {level.name: level for level in nl.models.levels(model)}
         assert own["blocks.0.ffn.level0"].weights == per_matrix
         assert own["blocks.1.ffn.level1"].weights == 2 * per_matrix
+    with torch.device("meta"):  # as `nestling levels` does
+        light = nl.models.levels(nl.models.build("hope_swa", dim=16, vocab_size=31, ffn=24, rank=2))
+    assert [level.weights for level in light] == [level.weights for level in nl.models.levels(small)]
     assert (
         "of rank 2 at most" in {level.name: level for level in nl.models.levels(small)}["blocks.0.ffn.level0"].retention
     )

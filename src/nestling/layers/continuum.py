@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from nestling.layers import descent, local
 from nestling.layers.descent import ContinuumState, Gradients, Moved, Outer, Signal, Window
 from nestling.layers.level import Level, Period
-from nestling.layers.low_rank import Kept, LowRank, full, zeros
+from nestling.layers.low_rank import Kept, LowRank, zeros
 from nestling.layers.mlp import SwiGLU
 from nestling.memory import L2, Bias
 from nestling.memory.biases import reads_threshold
@@ -204,8 +204,8 @@ class Continuum(nn.Module):
         )
 
     def _remembers(self, weights: Moved) -> tuple[tuple[tuple[Tensor, ...], ...], ...]:
-        """What the rule knows at first of weights like these; () for a rule without a memory."""
-        found = tuple(tuple(self.rule.start(full(w)) for w in level) for level in weights)
+        """What the rule knows at first of weights like these; () for a rule without a memory, as with products always."""
+        found = tuple(tuple(self.rule.start(w) for w in level if isinstance(w, Tensor)) for level in weights)
         return found if any(x for level in found for x in level) else ()
 
     def shapes(self, state: ContinuumState | None = None) -> tuple[tuple[tuple[int, ...], ...], ...]:
