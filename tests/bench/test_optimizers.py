@@ -94,10 +94,9 @@ def test_rates_are_the_problems_own_and_results_are_kept_as_they_come():
     seen = []
     chosen = {"banana": problems(steps=3)["banana"]}
     found = lab.measure(chosen, ["SGD", "AdamW"], seeds=1, kept=lambda found: seen.append([*found["banana"]]))
-    assert seen == [["SGD"], ["SGD", "AdamW"], ["SGD", "AdamW"]]
+    assert seen == [["SGD"], ["SGD", "AdamW"]]
     for result in found["banana"].values():
         own, whole = result.seconds
-        assert result.pace == (own, whole)
         assert 0 < own < whole
     assert len(found["banana"]["SGD"].search) == len(WIDE) * len(lab.TUNING_SEEDS)
 

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -54,7 +54,7 @@ ENTRIES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run: the loss of every step, the score, and seconds per step of the optimizer alone (median)."""
+    """One run: the loss of every step, the score, and the processor's seconds per step of the optimizer alone (median)."""
 
     optimizer: str
     problem: str
@@ -73,8 +73,6 @@ class Result:
 
     search: tuple[Run, ...]
     runs: tuple[Run, ...]
-    pace: tuple[float, float] | None = None
-    """Seconds of the optimizer's step and of the whole step, in turns with the other optimizers."""
 
     @property
     def lr(self) -> float:
@@ -99,8 +97,8 @@ class Result:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Its pace; while that is not measured, medians over the runs, each of which met the machine in a state of its own."""
-        return self.pace or (median(r.seconds for r in self.runs), median(r.step_seconds for r in self.runs))
+        """Of the optimizer's step and of the whole step, medians over the runs."""
+        return median(r.seconds for r in self.runs), median(r.step_seconds for r in self.runs)
 
 
 def make(entry: Entry, trial: Trial, lr: float) -> torch.optim.Optimizer:
@@ -113,9 +111,10 @@ def make(entry: Entry, trial: Trial, lr: float) -> torch.optim.Optimizer:
 
 
 def stepped(trial: Trial, optimizer: torch.optim.Optimizer, step: int) -> tuple[float, float, float]:
-    """One step of training: its loss, and the seconds of the optimizer's part and of all. Nothing moves by a loss that is not
-    finite."""
-    began = time.perf_counter()
+    """One step of training: its loss, and the processor's seconds for the optimizer's part and for all, which other work on the
+    machine does not change. Nothing moves by a loss that is not finite.
+    """
+    began = time.process_time()
     optimizer.zero_grad()
     loss = trial.loss(step)
     value = float(loss.detach())
@@ -123,9 +122,9 @@ def stepped(trial: Trial, optimizer: torch.optim.Optimizer, step: int) -> tuple[
         return value, math.nan, math.nan
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(trial.module.parameters(), CLIP)
-    middle = time.perf_counter()
+    middle = time.process_time()
     optimizer.step()
-    ended = time.perf_counter()
+    ended = time.process_time()
     return value, ended - middle, ended - began
 
 
@@ -149,27 +148,6 @@ def once(name: str, problem: str, task: Problem, lr: float, seed: int) -> Run:
         name, problem, lr, seed, tuple(losses), score if math.isfinite(score) else math.inf,
         median(moving) if moving else math.nan, median(whole) if whole else math.nan,
     )  # fmt: skip
-
-
-def paces(task: Problem, rates: Mapping[str, float], rounds: int = 20) -> dict[str, tuple[float, float]]:
-    """Median seconds of the optimizer's step and of the whole step, by optimizer: a step of each in turn, so that a slow moment
-    of the machine meets all alike.
-    """
-    running = {}
-    for name, lr in rates.items():
-        trial = task.make(0)
-        running[name] = (trial, make(ENTRIES[name], trial, lr))
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in rates}
-    for step in range(min(rounds, task.steps)):
-        for name, (trial, optimizer) in running.items():
-            _, own, all_of_it = stepped(trial, optimizer, step)
-            if step and math.isfinite(own):  # the first one makes what is remembered
-                found[name].append((own, all_of_it))
-    return {
-        name: (median(own for own, _ in times), median(whole for _, whole in times))
-        for name, times in found.items()
-        if times
-    }
 
 
 def measure(
@@ -203,10 +181,6 @@ def measure(
             runs = tuple(once(name, problem, task, best_rate(search), seed + n) for n in range(seeds))
             found[problem][name] = Result(search, runs)
             kept(found)
-        told(f"{problem}: the time of a step")
-        for name, pace in paces(task, {name: result.lr for name, result in found[problem].items()}).items():
-            found[problem][name] = replace(found[problem][name], pace=pace)
-        kept(found)
     return found
 
 
@@ -267,7 +241,7 @@ def save(found: Mapping[str, Mapping[str, Result]], path: Path, *, about: Mappin
 
     results: dict[str, dict[str, dict[str, Any]]] = {
         problem: {
-            name: {"search": [asdict(r) for r in x.search], "runs": [asdict(r) for r in x.runs], "pace": x.pace}
+            name: {"search": [asdict(r) for r in x.search], "runs": [asdict(r) for r in x.runs]}
             for name, x in row.items()
         }
         for problem, row in found.items()

@@ -27,7 +27,7 @@ def tell(problems: Mapping[str, Problem], found: Mapping[str, Mapping[str, Resul
     for problem, row in found.items():
         task = problems[problem]
         table = Table(title=f"{task.title}, {task.steps} steps", title_justify="left")
-        for column in ("", f"{task.unit} (mean ± sd over seeds)", "rate", "ms optimizer", "ms step"):
+        for column in ("", f"{task.unit} (mean ± sd over seeds)", "rate", "CPU ms optimizer", "CPU ms step"):
             table.add_column(column, justify="right" if column else "left")
         for name, result in sorted(row.items(), key=lambda item: item[1].score[0]):
             value, spread = result.score
@@ -63,7 +63,7 @@ def draw(problems: Mapping[str, Problem], found: Mapping[str, Mapping[str, Resul
             axes[1].plot(steps * result.seconds[1], curve, color=color, linewidth=1.2)
         axes[0].set_title(f"{task.title}: training loss", loc="left", fontsize=9)
         axes[0].set_xlabel("steps")
-        axes[1].set_xlabel("seconds (median step × steps)")
+        axes[1].set_xlabel("seconds of the processor (median step × steps)")
         for panel in axes:
             panel.set_yscale("log")
             panel.grid(alpha=0.25)
