@@ -50,9 +50,7 @@ def solved(task: Task, scores: Scores) -> bool:
 
 
 def once(name: str, task: Task, model: str, lr: float, seed: int) -> Run:
-    """Train a model on a task. The rate rises at first and falls linearly to 0 in the last third, if it does; solving the task
-    ends the training.
-    """
+    """Train a model on a task. The rate rises at first and falls linearly to 0 in the last third; solving the task ends it."""
     trial = task.make(seed)
     torch.manual_seed(seed)
     learner = task.entries[model](task.vocabulary)
@@ -63,7 +61,7 @@ def once(name: str, task: Task, model: str, lr: float, seed: int) -> Run:
     began = time.process_time()
     for step in range(task.steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / WARMUP, 3 * (1 - step / task.steps) if task.falls else 1.0)
+            group["lr"] = lr * min(1.0, (step + 1) / WARMUP, 3 * (1 - step / task.steps))
         loss = trial.loss(learner)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
