@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -245,26 +246,39 @@ def test_all_modes_and_any_number_of_threads_give_the_same(calls: list[int]) -> 
 
 
 @NEEDS
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_guards_step_in_as_ever(bad: float, calls: list[int]) -> None:
-    """A bad token, and values that overflow on the way, which the inputs do not show."""
-    spec = nl.memory.named("titans", key_dim=8, chunk=8)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "omeganet", "self_modifying"])
+def test_skips_the_tokens_that_the_guard_refuses(name: str, bad: float, calls: list[int]) -> None:
+    spec = nl.memory.named(name, key_dim=8, chunk=8)
     w0, streams, gates = example(spec, 32, 9, torch.float32)
-    _, k, v = streams
+    q, k, v = (x.detach().clone() for x in streams)
+    k[0, 1, 11], v[1, 0, 3] = bad, bad
     with torch.no_grad():
-        broken = k.clone()
-        broken[0, 1, 11] = bad
-        huge = v.clone()
-        huge[1, 0, 3] = 3e38
-        given = [(streams[0], broken, v), (streams[0], k, huge)]
-        runs = [nl.memory.scan(spec, w0, *x, gates) for x in given]
+        y, state = nl.memory.scan(spec, w0, q, k, v, gates)
+        z, other = nl.memory.scan(spec, w0, q, k, v, gates, engine="reference")
+    assert len(calls) == 1
+    assert torch.isfinite(y).all()
+    assert state.faults.tolist() == other.faults.tolist() == [1, 1]
+    assert_close([y, *state.weights, *state.momentum], [z, *other.weights, *other.momentum])
+
+
+@NEEDS
+def test_guards_step_in_as_ever(calls: list[int]) -> None:
+    """Values that overflow on the way, which the inputs do not show."""
+    spec = nl.memory.named("titans", key_dim=8, chunk=8)
+    w0, (q, k, v), gates = example(spec, 32, 9, torch.float32)
+    with torch.no_grad():
+        v, lr = v.clone(), gates.lr.clone()
+        v[1, 0, 3], lr[1, 0, 3] = 1e18, 1e16
+        gates = dataclasses.replace(gates, lr=lr)
+        y, state = nl.memory.scan(spec, w0, q, k, v, gates)
+        assert not calls, "the C code must leave these to the guards"
         with without():
-            runs += [nl.memory.scan(spec, w0, *x, gates) for x in given]
-    assert not calls, "the C code must leave these to the guards"
-    for (y, state), (z, other) in zip(runs[:2], runs[2:], strict=True):
-        assert torch.isfinite(y).all()
-        assert state.faults.sum() > 0
-        assert_close([y, *nl.state.leaves(state)], [z, *nl.state.leaves(other)], 0.0)
+            z, other = nl.memory.scan(spec, w0, q, k, v, gates)
+    assert state.faults.sum() > 0
+    assert all(bool(torch.isfinite(w).all()) for w in (*state.anchor, *state.weights, *state.momentum))
+    for one, same in zip([y, *nl.state.leaves(state)], [z, *nl.state.leaves(other)], strict=True):
+        torch.testing.assert_close(one, same, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @NEEDS
