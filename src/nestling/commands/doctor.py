@@ -122,7 +122,7 @@ def _native() -> Finding:
 
     text = native.status()
     on = text.startswith("on")
-    hint = "" if on else "; memories train two to three times slower on the CPU"
+    hint = "" if on else "; memories then train up to several times slower on the CPU"
     return Finding("code in C", True if on else None, text + hint)
 
 
