@@ -12,6 +12,11 @@ typedef struct {
     int first, halo, tokens, flags;
 } Run;
 
+// Whether the weights of a bank, the first or the second, are the anchor before tile n.  apart: not always.
+static int begins(int apart, const Run *runs, int n, int bank) {
+    return !apart || (runs[n].flags & FRESH) || (n && runs[n - 1].flags & CLOSES << bank);
+}
+
 // Of all memories, each `[memory, in, out]` by layer; as given, as they end, and gradients: those of the end come in, those of
 // the start leave. start: what a lane begins anew with.  Null: not there.
 typedef struct {

@@ -54,7 +54,7 @@ static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *run, int begu
     const Cell *cell = &s->cell;
     const int *width = cell->network.width;
     size_t token = (size_t)memory * s->time + run->first;
-    size_t row = (size_t)memory * (s->tail + s->time) + s->tail + run->first - run->halo;
+    size_t all = s->tail + s->time, place = s->tail + run->first - run->halo, row = memory * all + place;
     Tile t = {.tokens = run->tokens, .rows = run->halo + run->tokens, .begun = begun, .gates = &h->gates, .c = &h->c};
     t.q = at_token(s->q, token, width[0]);
     t.k = at_token(s->k, row, width[0]);
@@ -65,7 +65,7 @@ static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *run, int begu
         at_token(s->momentum, token, 1),
         at_token(s->erase, token, 1),
         at_token(s->window, token, cell->window),
-        s->fine ? s->fine + (row - (size_t)memory * (s->tail + s->time)) + (size_t)(memory / s->heads) * (s->tail + s->time) : 0,
+        s->fine ? s->fine + memory / s->heads * all + place : 0,
     };
     coefficients(t.tokens, t.rows, cell->window, cell->erases, &h->gates, &h->c);
     return t;
@@ -81,12 +81,12 @@ static void forward(const void *task, int memory, real *space) {
     load(cell, s->apart, &s->store, memory, 0, &m);
     size_t size = numbers(cell, s->apart), width = cell->network.width[cell->network.depth];
     const Run *runs = s->runs + (size_t)(memory / s->heads) * s->tiles;
-    int begun = !s->apart, memories = s->lanes * s->heads;
+    int memories = s->lanes * s->heads;
     for (int n = 0; n < s->tiles && runs[n].tokens; n++) {
         if (s->kept && n % s->group == 0)
             memcpy(s->kept + ((size_t)(n / s->group) * memories + memory) * size, h.states, size * sizeof(real));
-        if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m), begun = 1;
-        Tile t = tile_of(s, &h, memory, &runs[n], begun);
+        if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
+        Tile t = tile_of(s, &h, memory, &runs[n], begins(s->apart, runs, n, 0));
         gradients(cell, &h.space, &t, &m);
         if (t.q) answers(cell, &h.space, &t, &m, s->y + ((size_t)memory * s->time + runs[n].first) * width);
         advance(cell, &h.space, &t, &m, &m);
@@ -94,15 +94,9 @@ static void forward(const void *task, int memory, real *space) {
             s->broken[memory] = 1;
             return;
         }
-        begun = !s->apart || (runs[n].flags & CLOSES) != 0;
-        if (begun) close_chunk(cell, s->apart, &m);
+        if (runs[n].flags & CLOSES) close_chunk(cell, s->apart, &m);
     }
     unload(cell, s->apart, &s->store, memory, &m);
-}
-
-// Whether the weights are the anchor before tile n.
-static int begins(const Scan *s, const Run *runs, int n) {
-    return !s->apart || (runs[n].flags & FRESH) || (n && runs[n - 1].flags & CLOSES);
 }
 
 static void backward(const void *task, int memory, real *space) {
@@ -126,7 +120,7 @@ static void backward(const void *task, int memory, real *space) {
             if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
             if (n == end - 1) break;
             stand(cell, s->apart, &after, state + size);
-            Tile t = tile_of(s, &h, memory, &runs[n], begins(s, runs, n));
+            Tile t = tile_of(s, &h, memory, &runs[n], begins(s->apart, runs, n, 0));
             gradients(cell, &h.space, &t, &m);
             advance(cell, &h.space, &t, &m, &after);
             if (s->apart && runs[n].flags & CLOSES) close_chunk(cell, s->apart, &after);
@@ -136,7 +130,7 @@ static void backward(const void *task, int memory, real *space) {
         for (int n = end - 1; n >= first; n--) {
             stand(cell, s->apart, &m, h.states + (n - first) * size);
             turn(cell, &m, h.turned);
-            Tile t = tile_of(s, &h, memory, &runs[n], begins(s, runs, n));
+            Tile t = tile_of(s, &h, memory, &runs[n], begins(s->apart, runs, n, 0));
             gradients(cell, &h.space, &t, &m);
             if (t.q) answers(cell, &h.space, &t, &m, 0);
             if (runs[n].flags & CLOSES) back_close(cell, s->apart, &g);

@@ -202,11 +202,6 @@ static Tile tile_of(Hand *h, const Member *member, const Run *run, int begun) {
     };
 }
 
-// Whether the weights of a bank are the anchor before tile n.
-static int begins(const Scan *s, const Run *runs, int n, int bank) {
-    return !s->apart || (runs[n].flags & FRESH) || (n && runs[n - 1].flags & CLOSES << bank);
-}
-
 static void forward(const void *task, int memory, real *space) {
     const Scan *s = task;
     Hand h;
@@ -226,7 +221,7 @@ static void forward(const void *task, int memory, real *space) {
         for (int i = 0; i < count && fine; i++) {
             const Member *one = &all[i];
             Space *room = &h.spaces[one->bank];
-            Tile t = tile_of(&h, one, &runs[n], begins(s, runs, n, one->bank));
+            Tile t = tile_of(&h, one, &runs[n], begins(s->apart, runs, n, one->bank));
             gradients(one->cell, room, &t, one->stand);
             if (t.q) answers(one->cell, room, &t, one->stand, s->y + asked_at(s, memory, &runs[n]));
             advance(one->cell, room, &t, one->stand, one->stand);
@@ -308,7 +303,7 @@ static void backward(const void *task, int memory, real *space) {
             stand_all(s, next, h.states + (n - first + 1) * size);
             make(s, &h, memory, &runs[n], &m);
             for (int i = 0; i < count; i++) {
-                Tile t = tile_of(&h, &all[i], &runs[n], begins(s, runs, n, all[i].bank));
+                Tile t = tile_of(&h, &all[i], &runs[n], begins(s->apart, runs, n, all[i].bank));
                 gradients(all[i].cell, &h.spaces[all[i].bank], &t, all[i].stand);
                 advance(all[i].cell, &h.spaces[all[i].bank], &t, all[i].stand, next[i].stand);
             }
@@ -329,7 +324,7 @@ static void backward(const void *task, int memory, real *space) {
                 const Member *one = &all[i];
                 const Network *net = &one->cell->network;
                 Space *room = &h.spaces[one->bank];
-                Tile t = tile_of(&h, one, run, begins(s, runs, n, one->bank));
+                Tile t = tile_of(&h, one, run, begins(s->apart, runs, n, one->bank));
                 gradients(one->cell, room, &t, one->stand);
                 if (t.q) answers(one->cell, room, &t, one->stand, 0);
                 if (run->flags & CLOSES << one->bank) back_close(one->cell, s->apart, &g[i]);
