@@ -26,12 +26,22 @@ class Network(ctypes.Structure):
     ]
 
 
+BIASES = ("dot", "l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture")
+
+
+class Bias(ctypes.Structure):
+    """`Bias` of bias.h; kind: one of `BIASES`."""
+
+    _fields_ = [("kind", INT), *((name, ctypes.c_double) for name in ("power", "slope", "epsilon"))]
+
+
 class Cell(ctypes.Structure):
     """`Cell` of tile.h."""
 
     _fields_ = [
         ("network", Network),
-        *((name, INT) for name in ("reads_prediction", "before", "momentum", "erases", "window")),
+        ("bias", Bias),
+        *((name, INT) for name in ("before", "momentum", "erases", "window")),
     ]
 
 

@@ -11,7 +11,7 @@
 typedef struct {
     int depth;
     int width[DEPTH + 1];  // of the layers' inputs, and of the last one's output
-    int activation, residual, norm;
+    int activation, residual, norm;  // residual: the first inputs, as many as there are outputs
     double epsilon;  // of the norm
 } Network;
 
@@ -59,7 +59,7 @@ static void trace(const Network *n, int rows, const real *x, real *const *w, int
 static void answer(const Network *n, int rows, const Trace *t, real *restrict y) {
     size_t size = (size_t)rows * n->width[n->depth];
     memcpy(y, n->norm ? t->normed : t->z[n->depth - 1], size * sizeof(real));
-    if (n->residual) add(size, t->x[0], y);
+    if (n->residual) add_part(rows, n->width[n->depth], t->x[0], n->width[0], y, n->width[n->depth]);
 }
 
 // W_lᵀ as an operand. across: transposed copies, which cost less to read, or null.
@@ -118,7 +118,7 @@ static void back_answer(
     for (int l = 0; l < n->depth; l++) memset(of_x[l], 0, (size_t)rows * n->width[l] * sizeof(real));
     back_layers(n, rows, t, w, across, of_z, of_x, 0, 0, of_w, 1, spare, panel);
     add((size_t)rows * n->width[0], of_x[0], of_input);
-    if (n->residual) add(size, of_y, of_input);
+    if (n->residual) add_part(rows, last, of_y, last, of_input, n->width[0]);
 }
 
 #endif

@@ -31,6 +31,11 @@ static void add(size_t n, const real *restrict from, real *restrict to) {
     for (size_t i = 0; i < n; i++) to[i] += from[i];
 }
 
+// Adds the first n columns of `from`, rows of length `wide`, to those of `to`, rows of length `width`.
+static void add_part(int rows, int n, const real *from, int wide, real *to, int width) {
+    for (int i = 0; i < rows; i++) add(n, from + (size_t)i * wide, to + (size_t)i * width);
+}
+
 // to −= scale from
 static void less(int n, real scale, const real *restrict from, real *restrict to) {
     for (int j = 0; j < n; j++) to[j] -= scale * from[j];

@@ -58,7 +58,7 @@ static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *run, int begu
     Tile t = {.tokens = run->tokens, .rows = run->halo + run->tokens, .begun = begun, .gates = &h->gates, .c = &h->c};
     t.q = at_token(s->q, token, width[0]);
     t.k = at_token(s->k, row, width[0]);
-    t.v = at_token(s->v, row, width[cell->network.depth]);
+    t.v = at_token(s->v, row, width[cell->network.depth] + reads_threshold(&cell->bias));
     h->gates = (Gates){
         at_token(s->lr, token, 1),
         at_token(s->retention, token, 1),
@@ -144,7 +144,7 @@ static void backward(const void *task, int memory, real *space) {
                 of_token(s->of_window, token, cell->window),
             };
             OfTile of = {
-                of_token(s->of_q, token, width[0]), of_token(s->of_k, row, width[0]), of_token(s->of_v, row, (int)out),
+                of_token(s->of_q, token, width[0]), of_token(s->of_k, row, width[0]), of_token(s->of_v, row, (int)out + reads_threshold(&cell->bias)),
                 &h.of_c, &h.of_gates
             };
             memset(h.of_c_begin, 0, (h.of_c_end - h.of_c_begin) * sizeof(real));

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from nestling.memory.biases import L2, Bias, DotProduct, Omega
+from nestling.memory.biases import L2, Bias, DotProduct, Huber, Lp, Omega, huber, smooth
 from nestling.memory.gates import Factor
 from nestling.memory.inputs import Inputs
 from nestling.memory.layout import Layout
@@ -71,7 +71,7 @@ class Cell:
             network.residual, network.norm = self.network.residual, self.network.norm
         return fields.Cell(
             network=network,
-            reads_prediction=self.bias.reads_prediction,
+            bias=_bias(self.bias),
             before=self.read == "before",
             momentum=self.rule.momentum,
             erases=self.rule.erase != "none",
@@ -93,17 +93,27 @@ def serves(cell: Cell, x: Tensor) -> bool:
 @lru_cache
 def _known(cell: Cell) -> bool:
     network, retention, rule = cell.network, cell.retention, cell.rule
-    bias = cell.bias.inner if isinstance(cell.bias, Omega) else cell.bias
     return (
         type(network) in (MLP, Matrix)
         and network.depth <= fields.DEPTH
-        and not getattr(network, "leading", False)
-        and type(bias) in (L2, DotProduct)
+        and _bias(cell.bias) is not None
         and (type(retention) is Full or retention == Decay())
         and type(rule) in (Gradient, Momentum, DeltaGradient, Implicit)
         and not (rule.erase != "none" and (rule.momentum or cell.bias.window > 1))
         and cell.read != "boundary"
     )
+
+
+def _bias(bias: Bias) -> fields.Bias | None:
+    """As the C code reads it; None: it has no code for it."""
+    bias = bias.inner if isinstance(bias, Omega) else bias
+    if type(bias) in (L2, DotProduct):
+        return fields.Bias(fields.BIASES.index("l2" if type(bias) is L2 else "dot"))
+    if type(bias) is Lp and bias.slope is not None:
+        return fields.Bias(fields.BIASES.index("lp"), bias.p, bias.slope, smooth.EPS)
+    if type(bias) is Huber:
+        return fields.Bias(fields.BIASES.index(f"huber_{bias.form}"), epsilon=huber.EPS)
+    return None
 
 
 def orderly(*gates: Factor | None) -> bool:

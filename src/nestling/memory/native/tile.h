@@ -13,6 +13,7 @@
 #ifndef NESTLING_TILE_H
 #define NESTLING_TILE_H
 
+#include "bias.h"
 #include "gates.h"
 #include "network.h"
 
@@ -20,7 +21,8 @@
 
 typedef struct {
     Network network;
-    int reads_prediction, before, momentum, erases, window;
+    Bias bias;
+    int before, momentum, erases, window;
 } Cell;
 
 // Weights, momentum and anchor, or their gradients. Where the anchor is the weights, so is the pointer.
@@ -47,7 +49,7 @@ typedef struct {
 // What a tile makes.
 typedef struct {
     Trace at;
-    real *up[DEPTH], *delta[DEPTH], *error;
+    real *up[DEPTH], *delta[DEPTH], *error, *misfit;
     real *h[DEPTH], *at_w[DEPTH], *at_s[DEPTH], *ahead[DEPTH], *normed, *scale;
     real *rows[DEPTH], *read[DEPTH], *system[DEPTH], *strength[DEPTH];  // r, x W, x xᵀ and the damped ε; rows are delta where nothing is erased
     real *gram, *mixed, *panel, *spare, *other;
@@ -78,6 +80,7 @@ static void lay_space(const Cell *cell, int tokens, int rows, Space *m, Room *ro
     }
     int last = n->width[n->depth];
     m->error = take(room, (size_t)rows * last);
+    m->misfit = take(room, bends(&cell->bias) ? (size_t)rows * last : 0);
     m->normed = take(room, (size_t)tokens * last);
     m->scale = take(room, tokens);
     m->gram = take(room, (size_t)rows * rows);
@@ -130,20 +133,22 @@ static void erased(const Cell *cell, Space *m, const Tile *t, const Stand *at, i
 }
 
 // Whether z_D is needed for the gradients.
-static int answers_itself(const Cell *cell) { return cell->network.norm || cell->reads_prediction; }
+static int answers_itself(const Cell *cell) { return cell->network.norm || reads_prediction(&cell->bias); }
 
 // Gradients of a tile at the anchor: x, z, slopes, δ, and what is written of them.
 static void gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at) {
     const Network *n = &cell->network;
-    int N = t->rows, D = n->depth, last = n->width[D];
-    size_t size = (size_t)N * last;
+    int N = t->rows, D = n->depth, last = n->width[D], wide = last + reads_threshold(&cell->bias);
     trace(n, N, t->k, at->a, answers_itself(cell) || (cell->erases && t->begun), &m->at, m->panel);
-    real *error = n->norm ? m->error : m->delta[D - 1];
-    for (size_t i = 0; i < size; i++) error[i] = -t->v[i];
-    if (cell->reads_prediction) {
-        add(size, n->norm ? m->at.normed : m->at.z[D - 1], error);
-        if (n->residual) add(size, t->k, error);
+    real *error = n->norm ? m->error : m->delta[D - 1], *misfit = bends(&cell->bias) ? m->misfit : error;
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < last; j++) misfit[(size_t)i * last + j] = -t->v[(size_t)i * wide + j];
+    if (reads_prediction(&cell->bias)) {
+        add((size_t)N * last, n->norm ? m->at.normed : m->at.z[D - 1], misfit);
+        if (n->residual) add_part(N, last, t->k, n->width[0], misfit, last);
     }
+    if (misfit != error)
+        for (int i = 0; i < N; i++) bend(&cell->bias, last, t->v + (size_t)i * wide, misfit + (size_t)i * last, error + (size_t)i * last);
     if (n->norm) denormalize(N, last, m->at.normed, m->at.scale, error, m->delta[D - 1]);
     for (int l = D - 2; l >= 0; l--) {
         int out = n->width[l + 1], next = n->width[l + 2];
@@ -188,7 +193,7 @@ static void answers(const Cell *cell, Space *m, const Tile *t, const Stand *at, 
     }
     if (!y) return;
     memcpy(y, z, (size_t)L * last * sizeof(real));
-    if (n->residual) add((size_t)L * last, t->q, y);
+    if (n->residual) add_part(L, last, t->q, n->width[0], y, last);
 }
 
 // Weights and momentum after the tile; `to` may be `at`.
@@ -322,7 +327,7 @@ static void back_answers(
         }
     }
     add((size_t)L * n->width[0], of_h, g->q);
-    if (n->residual) add((size_t)L * last, of_y, g->q);
+    if (n->residual) add_part(L, last, of_y, last, g->q, n->width[0]);
 }
 
 // (I + T) r = diag(η) δ + diag(ε γ) z: the gradient of r in of_delta becomes that of δ, and that of z is left in of_read; where the
@@ -376,10 +381,18 @@ static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *
     product(in, L, out, turned(x, in), plain(m->of_read[l], out), g_of->w[l], out, 1, m->panel);
 }
 
+// From the gradient of row i's ∂ℓ/∂M to that of its misfit, in place, and of its target.
+static void back_misfit(const Cell *cell, const Space *m, const Tile *t, int i, real *of, OfTile *g) {
+    int last = cell->network.width[cell->network.depth];
+    size_t at = (size_t)i * (last + reads_threshold(&cell->bias));
+    if (bends(&cell->bias)) back_bend(&cell->bias, last, t->v + at, m->misfit + (size_t)i * last, of, g->v + at);
+    less(last, 1, of, g->v + at);
+}
+
 // From the gradients of δ and x to those of keys, values and the anchor.
 static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *of, OfTile *g) {
     const Network *net = &cell->network;
-    int N = t->rows, D = net->depth, last = net->width[D];
+    int N = t->rows, D = net->depth, last = net->width[D], wide = last + reads_threshold(&cell->bias);
     size_t size = (size_t)N * last;
     for (int l = 0; l < D - 1; l++) {
         int out = net->width[l + 1], next = net->width[l + 2], n = N * out;
@@ -389,26 +402,27 @@ static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stan
         product(out, N, next, turned(of_up, out), plain(m->delta[l + 1], next), of->a[l + 1], next, 1, m->panel);
     }
     real *of_error = m->of_delta[D - 1], *of_z = m->of_z;
-    memset(of_z, 0, size * sizeof(real));
-    if (net->norm) {  // δ = s (e − ē − n mean(e ∘ n)), and then through n and s
-        for (int i = 0; i < N; i++) {
-            real *restrict g_ = of_error + (size_t)i * last, *restrict to = of_z + (size_t)i * last;
+    for (int i = 0; i < N; i++) {
+        real *restrict g_ = of_error + (size_t)i * last, *restrict to = of_z + (size_t)i * last;
+        if (net->norm) {  // δ = s (e − ē − n mean(e ∘ n)), and then through n and s
             const real *restrict e = m->error + (size_t)i * last, *restrict n = m->at.normed + (size_t)i * last;
             real s = m->at.scale[i], of_scale = s > 0 ? dot(g_, m->delta[D - 1] + (size_t)i * last, last) / s : 0;
             real along = dot(g_, n, last) / last, error_along = dot(e, n, last) / last, mean = sum(g_, last) / last;
             for (int j = 0; j < last; j++) {
                 to[j] = -s * (g_[j] * error_along + e[j] * along);  // to n
                 g_[j] = s * (g_[j] - mean - n[j] * along);          // to e
-                if (cell->reads_prediction) to[j] += g_[j];
             }
+            back_misfit(cell, m, t, i, g_, g);
+            if (reads_prediction(&cell->bias)) add(last, g_, to);
             real mean_n = sum(to, last) / last, along_n = dot(to, n, last) / last + of_scale * s / last;
             for (int j = 0; j < last; j++) to[j] = s * (to[j] - mean_n - n[j] * along_n);
+        } else {
+            back_misfit(cell, m, t, i, g_, g);
+            if (reads_prediction(&cell->bias)) memcpy(to, g_, last * sizeof(real));
+            else memset(to, 0, last * sizeof(real));
         }
-    } else if (cell->reads_prediction) {
-        memcpy(of_z, of_error, size * sizeof(real));
     }
-    less((int)size, 1, of_error, g->v);
-    if (cell->reads_prediction && net->residual) add(size, of_error, g->k);
+    if (reads_prediction(&cell->bias) && net->residual) add_part(N, last, of_error, last, g->k, net->width[0]);
     int read = cell->erases && t->begun;
     back_layers(
         net, N, &m->at, at->a, at->turned, of_z, m->of_x, m->of_slope, read ? m->of_read : 0, of->a, answers_itself(cell) || read, m->of_h,
