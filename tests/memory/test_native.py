@@ -17,6 +17,7 @@ from torch import Tensor
 
 import nestling as nl
 from nestling.memory import (
+    L2,
     MLP,
     DeltaGradient,
     DotProduct,
@@ -25,6 +26,7 @@ from nestling.memory import (
     Gradient,
     Huber,
     Lp,
+    Lq,
     Matrix,
     MemorySpec,
     Momentum,
@@ -58,6 +60,9 @@ CELLS = {
     "Huber by coordinates": ("yaad", {"bias": Huber("coordinate"), "rule": Momentum()}),
     "Huber of the norm, matrix": ("yaad", {"bias": Huber("norm"), "network": Matrix()}),
     "polynomial features": ("dla", {"network": MLP(leading=True, expansion=1.5)}),
+    "softmax, read before": ("memora", {"read": "before", "network": MLP(depth=3, norm=False)}),
+    "norm to the power 3, read before": ("moneta", {"read": "before", "retention": Lq(3.0), "bias": L2()}),
+    "norm of a matrix": ("moneta", {"network": Matrix(), "retention": Lq(4.0, floor=2.0)}),
     "a window": ("omeganet", {}),
     "a window, Huber": ("omeganet", {"bias": Omega(Huber(), 3)}),
     "a window without momentum": ("omeganet", {"rule": Gradient()}),
@@ -65,6 +70,8 @@ CELLS = {
     **{
         name: (name, {})
         for name in (
+            "memora",
+            "moneta",
             "yaad",
             "swla",
             "ttt_linear",

@@ -58,11 +58,21 @@ LANES = ("lanes", "heads", "time", "tiles", "longest", "group", "apart", "thread
 STREAMS = ("q", "k", "v", "lr", "retention", "momentum", "erase", "window")
 
 
+LINKS = ("identity", "softmax", "lq")
+
+
+class Link(ctypes.Structure):
+    """`Link` of link.h; kind: one of `LINKS`."""
+
+    _fields_ = [("kind", INT), *((name, ctypes.c_double) for name in ("power", "floor"))]
+
+
 class Scan(ctypes.Structure):
-    """`Scan` of scan.c."""
+    """`Scan` of scan.h."""
 
     _fields_ = [
         ("cell", Cell),
+        ("link", Link),
         ("store", Store),
         *((name, INT) for name in (*LANES, "tail")),
         ("runs", POINTER),

@@ -85,10 +85,15 @@ static void gradients_of(const Cell *c, int apart, const Store *store, size_t me
     }
 }
 
+// The anchor behind a tile, of what stands after it; m: what stood before.
+static void next_anchor(const Cell *c, int apart, int closes, const Stand *m, const Stand *after) {
+    if (!apart) return;
+    for (int l = 0; l < c->network.depth; l++) memcpy(after->a[l], (closes ? after->w : m->a)[l], size_of(c, l) * sizeof(real));
+}
+
 // A chunk closes: the anchor moves to the weights.
 static void close_chunk(const Cell *c, int apart, const Stand *m) {
-    if (!apart) return;
-    for (int l = 0; l < c->network.depth; l++) memcpy(m->a[l], m->w[l], size_of(c, l) * sizeof(real));
+    next_anchor(c, apart, 1, m, m);
 }
 
 static void back_close(const Cell *c, int apart, const Stand *g) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -21,14 +22,15 @@ from nestling.memory.native.runs import Runs, runs
 from nestling.memory.networks import MLP, Matrix
 from nestling.memory.networks.base import Network
 from nestling.memory.networks.layer_norm import EPS
-from nestling.memory.retentions import Decay, Full, Retention
+from nestling.memory.retentions import Decay, Full, Lq, Retention, Softmax
 from nestling.memory.rules import DeltaGradient, Gradient, Implicit, Momentum, Rule
 from nestling.memory.state import MemoryState, Tail
-from nestling.native import DEFINES, SCAN, library, without
+from nestling.native import DEFINES, HEADERS, SCAN, library, without
 
 if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
 
+LINKED = HEADERS / "linked.c"
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 
 
@@ -86,8 +88,12 @@ def serves(cell: Cell, x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype in DEFINES
         and _known(cell)
-        and library(SCAN, x.dtype) is not None
+        and library(_source(cell), x.dtype) is not None
     )
+
+
+def _source(cell: Cell) -> Path:
+    return SCAN if cell.retention.linear else LINKED
 
 
 @lru_cache
@@ -97,9 +103,10 @@ def _known(cell: Cell) -> bool:
         type(network) in (MLP, Matrix)
         and network.depth <= fields.DEPTH
         and _bias(cell.bias) is not None
-        and (type(retention) is Full or retention == Decay())
-        and type(rule) in (Gradient, Momentum, DeltaGradient, Implicit)
+        and (link := _link(retention)) is not None
+        and type(rule) in ((Gradient, Momentum, DeltaGradient, Implicit) if link.kind == 0 else (Gradient,))
         and not (rule.erase != "none" and (rule.momentum or cell.bias.window > 1))
+        and not (link.kind and cell.bias.window > 1)
         and cell.read != "boundary"
     )
 
@@ -116,6 +123,17 @@ def _bias(bias: Bias) -> fields.Bias | None:
     return None
 
 
+def _link(retention: Retention) -> fields.Link | None:
+    """As the C code reads it; None: it has no code for it."""
+    if type(retention) is Full or retention == Decay():
+        return fields.Link(fields.LINKS.index("identity"))
+    if type(retention) is Softmax:
+        return fields.Link(fields.LINKS.index("softmax"))
+    if type(retention) is Lq:
+        return fields.Link(fields.LINKS.index("lq"), retention.q, retention.floor)
+    return None
+
+
 def orderly(*gates: Factor | None) -> bool:
     """Whether these gates have a logarithm everywhere."""
     return not any(gate is not None and gate.zero is not None and bool(gate.zero.any()) for gate in gates)
@@ -125,19 +143,19 @@ class Scan(Lanes):
     """One scan of a memory. Streams: q, k, v, η, log α, log μ, ε and the window's weights, `[lane, head, time, …]` or None; k and
     v with the tokens of the window before them."""
 
-    source = SCAN
-    entry = "nestling_scan"
     names = fields.STREAMS
 
     def __init__(self, cell: Cell, cut: Runs, fine: Tensor | None, again: Again) -> None:
         super().__init__(cell.name, cut, fine, again)
-        self.cell = cell
+        self.cell, self.source = cell, _source(cell)
+        self.entry = f"nestling_{self.source.stem}"
 
     def structure(self, streams: Given, stand: Stand) -> fields.Scan:
         q, k = streams[:2]
         assert q is not None
         assert k is not None
         c = fields.Scan(cell=self.cell.fields([(w.shape[-2], w.shape[-1]) for w in stand.weights]))
+        c.link = _link(self.cell.retention)
         c.time, c.tail = q.shape[2], k.shape[2] - q.shape[2]
         return c
 

@@ -392,8 +392,7 @@ static void back_misfit(const Cell *cell, const Space *m, const Tile *t, int i, 
 // From the gradients of δ and x to those of keys, values and the anchor.
 static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *of, OfTile *g) {
     const Network *net = &cell->network;
-    int N = t->rows, D = net->depth, last = net->width[D], wide = last + reads_threshold(&cell->bias);
-    size_t size = (size_t)N * last;
+    int N = t->rows, D = net->depth, last = net->width[D];
     for (int l = 0; l < D - 1; l++) {
         int out = net->width[l + 1], next = net->width[l + 2], n = N * out;
         real *restrict of_up = m->of_delta[l], *restrict of_slope = m->of_slope[l];

@@ -1,0 +1,86 @@
+// A call of one memory's scan, and its tiles.
+
+#ifndef NESTLING_SCAN_H
+#define NESTLING_SCAN_H
+
+#include "link.h"
+#include "runs.h"
+#include "share.h"
+
+typedef struct {
+    Cell cell;
+    Link link;
+    Store store;
+    int lanes, heads, time, tiles, longest, group, apart, threads;
+    int tail;         // rows of k and v before the call's own
+    const Run *runs;            // `[lane, tiles]`
+    const unsigned char *fine;  // `[lane, tail + time]`: tokens that act; null: all
+    // `[memory, time, …]`, memory = lane · heads + head; q null where nothing is asked, k and v with the tail before them
+    const real *q, *k, *v, *lr, *retention, *momentum, *erase, *window;
+    real *y;
+    real *kept;   // what stands before each group of tiles, `[group, memory, numbers]`; null: not kept
+    int *broken;  // whether something was not finite, one per memory
+    const real *of_y;
+    real *of_q, *of_k, *of_v, *of_lr, *of_retention, *of_momentum, *of_erase, *of_window;
+} Scan;
+
+static const real *at_token(const real *x, size_t token, int width) { return x ? x + token * width : 0; }
+static real *of_token(real *x, size_t token, int width) { return x ? x + token * width : 0; }
+
+static int tiles_of(const Scan *s, const Run *runs) {
+    int count = 0;
+    while (count < s->tiles && runs[count].tokens) count++;
+    return count;
+}
+
+// Where weights are kept of the group of tiles that begins with tile n.
+static real *kept_at(const Scan *s, int n, int memory) {
+    size_t memories = (size_t)s->lanes * s->heads;
+    return s->kept + ((size_t)(n / s->group) * memories + memory) * numbers(&s->cell, s->apart);
+}
+
+static real *answers_at(const Scan *s, real *y, int memory, const Run *run) {
+    return y + ((size_t)memory * s->time + run->first) * s->cell.network.width[s->cell.network.depth];
+}
+
+static int target_width(const Cell *c) { return c->network.width[c->network.depth] + reads_threshold(&c->bias); }
+
+// The tile of a run, without coefficients.
+static Tile tile_at(const Scan *s, Gates *gates, int memory, const Run *run, int begun) {
+    const Cell *cell = &s->cell;
+    size_t token = (size_t)memory * s->time + run->first;
+    size_t all = s->tail + s->time, place = s->tail + run->first - run->halo, row = memory * all + place;
+    Tile t = {.tokens = run->tokens, .rows = run->halo + run->tokens, .begun = begun, .gates = gates};
+    t.q = at_token(s->q, token, cell->network.width[0]);
+    t.k = at_token(s->k, row, cell->network.width[0]);
+    t.v = at_token(s->v, row, target_width(cell));
+    *gates = (Gates){
+        at_token(s->lr, token, 1),
+        at_token(s->retention, token, 1),
+        at_token(s->momentum, token, 1),
+        at_token(s->erase, token, 1),
+        at_token(s->window, token, cell->window),
+        s->fine ? s->fine + memory / s->heads * all + place : 0,
+    };
+    return t;
+}
+
+// Where the gradients of its inputs go.
+static OfTile of_tile_at(const Scan *s, OfGates *gates, int memory, const Run *run) {
+    const Cell *cell = &s->cell;
+    size_t token = (size_t)memory * s->time + run->first;
+    size_t row = (size_t)memory * (s->tail + s->time) + s->tail + run->first - run->halo;
+    *gates = (OfGates){
+        of_token(s->of_lr, token, 1),
+        of_token(s->of_retention, token, 1),
+        of_token(s->of_momentum, token, 1),
+        of_token(s->of_erase, token, 1),
+        of_token(s->of_window, token, cell->window),
+    };
+    return (OfTile){
+        of_token(s->of_q, token, cell->network.width[0]), of_token(s->of_k, row, cell->network.width[0]),
+        of_token(s->of_v, row, target_width(cell)), 0, gates
+    };
+}
+
+#endif
