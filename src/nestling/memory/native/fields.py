@@ -62,7 +62,7 @@ LINKS = ("identity", "softmax", "lq")
 
 
 class Link(ctypes.Structure):
-    """`Link` of link.h; kind: one of `LINKS`."""
+    """`Link` of scan.h; kind: one of `LINKS`."""
 
     _fields_ = [("kind", INT), *((name, ctypes.c_double) for name in ("power", "floor"))]
 

@@ -3,7 +3,7 @@
 //     Z_t = α_t Z_{t−1} − η_t x_tᵀ δ_t,    ẑ_t = h_t link(Z_t)
 //
 // with x and δ at the linked anchor, as in tile.h. No rank-one form survives a link, so a layer's Z, which a core's cache holds, is
-// written and read in one pass over it per token. The scale of LQ stands for its chunk; the chunk's last token reads at the new one.
+// written and read in one pass over it per token. The link is the softmax over each output's inputs.
 
 #include "scan.h"
 
@@ -13,7 +13,7 @@ typedef struct {
     Gates gates;
     OfGates of_gates;
     real *states, *standing[DEPTH], *turned[DEPTH], *of_standing[DEPTH];
-    real *ring[DEPTH], *top[DEPTH], *share[DEPTH], *scale[DEPTH];
+    real *ring[DEPTH], *top[DEPTH], *share[DEPTH];
     real *alpha, *column, *row;
 } Hand;
 
@@ -24,13 +24,12 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     Room room = {space, 0};
     lay_space(cell, L, L, &h->space, &room);
     for (int l = 0; l < n->depth; l++) {
-        size_t size = size_of(cell, l), rows = s->link.kind == SOFTMAX ? (size_t)(L + 1) * n->width[l + 1] : 0;
+        size_t size = size_of(cell, l), rows = (size_t)(L + 1) * n->width[l + 1];
         h->standing[l] = take(&room, size);
         h->of_standing[l] = take(&room, backward ? size : 0);
         h->ring[l] = take(&room, backward ? size * L : 0);
         h->top[l] = take(&room, rows);
         h->share[l] = take(&room, rows);
-        h->scale[l] = take(&room, L);
     }
     h->alpha = take(&room, L);
     h->column = take(&room, 2 * most);
@@ -40,12 +39,46 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     return room.used;
 }
 
+// ---- the link ------------------------------------------------------------------------------------------------------
+
+// The largest of each column.
+static void tops(int in, int out, const real *restrict z, real *restrict top) {
+    memcpy(top, z, out * sizeof(real));
+    for (int i = 1; i < in; i++)
+        for (int j = 0; j < out; j++) top[j] = z[(size_t)i * out + j] > top[j] ? z[(size_t)i * out + j] : top[j];
+}
+
+// Weights of a layer. spare: 2 · out
+static void linked(int in, int out, const real *restrict z, real *restrict w, real *restrict spare) {
+    real *restrict top = spare, *restrict total = spare + out;
+    tops(in, out, z, top);
+    memset(total, 0, out * sizeof(real));
+    for (int i = 0; i < in; i++)
+        for (int j = 0; j < out; j++) {
+            real e = exponential(z[(size_t)i * out + j] - top[j]);
+            w[(size_t)i * out + j] = e;
+            total[j] += e;
+        }
+    for (int j = 0; j < out; j++) total[j] = R(1.0) / total[j];
+    for (int i = 0; i < in; i++)
+        for (int j = 0; j < out; j++) w[(size_t)i * out + j] *= total[j];
+}
+
+// From the gradient of the weights to that of Z, which is added to. spare: out
+static void back_linked(int in, int out, const real *restrict w, const real *restrict of_w, real *restrict of_z, real *restrict spare) {
+    memset(spare, 0, out * sizeof(real));
+    for (int i = 0; i < in; i++)
+        for (int j = 0; j < out; j++) spare[j] += w[(size_t)i * out + j] * of_w[(size_t)i * out + j];
+    for (int i = 0; i < in; i++)
+        for (int j = 0; j < out; j++) of_z[(size_t)i * out + j] += w[(size_t)i * out + j] * (of_w[(size_t)i * out + j] - spare[j]);
+}
+
 // What gradients are taken at.
 static Stand standing(const Scan *s, Hand *h, const Stand *m, int with_turned) {
     const Network *n = &s->cell.network;
     Stand at = {0};
     for (int l = 0; l < n->depth; l++) {
-        linked(&s->link, n->width[l], n->width[l + 1], m->a[l], h->standing[l], h->column);
+        linked(n->width[l], n->width[l + 1], m->a[l], h->standing[l], h->column);
         at.w[l] = at.a[l] = h->standing[l];
     }
     if (with_turned) turn(&s->cell, &at, h->turned);
@@ -60,7 +93,7 @@ static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *run) {
 
 // ---- one token, one layer ------------------------------------------------------------------------------------------
 
-// Z' = keep Z − x ᵀδ; `to` may be `from`.
+// Z' = keep Z − lr xᵀ δ; `to` may be `from`.
 static void write_token(int in, int out, real keep, real lr, const real *x, const real *restrict delta, const real *from, real *to) {
     for (int i = 0; i < in; i++) {
         real step = lr * x[i];
@@ -105,23 +138,6 @@ static void softmax_read(
     for (int j = 0; j < out; j++) share[j] = R(1.0) / share[j], z[j] *= share[j];
 }
 
-// Z' = keep Z − xᵀ δ and z = h Z', with before h Z
-static inline void linear_token(
-    int in, int out, int before, real keep, real lr, const real *x, const real *restrict delta, const real *h, const real *from,
-    real *to, real *restrict z
-) {
-    memset(z, 0, out * sizeof(real));
-    for (int i = 0; i < in; i++) {
-        real step = lr * x[i], weight = h[i];
-#pragma GCC ivdep
-        for (int j = 0; j < out; j++) {
-            real old = from[(size_t)i * out + j], new = keep * old - step * delta[j];
-            to[(size_t)i * out + j] = new;
-            z[j] += weight * (before ? old : new);
-        }
-    }
-}
-
 // ---- a tile --------------------------------------------------------------------------------------------------------
 
 // How far a column's largest entry may move in a token before its exponentials are taken anew.
@@ -134,7 +150,7 @@ static int moved(int out, const real *shift, const real *top) {
 }
 
 // Writes a tile's tokens and answers its queries; ring: keep Z behind each, and leave m as it is. y null: not wanted.
-static void walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, int closes, int ring, real *y) {
+static void walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, int ring, real *y) {
     const Cell *cell = &s->cell;
     const Network *n = &cell->network;
     Space *p = &h->space;
@@ -144,27 +160,17 @@ static void walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, int clos
         int in = n->width[l], out = n->width[l + 1];
         size_t size = (size_t)in * out;
         const real *from = m->w[l];
-        real stands = s->link.kind == LQ ? scale_of(&s->link, size, m->a[l]) : 1;
-        if (s->link.kind == SOFTMAX) tops(in, out, from, h->top[l]);
+        tops(in, out, from, h->top[l]);
         for (int i = 0; i < L; i++) {
             real *to = ring ? h->ring[l] + i * size : m->w[l], *z = p->ahead[l] + (size_t)i * out;
             const real *x = p->at.x[l] + (size_t)i * in, *delta = p->delta[l] + (size_t)i * out, *ask = p->h[l] + (size_t)i * in;
             real keep = h->alpha[i], lr = t->gates->lr[i];
-            if (s->link.kind == SOFTMAX) {
-                real *shift = h->top[l] + (size_t)i * out, *top = shift + out, *share = h->share[l] + (size_t)i * out;
-                if (cell->before) softmax_token(in, out, 1, keep, lr, x, delta, ask, from, to, shift, top, share, z);
-                else softmax_token(in, out, 0, keep, lr, x, delta, ask, from, to, shift, top, share, z);
-                if (!cell->before && moved(out, shift, top)) {
-                    memcpy(shift, top, out * sizeof(real));
-                    softmax_read(in, out, ask, to, shift, share, z);
-                }
-            } else {
-                real *plainly = p->at_w[l] + (size_t)i * out;
-                if (cell->before) linear_token(in, out, 1, keep, lr, x, delta, ask, from, to, plainly);
-                else linear_token(in, out, 0, keep, lr, x, delta, ask, from, to, plainly);
-                int renewed = closes && i == L - 1 && !cell->before;
-                h->scale[l][i] = renewed ? scale_of(&s->link, size, to) : stands;
-                for (int j = 0; j < out; j++) z[j] = h->scale[l][i] * plainly[j];
+            real *shift = h->top[l] + (size_t)i * out, *top = shift + out, *share = h->share[l] + (size_t)i * out;
+            if (cell->before) softmax_token(in, out, 1, keep, lr, x, delta, ask, from, to, shift, top, share, z);
+            else softmax_token(in, out, 0, keep, lr, x, delta, ask, from, to, shift, top, share, z);
+            if (!cell->before && moved(out, shift, top)) {
+                memcpy(shift, top, out * sizeof(real));
+                softmax_read(in, out, ask, to, shift, share, z);
             }
             from = to;
         }
@@ -191,89 +197,71 @@ static void write_tile(const Scan *s, Hand *h, const Tile *t, const Stand *m, co
             );
 }
 
-// Gradients of a token's layer. of: that of Z behind it, becomes that of Z before it; u: of the read-out.
+// A token of a layer, and its gradients. of: that of Z behind it, becomes that of Z before it.
 typedef struct {
-    int in, out, before, softmax;
-    real keep, lr, scale;
+    int in, out;
+    real keep, lr;
     const real *x, *delta, *h, *from, *to;  // Z before and behind
-    const real *shift, *u, *z;              // softmax: u is share ∘ ∂z, else ∂z
+    const real *shift, *u, *z;              // u: share ∘ ∂z
     real *of_delta, *of_x, *of_h, *of;
     real of_lr, of_keep;
-} Back;
+} Token;
 
-static inline void back_token(Back *b, int before, int softmax) {
+static inline void back_token(Token *b, int before) {
     int in = b->in, out = b->out;
-    real keep = b->keep, lr = b->lr, scale = b->scale;
+    real keep = b->keep, lr = b->lr;
     const real *restrict delta = b->delta, *restrict u = b->u, *restrict z = b->z, *restrict shift = b->shift;
     real *restrict of_delta = b->of_delta;
     for (int i = 0; i < in; i++) {
-        const real *restrict old = b->from + (size_t)i * out, *restrict read = (before ? b->from : b->to) + (size_t)i * out;
+        const real *restrict read = (before ? b->from : b->to) + (size_t)i * out;
         real *restrict of = b->of + (size_t)i * out;
         real along = 0, kept = 0, asked = 0, weight = b->h[i], step = lr * b->x[i];
 #pragma omp simd reduction(+ : along, kept, asked)
         for (int j = 0; j < out; j++) {
-            real part = (softmax ? exponential(read[j] - shift[j]) : read[j]) * u[j];
-            real through = softmax ? part * (weight - z[j]) : scale * weight * u[j];
-            real d = of[j] + (before ? 0 : through);
+            real part = exponential(read[j] - shift[j]) * u[j], through = part * (weight - z[j]), d = of[j] + (before ? 0 : through);
             asked += part;
             along += d * delta[j];
-            kept += d * old[j];
+            kept += d * read[j];
             of_delta[j] -= step * d;
             of[j] = keep * d + (before ? through : 0);
         }
-        b->of_h[i] = softmax ? asked : scale * asked;
+        b->of_h[i] = asked;
         b->of_x[i] -= lr * along;
         b->of_lr -= b->x[i] * along;
-        b->of_keep += kept;
+        b->of_keep += before ? keep * kept : kept + step * along;  // α Z = Z' + η xᵀ δ
     }
-}
-
-static void back_any_token(Back *b) {
-    if (b->before && b->softmax) back_token(b, 1, 1);
-    else if (b->before) back_token(b, 1, 0);
-    else if (b->softmax) back_token(b, 0, 1);
-    else back_token(b, 0, 0);
 }
 
 // From the gradients of a tile's answers and of Z behind it to those of all it was given. m: what stands before, with its gradients
 // and answers made, and the ring; of: comes in as of the end, and leaves as of the start.
-static void back_walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, const Stand *at, int closes, const real *of_y, const Stand *of, OfTile *g) {
+static void back_walk(
+    const Scan *s, Hand *h, const Tile *t, const Stand *m, const Stand *at, const real *of_y, const Stand *of, OfTile *g
+) {
     const Cell *cell = &s->cell;
     const Network *n = &cell->network;
     Space *p = &h->space;
-    int L = t->tokens, D = n->depth, last = n->width[D], softmax = s->link.kind == SOFTMAX;
-    real *of_z = p->of_z, *of_h = p->of_h, of_scale[DEPTH] = {0};
-    for (int l = 0; l < D; l++) {
-        memset(p->of_x[l], 0, (size_t)L * n->width[l] * sizeof(real));
-        memset(p->of_delta[l], 0, (size_t)L * n->width[l + 1] * sizeof(real));
-    }
+    int L = t->tokens, D = n->depth, last = n->width[D];
+    real *of_z = p->of_z, *of_h = p->of_h;
+    clear_rows(cell, p, t);
     memcpy(of_z, of_y, (size_t)L * last * sizeof(real));
     if (n->norm) denormalize(L, last, p->normed, p->scale, of_y, of_z);
     for (int l = D - 1; l >= 0; l--) {
         int in = n->width[l], out = n->width[l + 1];
         size_t size = (size_t)in * out;
         for (int i = L - 1; i >= 0; i--) {
-            real *of_row = of_z + (size_t)i * out, *scale = &h->scale[l][i];
-            const real *here = h->ring[l] + i * size;
-            Back b = {
-                .in = in, .out = out, .before = cell->before, .softmax = softmax, .keep = h->alpha[i], .lr = t->gates->lr[i],
-                .scale = *scale, .x = p->at.x[l] + (size_t)i * in, .delta = p->delta[l] + (size_t)i * out,
-                .h = p->h[l] + (size_t)i * in, .from = i ? here - size : m->w[l], .to = here, .shift = h->top[l] + (size_t)i * out,
-                .u = of_row, .z = p->ahead[l] + (size_t)i * out, .of_delta = p->of_delta[l] + (size_t)i * out,
-                .of_x = p->of_x[l] + (size_t)i * in, .of_h = of_h + (size_t)i * in, .of = of->w[l],
+            const real *here = h->ring[l] + i * size, *share = h->share[l] + (size_t)i * out, *of_row = of_z + (size_t)i * out;
+            for (int j = 0; j < out; j++) h->row[j] = share[j] * of_row[j];
+            Token b = {
+                .in = in, .out = out, .keep = h->alpha[i], .lr = t->gates->lr[i], .x = p->at.x[l] + (size_t)i * in,
+                .delta = p->delta[l] + (size_t)i * out, .h = p->h[l] + (size_t)i * in, .from = i ? here - size : m->w[l],
+                .to = here, .shift = h->top[l] + (size_t)i * out, .u = h->row, .z = p->ahead[l] + (size_t)i * out,
+                .of_delta = p->of_delta[l] + (size_t)i * out, .of_x = p->of_x[l] + (size_t)i * in,
+                .of_h = of_h + (size_t)i * in, .of = of->w[l],
             };
-            if (softmax) {
-                const real *restrict share = h->share[l] + (size_t)i * out;
-                for (int j = 0; j < out; j++) h->row[j] = share[j] * of_row[j];
-                b.u = h->row;
-            } else {
-                real of_c = dot(of_row, p->at_w[l] + (size_t)i * out, out);
-                if (closes && i == L - 1 && !cell->before) back_scale(&s->link, size, here, of_c, of->w[l]);
-                else of_scale[l] += of_c;
-            }
-            back_any_token(&b);
+            if (cell->before) back_token(&b, 1);
+            else back_token(&b, 0);
             g->gates->lr[i] += b.of_lr;
-            if (t->gates->retention) g->gates->retention[i] += b.keep * b.of_keep;
+            if (t->gates->retention) g->gates->retention[i] += b.of_keep;
         }
         if (l) {
             back_through(n->activation, L * in, p->ahead[l - 1], of_h);
@@ -290,7 +278,7 @@ static void back_walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, con
     }
     back_gradients(cell, p, t, at, &of_standing, g);
     for (int l = 0; l < D; l++)
-        back_linked(&s->link, n->width[l], n->width[l + 1], m->a[l], at->a[l], h->of_standing[l], of_scale[l], of->a[l], h->column);
+        back_linked(n->width[l], n->width[l + 1], at->a[l], h->of_standing[l], of->a[l], h->column);
 }
 
 // ---- a memory ------------------------------------------------------------------------------------------------------
@@ -311,7 +299,7 @@ static void forward(const void *task, int memory, real *space) {
         Tile t = tile_of(s, &h, memory, &runs[n]);
         Stand at = standing(s, &h, &m, 0);
         gradients(cell, &h.space, &t, &at);
-        walk(s, &h, &t, &m, runs[n].flags & CLOSES, 0, answers_at(s, s->y, memory, &runs[n]));
+        walk(s, &h, &t, &m, 0, answers_at(s, s->y, memory, &runs[n]));
         if (!sound(cell, &h.space, &t, &m)) {
             s->broken[memory] = 1;
             return;
@@ -346,15 +334,14 @@ static void backward(const void *task, int memory, real *space) {
             next_anchor(cell, s->apart, runs[n].flags & CLOSES, &m, &after);
         }
         for (int n = end - 1; n >= first; n--) {
-            int closes = runs[n].flags & CLOSES;
             stand(cell, s->apart, &m, h.states + (n - first) * size);
             Tile t = tile_of(s, &h, memory, &runs[n]);
             Stand at = standing(s, &h, &m, 1);
             gradients(cell, &h.space, &t, &at);
-            walk(s, &h, &t, &m, closes, 1, 0);
-            if (closes) back_close(cell, s->apart, &g);
+            walk(s, &h, &t, &m, 1, 0);
+            if (runs[n].flags & CLOSES) back_close(cell, s->apart, &g);
             OfTile of = of_tile_at(s, &h.of_gates, memory, &runs[n]);
-            back_walk(s, &h, &t, &m, &at, closes, answers_at(s, (real *)s->of_y, memory, &runs[n]), &g, &of);
+            back_walk(s, &h, &t, &m, &at, answers_at(s, (real *)s->of_y, memory, &runs[n]), &g, &of);
             if (runs[n].flags & FRESH) back_fresh(cell, s->apart, &s->store, memory, &g);
         }
     }

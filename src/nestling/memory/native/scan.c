@@ -3,7 +3,7 @@
 // The backward pass starts from weights kept every few tiles and makes the rest again. A value that is not finite raises a flag;
 // the caller then leaves all to `chunked`, whose guards know what to do.
 
-#include "scan.h"
+#include "scaled.h"
 
 // What a thread has in hand.
 typedef struct {
@@ -13,6 +13,7 @@ typedef struct {
     Coefficients c, of_c;
     real *of_c_begin, *of_c_end;
     real *states, *turned[DEPTH];
+    Scaled scaled;  // where there is a link
 } Hand;
 
 static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
@@ -26,6 +27,7 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     h->of_c_end = take(&room, 0);
     h->states = take(&room, numbers(cell, s->apart) * (backward ? s->group : 1));
     if (backward) lay_turned(cell, h->turned, &room);
+    if (s->link.kind) lay_scaled(cell, s->longest, backward, &h->scaled, &room);
     return room.used;
 }
 
@@ -51,9 +53,13 @@ static void forward(const void *task, int memory, real *space) {
             memcpy(kept_at(s, n, memory), h.states, numbers(cell, s->apart) * sizeof(real));
         if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
         Tile t = tile_of(s, &h, memory, &runs[n], begins(s->apart, runs, n, 0));
-        gradients(cell, &h.space, &t, &m);
-        if (t.q) answers(cell, &h.space, &t, &m, answers_at(s, s->y, memory, &runs[n]));
-        advance(cell, &h.space, &t, &m, &m);
+        Stand at = s->link.kind ? standing(s, &h.scaled, &m) : m;
+        gradients(cell, &h.space, &t, &at);
+        if (s->link.kind) write_scaled(s, &h.scaled, &h.space, &t, &at, &runs[n]);
+        if (t.q) answers(cell, &h.space, &t, &at, answers_at(s, s->y, memory, &runs[n]));
+        if (s->link.kind)
+            for (int l = 0; l < cell->network.depth; l++) memcpy(m.w[l], h.scaled.after[l], size_of(cell, l) * sizeof(real));
+        else advance(cell, &h.space, &t, &m, &m);
         if (!sound(cell, &h.space, &t, &m)) {
             s->broken[memory] = 1;
             return;
@@ -83,21 +89,27 @@ static void backward(const void *task, int memory, real *space) {
             if (n == end - 1) break;
             stand(cell, s->apart, &after, state + size);
             Tile t = tile_of(s, &h, memory, &runs[n], begins(s->apart, runs, n, 0));
-            gradients(cell, &h.space, &t, &m);
-            advance(cell, &h.space, &t, &m, &after);
+            Stand at = s->link.kind ? standing(s, &h.scaled, &m) : m;
+            gradients(cell, &h.space, &t, &at);
+            advance(cell, &h.space, &t, &at, &after);
             next_anchor(cell, s->apart, runs[n].flags & CLOSES, &m, &after);
         }
         for (int n = end - 1; n >= first; n--) {
             stand(cell, s->apart, &m, h.states + (n - first) * size);
-            turn(cell, &m, h.turned);
-            Tile t = tile_of(s, &h, memory, &runs[n], begins(s->apart, runs, n, 0));
-            gradients(cell, &h.space, &t, &m);
-            if (t.q) answers(cell, &h.space, &t, &m, 0);
+            Stand at = s->link.kind ? standing(s, &h.scaled, &m) : m;
+            turn(cell, &at, h.turned);
+            // Where the anchor's weights are not those that are read, no tile is begun.
+            Tile t = tile_of(s, &h, memory, &runs[n], !s->link.kind && begins(s->apart, runs, n, 0));
+            gradients(cell, &h.space, &t, &at);
+            if (s->link.kind) write_scaled(s, &h.scaled, &h.space, &t, &at, &runs[n]);
+            if (t.q) answers(cell, &h.space, &t, &at, 0);
             if (runs[n].flags & CLOSES) back_close(cell, s->apart, &g);
             OfTile of = of_tile_at(s, &h.of_gates, memory, &runs[n]);
             of.c = &h.of_c;
             memset(h.of_c_begin, 0, (h.of_c_end - h.of_c_begin) * sizeof(real));
-            back_tile(cell, &h.space, &t, &m, answers_at(s, (real *)s->of_y, memory, &runs[n]), &g, &of);
+            const real *of_y = answers_at(s, (real *)s->of_y, memory, &runs[n]);
+            if (s->link.kind) back_scaled(s, &h.scaled, &h.space, &t, &m, &at, &runs[n], of_y, &g, &of);
+            else back_tile(cell, &h.space, &t, &at, of_y, &g, &of);
             back_coefficients(t.tokens, t.rows, cell->window, cell->erases, &h.gates, &h.c, &h.of_c, &h.of_gates);
             if (runs[n].flags & FRESH) back_fresh(cell, s->apart, &s->store, memory, &g);
         }

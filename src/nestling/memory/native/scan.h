@@ -3,9 +3,20 @@
 #ifndef NESTLING_SCAN_H
 #define NESTLING_SCAN_H
 
-#include "link.h"
+#include "back.h"
 #include "runs.h"
 #include "share.h"
+
+// A retention's link of its dual variable Z to the weights.
+//
+//     SOFTMAX   W = softmax(Z) over each output's inputs                                      Miras, eq. 21 and 27
+//     LQ        W = c Z,  c = max(‖Z‖_q, floor)^{2−q}, the norm over the whole matrix         Miras, eq. 24
+enum { IDENTITY, SOFTMAX, LQ };
+
+typedef struct {
+    int kind;
+    double power, floor;  // q, and the least norm that counts
+} Link;
 
 typedef struct {
     Cell cell;
@@ -79,7 +90,7 @@ static OfTile of_tile_at(const Scan *s, OfGates *gates, int memory, const Run *r
     };
     return (OfTile){
         of_token(s->of_q, token, cell->network.width[0]), of_token(s->of_k, row, cell->network.width[0]),
-        of_token(s->of_v, row, target_width(cell)), 0, gates
+        of_token(s->of_v, row, target_width(cell)), 0, gates, 0
     };
 }
 

@@ -93,7 +93,7 @@ def serves(cell: Cell, x: Tensor) -> bool:
 
 
 def _source(cell: Cell) -> Path:
-    return SCAN if cell.retention.linear else LINKED
+    return LINKED if type(cell.retention) is Softmax else SCAN
 
 
 @lru_cache

@@ -6,6 +6,7 @@
 //
 // All memories of a head share keys, gates and so the coefficients. The backward pass starts from weights kept every few tiles.
 
+#include "back.h"
 #include "runs.h"
 #include "share.h"
 
@@ -329,7 +330,7 @@ static void backward(const void *task, int memory, real *space) {
                 if (t.q) answers(one->cell, room, &t, one->stand, 0);
                 if (run->flags & CLOSES << one->bank) back_close(one->cell, s->apart, &g[i]);
                 memset(h.of_target, 0, (size_t)t.tokens * net->width[0] * sizeof(real));
-                OfTile of = {h.of_query, h.of_key, h.of_target, &h.of_c, &h.of_gates};
+                OfTile of = {h.of_query, h.of_key, h.of_target, &h.of_c, &h.of_gates, 0};
                 back_tile(one->cell, room, &t, one->stand, s->of_y + asked_at(s, memory, run), &g[i], &of);
                 back_answer(
                     net, t.tokens, &h.aimed[one->bank], one->stand->a, one->stand->turned, h.of_target, h.of_value, h.of_x[one->bank], g[i].a,
