@@ -299,6 +299,27 @@ def test_guards_step_in_as_ever(calls: list[int]) -> None:
 
 
 @NEEDS
+@pytest.mark.parametrize("read", ["after", "before"])
+def test_logits_that_leap(read: str, calls: list[int]) -> None:
+    """The exponentials of a token are taken around the largest logits before it, which a large step leaves far behind."""
+    spec = nl.memory.named("memora", key_dim=8, chunk=8, read=read)
+
+    def read_all(engine: str, dtype: torch.dtype) -> list[Tensor]:
+        w0, streams, gates = example(spec, 24, 35, dtype)
+        leaps = torch.tensor([1.0, 3e3, 1.0], dtype=dtype).repeat(8)
+        y, state = nl.memory.scan(spec, w0, *streams, dataclasses.replace(gates, lr=gates.lr * leaps), engine=engine)
+        assert max(float(w.detach().abs().max()) for w in state.weights) > 100
+        total = y.square().sum() + sum(w.square().mean() for w in state.weights)
+        grads = torch.autograd.grad(total, [*w0, *streams, gates.lr, gates.retention])
+        return [y.detach(), *(w.detach() for w in state.weights), *grads]
+
+    expected = read_all("reference", torch.float64)
+    assert_close(read_all("chunked", torch.float64), expected, 1e-8)
+    assert_close(read_all("chunked", torch.float32), expected, 1e-2)
+    assert len(calls) == 2
+
+
+@NEEDS
 def test_a_state_that_was_changed_by_hand_is_read_as_it_is(calls: list[int]) -> None:
     """Where the weights are not the anchor though a chunk begins."""
     spec = nl.memory.named("titans", key_dim=8, chunk=8)

@@ -7,13 +7,13 @@
 
 #include "scan.h"
 
-// What a thread has in hand. ring: Z of a layer behind every token of a tile; top: the largest of its columns, before and behind.
+// What a thread has in hand. states: Z before the tiles of a group; walked: Z as it goes on; the rest by layer, of every token.
 typedef struct {
     Space space;
     Gates gates;
     OfGates of_gates;
     real *states, *standing[DEPTH], *turned[DEPTH], *of_standing[DEPTH];
-    real *ring[DEPTH], *top[DEPTH], *share[DEPTH];
+    real *top[DEPTH], *share[DEPTH], *e[DEPTH], *zs[DEPTH], *walked;
     real *alpha, *column, *row;
 } Hand;
 
@@ -27,12 +27,14 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
         size_t size = size_of(cell, l), rows = (size_t)(L + 1) * n->width[l + 1];
         h->standing[l] = take(&room, size);
         h->of_standing[l] = take(&room, backward ? size : 0);
-        h->ring[l] = take(&room, backward ? size * L : 0);
+        h->e[l] = take(&room, backward ? size * L : 0);
+        h->zs[l] = take(&room, backward ? 2 * rows : 0);
         h->top[l] = take(&room, rows);
         h->share[l] = take(&room, rows);
     }
     h->alpha = take(&room, L);
-    h->column = take(&room, 2 * most);
+    h->walked = take(&room, backward ? numbers(cell, s->apart) : 0);
+    h->column = take(&room, 2 * (most > L ? most : L));
     h->row = take(&room, most);
     h->states = take(&room, numbers(cell, s->apart) * (backward ? s->group : 1));
     if (backward) lay_turned(cell, h->turned, &room);
@@ -93,49 +95,51 @@ static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *run) {
 
 // ---- one token, one layer ------------------------------------------------------------------------------------------
 
-// Z' = keep Z − lr xᵀ δ; `to` may be `from`.
-static void write_token(int in, int out, real keep, real lr, const real *x, const real *restrict delta, const real *from, real *to) {
-    for (int i = 0; i < in; i++) {
-        real step = lr * x[i];
-#pragma GCC ivdep
-        for (int j = 0; j < out; j++) to[(size_t)i * out + j] = keep * from[(size_t)i * out + j] - step * delta[j];
-    }
-}
+// A token of a layer.
+typedef struct {
+    int in, out;
+    real keep, lr;
+    const real *x, *delta, *h;
+    real *shift;  // about the largest of each column
+    real *share;  // one over the sums of the exponentials
+    real *z;      // h W
+    real *e;      // the exponentials, `[in, out]`, kept on the way back
+    real *zs;     // there too: h (W ∘ Z) and 1 (W ∘ Z), one behind the other
+} Token;
 
-// The same, and z = h softmax(Z'), with before of Z. shift: about the largest of each column; top: that of Z'. share: one over
-// the sums of the exponentials.
-static inline void softmax_token(
-    int in, int out, int before, real keep, real lr, const real *x, const real *restrict delta, const real *h, const real *from,
-    real *to, const real *restrict shift, real *restrict top, real *restrict share, real *restrict z
-) {
-    for (int j = 0; j < out; j++) top[j] = -R(3e38), share[j] = 0, z[j] = 0;
+// Z' = keep Z − lr xᵀ δ in place, and z = h softmax(Z'), with before of Z. top: the largest of Z' in each column. write: not only read.
+static inline void read_token(const Token *t, real *restrict at, real *restrict top, int write, int before, int keeps) {
+    int in = t->in, out = t->out;
+    const real *restrict delta = t->delta, *restrict shift = t->shift;
+    real *restrict share = t->share, *restrict z = t->z, *restrict asked = t->zs, *restrict all = t->zs + out;
+    for (int j = 0; j < out; j++) share[j] = 0, z[j] = 0;
+    if (keeps) memset(t->zs, 0, 2 * out * sizeof(real));
+    if (write)
+        for (int j = 0; j < out; j++) top[j] = -R(3e38);
     for (int i = 0; i < in; i++) {
-        real step = lr * x[i], weight = h[i];
-#pragma GCC ivdep
+        real step = t->lr * t->x[i], weight = t->h[i], keep = t->keep, *restrict row = at + (size_t)i * out;
+        real *restrict kept = t->e + (size_t)i * out;
+#pragma omp simd
         for (int j = 0; j < out; j++) {
-            real old = from[(size_t)i * out + j], new = keep * old - step * delta[j];
-            real e = exponential((before ? old : new) - shift[j]);
-            to[(size_t)i * out + j] = new;
-            top[j] = new > top[j] ? new : top[j];
+            real old = row[j], new = write ? keep * old - step * delta[j] : old, used = before ? old : new;
+            real e = exponential(used - shift[j]);
+            if (write) row[j] = new, top[j] = new > top[j] ? new : top[j];
             share[j] += e;
             z[j] += weight * e;
+            if (keeps) kept[j] = e, asked[j] += weight * e * used, all[j] += e * used;
         }
     }
     for (int j = 0; j < out; j++) share[j] = R(1.0) / share[j], z[j] *= share[j];
+    if (keeps)
+        for (int j = 0; j < out; j++) asked[j] *= share[j], all[j] *= share[j];
 }
 
-// z = h softmax(Z)
-static void softmax_read(
-    int in, int out, const real *h, const real *restrict from, const real *restrict shift, real *restrict share, real *restrict z
-) {
-    for (int j = 0; j < out; j++) share[j] = 0, z[j] = 0;
-    for (int i = 0; i < in; i++)
-        for (int j = 0; j < out; j++) {
-            real e = exponential(from[(size_t)i * out + j] - shift[j]);
-            share[j] += e;
-            z[j] += h[i] * e;
-        }
-    for (int j = 0; j < out; j++) share[j] = R(1.0) / share[j], z[j] *= share[j];
+static void any_token(const Token *t, real *at, real *top, int write, int before, int keeps) {
+    if (!write) read_token(t, at, top, 0, before, keeps);
+    else if (before && keeps) read_token(t, at, top, 1, 1, 1);
+    else if (before) read_token(t, at, top, 1, 1, 0);
+    else if (keeps) read_token(t, at, top, 1, 0, 1);
+    else read_token(t, at, top, 1, 0, 0);
 }
 
 // ---- a tile --------------------------------------------------------------------------------------------------------
@@ -149,30 +153,34 @@ static int moved(int out, const real *shift, const real *top) {
     return far;
 }
 
-// Writes a tile's tokens and answers its queries; ring: keep Z behind each, and leave m as it is. y null: not wanted.
-static void walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, int ring, real *y) {
+static Token token_of(const Scan *s, const Hand *h, const Tile *t, int l, int i) {
+    const Space *p = &h->space;
+    int in = s->cell.network.width[l], out = s->cell.network.width[l + 1];
+    size_t row = (size_t)i * out, column = (size_t)i * in;
+    return (Token){
+        in, out, h->alpha[i], t->gates->lr[i], p->at.x[l] + column, p->delta[l] + row, p->h[l] + column, h->top[l] + row,
+        h->share[l] + row, p->ahead[l] + row, h->e[l] + column * out, h->zs[l] + 2 * row
+    };
+}
+
+// Writes a tile's tokens and answers its queries; keeps: what the way back needs. y null: not wanted.
+static void walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, int keeps, real *y) {
     const Cell *cell = &s->cell;
     const Network *n = &cell->network;
     Space *p = &h->space;
     int L = t->tokens, D = n->depth, last = n->width[D];
     p->h[0] = (real *)t->q;
     for (int l = 0; l < D; l++) {
-        int in = n->width[l], out = n->width[l + 1];
-        size_t size = (size_t)in * out;
-        const real *from = m->w[l];
-        tops(in, out, from, h->top[l]);
+        int out = n->width[l + 1];
+        tops(n->width[l], out, m->w[l], h->top[l]);
         for (int i = 0; i < L; i++) {
-            real *to = ring ? h->ring[l] + i * size : m->w[l], *z = p->ahead[l] + (size_t)i * out;
-            const real *x = p->at.x[l] + (size_t)i * in, *delta = p->delta[l] + (size_t)i * out, *ask = p->h[l] + (size_t)i * in;
-            real keep = h->alpha[i], lr = t->gates->lr[i];
-            real *shift = h->top[l] + (size_t)i * out, *top = shift + out, *share = h->share[l] + (size_t)i * out;
-            if (cell->before) softmax_token(in, out, 1, keep, lr, x, delta, ask, from, to, shift, top, share, z);
-            else softmax_token(in, out, 0, keep, lr, x, delta, ask, from, to, shift, top, share, z);
-            if (!cell->before && moved(out, shift, top)) {
-                memcpy(shift, top, out * sizeof(real));
-                softmax_read(in, out, ask, to, shift, share, z);
+            Token token = token_of(s, h, t, l, i);
+            real *top = token.shift + out;
+            any_token(&token, m->w[l], top, 1, cell->before, keeps);
+            if (!cell->before && moved(out, token.shift, top)) {
+                memcpy(token.shift, top, out * sizeof(real));
+                any_token(&token, m->w[l], top, 0, 0, keeps);
             }
-            from = to;
         }
         if (l < D - 1) activate(n->activation, L * out, p->ahead[l], p->h[l + 1]);
     }
@@ -186,56 +194,56 @@ static void walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, int ring
     if (n->residual) add_part(L, last, t->q, n->width[0], y, last);
 }
 
-// What only writes.
+// What only writes: Z_L = γ Z_0 − Xᵀ diag(η γ_L/γ) Δ.
 static void write_tile(const Scan *s, Hand *h, const Tile *t, const Stand *m, const Stand *after) {
     const Network *n = &s->cell.network;
-    for (int l = 0; l < n->depth; l++)
-        for (int i = 0; i < t->tokens; i++)
-            write_token(
-                n->width[l], n->width[l + 1], h->alpha[i], t->gates->lr[i], h->space.at.x[l] + (size_t)i * n->width[l],
-                h->space.delta[l] + (size_t)i * n->width[l + 1], i ? after->w[l] : m->w[l], after->w[l]
-            );
-}
-
-// A token of a layer, and its gradients. of: that of Z behind it, becomes that of Z before it.
-typedef struct {
-    int in, out;
-    real keep, lr;
-    const real *x, *delta, *h, *from, *to;  // Z before and behind
-    const real *shift, *u, *z;              // u: share ∘ ∂z
-    real *of_delta, *of_x, *of_h, *of;
-    real of_lr, of_keep;
-} Token;
-
-static inline void back_token(Token *b, int before) {
-    int in = b->in, out = b->out;
-    real keep = b->keep, lr = b->lr;
-    const real *restrict delta = b->delta, *restrict u = b->u, *restrict z = b->z, *restrict shift = b->shift;
-    real *restrict of_delta = b->of_delta;
-    for (int i = 0; i < in; i++) {
-        const real *restrict read = (before ? b->from : b->to) + (size_t)i * out;
-        real *restrict of = b->of + (size_t)i * out;
-        real along = 0, kept = 0, asked = 0, weight = b->h[i], step = lr * b->x[i];
-#pragma omp simd reduction(+ : along, kept, asked)
-        for (int j = 0; j < out; j++) {
-            real part = exponential(read[j] - shift[j]) * u[j], through = part * (weight - z[j]), d = of[j] + (before ? 0 : through);
-            asked += part;
-            along += d * delta[j];
-            kept += d * read[j];
-            of_delta[j] -= step * d;
-            of[j] = keep * d + (before ? through : 0);
-        }
-        b->of_h[i] = asked;
-        b->of_x[i] -= lr * along;
-        b->of_lr -= b->x[i] * along;
-        b->of_keep += before ? keep * kept : kept + step * along;  // α Z = Z' + η xᵀ δ
+    Space *p = &h->space;
+    int L = t->tokens;
+    real keep = 1;
+    for (int i = L - 1; i >= 0; i--) h->column[i] = keep * t->gates->lr[i], keep *= h->alpha[i];
+    for (int l = 0; l < n->depth; l++) {
+        int in = n->width[l], out = n->width[l + 1];
+        for (int i = 0; i < in * out; i++) after->w[l][i] = keep * m->w[l][i];
+        scaled(L, in, h->column, p->at.x[l], p->spare);
+        product(in, L, out, turned(p->spare, in), plain(p->delta[l], out), after->w[l], out, -1, p->panel);
     }
 }
 
-// From the gradients of a tile's answers and of Z behind it to those of all it was given. m: what stands before, with its gradients
-// and answers made, and the ring; of: comes in as of the end, and leaves as of the start.
+// Gradients of a token's layer. of: that of Z behind it, becomes that of Z before it. u: share ∘ ∂z; behind: room for a row. Returns that
+// of η, with its sign turned.
+static inline real back_token(
+    const Token *t, const real *restrict u, real *of, real *of_x, real *restrict of_delta, real *of_h,
+    real *restrict behind, int before
+) {
+    int in = t->in, out = t->out;
+    real keep = t->keep, lr = t->lr, of_lr = 0;
+    const real *restrict delta = t->delta, *restrict z = t->z;
+    for (int i = 0; i < in; i++) {
+        const real *restrict e = t->e + (size_t)i * out;
+        real *restrict row = of + (size_t)i * out;
+        real weight = t->h[i], step = lr * t->x[i];
+#pragma GCC ivdep
+        for (int j = 0; j < out; j++) {
+            real through = e[j] * u[j] * (weight - z[j]), d = row[j] + (before ? 0 : through);
+            of_delta[j] -= step * d;
+            row[j] = keep * d + (before ? through : 0);
+            behind[j] = d;
+        }
+        real along = dot(behind, delta, out);
+        of_h[i] = dot(e, u, out);
+        of_x[i] -= lr * along;
+        of_lr += t->x[i] * along;
+    }
+    return of_lr;
+}
+
+// From the gradients of a tile's answers and of Z behind it to those of all it was given. end: what stands behind it, as `walk`
+// left it; at: its linked anchor; of: comes in as of the end, and leaves as of the start.
+//
+// ⟨∂Z_t, Z_t⟩ goes along, as of every token's log α it is the gradient: ⟨∂Z_t, α Z_{t−1}⟩ = ⟨∂Z_t, Z_t⟩ + η ⟨∂Z_t, xᵀ δ⟩, and what a
+// read adds to it, ⟨∂Z, Z⟩ = Σ_j ∂z_j (Σ_i h_i W_ij Z_ij − z_j Σ_i W_ij Z_ij), the read left ready.
 static void back_walk(
-    const Scan *s, Hand *h, const Tile *t, const Stand *m, const Stand *at, const real *of_y, const Stand *of, OfTile *g
+    const Scan *s, Hand *h, const Tile *t, const Stand *end, const Stand *at, const real *of_y, const Stand *of, OfTile *g
 ) {
     const Cell *cell = &s->cell;
     const Network *n = &cell->network;
@@ -247,21 +255,23 @@ static void back_walk(
     if (n->norm) denormalize(L, last, p->normed, p->scale, of_y, of_z);
     for (int l = D - 1; l >= 0; l--) {
         int in = n->width[l], out = n->width[l + 1];
-        size_t size = (size_t)in * out;
+        real along = dot(of->w[l], end->w[l], (size_t)in * out);
         for (int i = L - 1; i >= 0; i--) {
-            const real *here = h->ring[l] + i * size, *share = h->share[l] + (size_t)i * out, *of_row = of_z + (size_t)i * out;
-            for (int j = 0; j < out; j++) h->row[j] = share[j] * of_row[j];
-            Token b = {
-                .in = in, .out = out, .keep = h->alpha[i], .lr = t->gates->lr[i], .x = p->at.x[l] + (size_t)i * in,
-                .delta = p->delta[l] + (size_t)i * out, .h = p->h[l] + (size_t)i * in, .from = i ? here - size : m->w[l],
-                .to = here, .shift = h->top[l] + (size_t)i * out, .u = h->row, .z = p->ahead[l] + (size_t)i * out,
-                .of_delta = p->of_delta[l] + (size_t)i * out, .of_x = p->of_x[l] + (size_t)i * in,
-                .of_h = of_h + (size_t)i * in, .of = of->w[l],
-            };
-            if (cell->before) back_token(&b, 1);
-            else back_token(&b, 0);
-            g->gates->lr[i] += b.of_lr;
-            if (t->gates->retention) g->gates->retention[i] += b.of_keep;
+            Token token = token_of(s, h, t, l, i);
+            const real *of_row = of_z + (size_t)i * out;
+            real *of_x = p->of_x[l] + (size_t)i * in, *of_delta = p->of_delta[l] + (size_t)i * out, *of_ask = of_h + (size_t)i * in;
+            real read = 0;
+            for (int j = 0; j < out; j++) {
+                h->row[j] = token.share[j] * of_row[j];
+                read += of_row[j] * (token.zs[j] - token.z[j] * token.zs[out + j]);
+            }
+            if (!cell->before) along += read;
+            real of_lr = cell->before ? back_token(&token, h->row, of->w[l], of_x, of_delta, of_ask, h->column, 1)
+                                      : back_token(&token, h->row, of->w[l], of_x, of_delta, of_ask, h->column, 0);
+            along += token.lr * of_lr;
+            g->gates->lr[i] -= of_lr;
+            if (t->gates->retention) g->gates->retention[i] += along;
+            if (cell->before) along += read;
         }
         if (l) {
             back_through(n->activation, L * in, p->ahead[l - 1], of_h);
@@ -338,10 +348,12 @@ static void backward(const void *task, int memory, real *space) {
             Tile t = tile_of(s, &h, memory, &runs[n]);
             Stand at = standing(s, &h, &m, 1);
             gradients(cell, &h.space, &t, &at);
-            walk(s, &h, &t, &m, 1, 0);
+            stand(cell, s->apart, &after, h.walked);
+            memcpy(h.walked, h.states + (n - first) * size, size * sizeof(real));
+            walk(s, &h, &t, &after, 1, 0);
             if (runs[n].flags & CLOSES) back_close(cell, s->apart, &g);
             OfTile of = of_tile_at(s, &h.of_gates, memory, &runs[n]);
-            back_walk(s, &h, &t, &m, &at, answers_at(s, (real *)s->of_y, memory, &runs[n]), &g, &of);
+            back_walk(s, &h, &t, &after, &at, answers_at(s, (real *)s->of_y, memory, &runs[n]), &g, &of);
             if (runs[n].flags & FRESH) back_fresh(cell, s->apart, &s->store, memory, &g);
         }
     }

@@ -7,17 +7,49 @@
 
 #include <math.h>
 
+// The sum of a register's lanes, in few dependent steps.
+static inline real lanes(vec v) {
+    typedef real v32 __attribute__((vector_size(32)));
+    typedef real v16 __attribute__((vector_size(16)));
+    union {
+        vec all;
+        v32 half[REGISTER / 32];
+    } one = {v};
+    union {
+        v32 all;
+        v16 half[2];
+    } two = {REGISTER == 64 ? one.half[0] + one.half[REGISTER / 32 - 1] : one.half[0]};
+    v16 last = two.half[0] + two.half[1];
+#ifdef DOUBLE
+    return last[0] + last[1];
+#else
+    return (last[0] + last[2]) + (last[1] + last[3]);
+#endif
+}
+
 static inline real dot(const real *restrict a, const real *restrict b, size_t n) {
-    real total = 0;
-#pragma omp simd reduction(+ : total)
-    for (size_t i = 0; i < n; i++) total += a[i] * b[i];
+    vec one = {}, two = {};
+    size_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        one += *(const vec *)(a + i) * *(const vec *)(b + i);
+        two += *(const vec *)(a + i + LANES) * *(const vec *)(b + i + LANES);
+    }
+    if (i + LANES <= n) one += *(const vec *)(a + i) * *(const vec *)(b + i), i += LANES;
+    real total = lanes(one + two);
+    for (; i < n; i++) total += a[i] * b[i];
     return total;
 }
 
 static inline real sum(const real *restrict a, size_t n) {
-    real total = 0;
-#pragma omp simd reduction(+ : total)
-    for (size_t i = 0; i < n; i++) total += a[i];
+    vec one = {}, two = {};
+    size_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        one += *(const vec *)(a + i);
+        two += *(const vec *)(a + i + LANES);
+    }
+    if (i + LANES <= n) one += *(const vec *)(a + i), i += LANES;
+    real total = lanes(one + two);
+    for (; i < n; i++) total += a[i];
     return total;
 }
 

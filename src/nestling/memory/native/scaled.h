@@ -19,11 +19,12 @@ static real norm_of(const Link *link, size_t n, const real *restrict z) {
     real floor = (real)link->floor, q = (real)link->power, top = floor, total = 0;
 #pragma omp simd reduction(max : top)
     for (size_t i = 0; i < n; i++) top = magnitude(z[i]) > top ? magnitude(z[i]) : top;
+    real part = R(1.0) / top;
     if (q == 4) {
 #pragma omp simd reduction(+ : total)
-        for (size_t i = 0; i < n; i++) total += to_the(z[i] / top, 4);
+        for (size_t i = 0; i < n; i++) total += to_the(z[i] * part, 4);
     } else {
-        for (size_t i = 0; i < n; i++) total += to_the(z[i] / top, q);
+        for (size_t i = 0; i < n; i++) total += to_the(z[i] * part, q);
     }
     real norm = top * (real)pow(total, R(1.0) / q);
     return norm > floor ? norm : floor;
@@ -38,11 +39,15 @@ static real scale_of(const Link *link, size_t n, const real *z) {
 static void back_scale(const Link *link, size_t n, const real *restrict z, real of_scale, real *restrict of_z) {
     real q = (real)link->power, norm = norm_of(link, n, z);
     if (norm <= (real)link->floor || q == 2) return;
-    real factor = of_scale * (2 - q) * (real)pow(norm, 1 - q);
-    if (q == 4)
-        for (size_t i = 0; i < n; i++) of_z[i] += factor * (z[i] / norm) * (z[i] / norm) * (z[i] / norm);
-    else
-        for (size_t i = 0; i < n; i++) of_z[i] += factor * (z[i] < 0 ? R(-1.0) : R(1.0)) * (real)pow(magnitude(z[i]) / norm, q - 1);
+    real factor = of_scale * (2 - q) * (real)pow(norm, 1 - q), part = R(1.0) / norm;
+    if (q == 4) {
+        for (size_t i = 0; i < n; i++) {
+            real share = z[i] * part;
+            of_z[i] += factor * share * share * share;
+        }
+    } else {
+        for (size_t i = 0; i < n; i++) of_z[i] += factor * sign_of(z[i]) * (real)pow(magnitude(z[i]) * part, q - 1);
+    }
 }
 
 // Room for a tile: weights at the anchor, c of every token, and what W goes on to.
