@@ -24,7 +24,8 @@ static inline real exponential(real x) {
     p = p * r + R(4.1665795894e-2);
     p = p * r + R(1.6666665459e-1);
     p = p * r + R(5.0000001201e-1);
-    union { int32_t i; float f; } two = {.i = ((int32_t)n + 127) << 23};
+    union { float f; uint32_t i; } low = {.f = n + R(12582912.0)};  // + 1.5 · 2²³: n in the lowest bits, of a NaN any
+    union { uint32_t i; float f; } two = {.i = (low.i + 127) << 23};
     return (p * r * r + r + R(1.0)) * two.f;
 }
 
