@@ -545,10 +545,20 @@ def test_levels_show_the_nested_system(nestling, trained):
     assert result["forward_flops_per_token"] == pytest.approx(real.forward / result["length"], rel=0.05)
     assert result["decode_flops_per_token"] == pytest.approx(real.decode, rel=0.05)
     assert {name for level in result["levels"] for name in level["params"]} == {n for n, _ in model.named_parameters()}
-    for option in (("--model", "titans_lmm"), ("--size", "base"), ("--set", "dim=16"), ("--optimizer", "sgd")):
+    defaults = ("--model", "hope"), ("--size", "tiny"), ("--optimizer", "adamw")  # asked for all the same
+    others = ("--model", "titans_lmm"), ("--size", "base"), ("--set", "dim=16"), ("--optimizer", "sgd")
+    for option in (*defaults, *others):
         code, out, err = nestling("levels", trained, *option)
         assert (code, out) == (2, "")
         assert f"{option[0][2:]}: a run has settings of its own" in one_message(err)
+
+
+def test_the_package_runs_as_a_module():
+    for argv, code, words in ((["--version"], 0, "nestling "), (["levls"], 2, "Did you mean 'levels'")):
+        ended = subprocess.run([sys.executable, "-m", "nestling", *argv], capture_output=True, text=True, timeout=60)
+        assert ended.returncode == code
+        assert words in ended.stdout + ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 def test_levels_say_choices_in_words(nestling):

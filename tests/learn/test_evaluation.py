@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from nestling import models, stream
 from nestling import state as fast
+from nestling.commands.eval import summarize
 from nestling.learn import Passage, Score, bits_per_byte, by_position, evaluate, mean_and_error, passages, read
 from nestling.learn.evaluation import token_nats
 
@@ -180,6 +181,21 @@ def test_positions_by_hand():
     torch.testing.assert_close(table, expected, equal_nan=True)
     second = by_position([two], [0, 1, 3], reading=1)
     torch.testing.assert_close(second, torch.tensor([[0.0, 2.25]]).double())
+
+
+def test_a_document_cut_before_a_character_counts_in_the_last_bin():
+    given = [stream.Document("a", "abcdefg☃hij"), stream.Document("b", "abcdefghijk"), stream.Document("c", "abcdef")]
+    ready = list(passages(given, stream.ByteTokenizer(), 8))
+    assert [passage.size for passage in ready] == [7, 8, 6]  # the snowman has three bytes, of which one would fit
+    scores = [
+        Score(n, x.name, torch.arange(1.0, x.size + 1).double()[None] * math.log(2), x.size)
+        for n, x in enumerate(ready)
+    ]
+    nan = math.nan
+    expected = torch.tensor([[2.5, 6.0], [2.5, 6.5], [2.5, nan]]).double()
+    torch.testing.assert_close(by_position(scores, [0, 4, 8], slack=1), expected, equal_nan=True)
+    assert by_position(scores, [0, 4, 8])[:, 1].isnan().tolist() == [True, False, True]
+    assert summarize(scores, 8)["readings"][0]["by_position"]["documents"] == [3]
 
 
 def test_mean_and_error_by_hand():

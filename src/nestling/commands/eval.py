@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from nestling.learn import Score
 
+CHARACTER = 4  # bytes of a character, at most
+
 Run = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
 Number = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 
@@ -114,7 +116,7 @@ def summarize(scores: list[Score], limit: int) -> dict[str, object]:
 
     readings = []
     for reading in range(len(scores[0].nats)):
-        mean, error, count = mean_and_error(by_position(scores, edges, reading))
+        mean, error, count = mean_and_error(by_position(scores, edges, reading, slack=CHARACTER - 1))
         readings.append(
             {
                 "bits_per_byte": bits_per_byte(scores, reading),

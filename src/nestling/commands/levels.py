@@ -14,6 +14,7 @@ from nestling.config import SettingError
 from nestling.learn.config import Overrides, TrainConfig
 
 Run = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
+Choice = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Drawing = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
 
@@ -23,12 +24,12 @@ class LevelsConfig:
 
     run: Run = None
     """A run's folder or one of its checkpoints, instead of --model and --size."""
-    model: str = "hope"
-    """Which model."""
-    size: str = "tiny"
-    """How large."""
-    optimizer: str = "adamw"
-    """What moves its slow weights, whose memories are levels too."""
+    model: Choice = None
+    """Which model (default: hope)."""
+    size: Choice = None
+    """How large (default: tiny)."""
+    optimizer: Choice = None
+    """What moves its slow weights, whose memories are levels too (default: adamw)."""
     overrides: Overrides = field(default_factory=dict)
     """Settings of the model that differ from its size's, for example --set dim=128 layers=4."""
     draw: Drawing = None
@@ -60,14 +61,17 @@ def run(config: LevelsConfig) -> int:
 
     if config.run is not None:
         for name, option in (("model", "model"), ("size", "size"), ("optimizer", "optimizer"), ("overrides", "set")):
-            if getattr(config, name) != getattr(LevelsConfig(), name):
+            if getattr(config, name):
                 raise SettingError(
                     f"{option}: a run has settings of its own, which are those of {config.run}: leave it out."
                 )
         settings = settings_of(config.run)
     else:
         settings = TrainConfig(
-            model=config.model, size=config.size, overrides=config.overrides, optimizer=config.optimizer
+            model=config.model or "hope",
+            size=config.size or "tiny",
+            overrides=config.overrides,
+            optimizer=config.optimizer or "adamw",
         )
     with torch.device("meta"):  # names and sizes are all that is asked for
         model = build_model(settings)

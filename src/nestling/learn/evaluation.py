@@ -192,19 +192,22 @@ def bits_per_byte(scores: Iterable[Score], reading: int = 0) -> float:
     return _ratio(sum(nats for nats, _ in pairs), sum(size for _, size in pairs))
 
 
-def by_position(scores: Sequence[Score], edges: Sequence[int], reading: int = 0) -> Tensor:
+def by_position(scores: Sequence[Score], edges: Sequence[int], reading: int = 0, *, slack: int = 0) -> Tensor:
     """Bits per byte by position in the document: float64 `[document, len(edges) − 1]`, one row a score, in the
     order given.
 
     Bin b holds the predicted tokens edges[b] … edges[b + 1] − 1 (0 is the first after `<bos>`); with the byte
     tokenizer these are bytes, with others a token counts for the document's bytes per token. A document that
     ends inside a bin is nan there, so that every row of a bin speaks of the same stretch and two runs can be
-    compared document by document.
+    compared document by document; but the last bin may lack up to `slack` tokens, as a document that is cut
+    at so many bytes is cut between characters.
     """
     table = torch.full((len(scores), len(edges) - 1), math.nan, dtype=torch.float64)
     for row, score in enumerate(scores):
         nats = score.nats[reading]
         for b, (begin, end) in enumerate(itertools.pairwise(edges)):
+            if b == len(edges) - 2 and end - slack <= len(nats):
+                end = min(end, len(nats))
             if 0 <= begin < end <= len(nats):
                 table[row, b] = float(nats[begin:end].mean()) * len(nats) / math.log(2) / score.size
     return table
