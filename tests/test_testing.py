@@ -13,6 +13,18 @@ from nestling import testing
 from nestling.memory import MemorySpec
 
 
+class Careless(torch.autograd.Function):
+    """x, whose backward pass adds what was never written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad + 0 * torch.empty_like(grad)
+
+
 @dataclass(frozen=True)
 class Broken(MemorySpec):
     """A memory with one defect, named by `defect`."""
@@ -33,6 +45,14 @@ class Broken(MemorySpec):
             y = y + 1e-3 * q.sum()
         if self.defect == "unwritten cell":
             y = y + 0 * torch.empty_like(y)
+        if self.defect == "unwritten cell in a step" and y.shape[2] == 1:
+            y = y + 0 * torch.empty_like(y)
+        if self.defect == "unwritten cell behind" and options.get("engine", "chunked") == "chunked":
+            y = Careless.apply(y)
+        if self.defect == "half gradients" and q.dtype in (torch.bfloat16, torch.float16):
+            y = (y.detach() + 1.1 * (y - y.detach())).to(y.dtype)
+        if self.defect == "half under autocast" and torch.is_autocast_enabled("cpu"):
+            y = (y @ torch.eye(y.shape[-1], dtype=y.dtype)).to(y.dtype)
         if self.defect == "wrong gradient" and options.get("engine", "chunked") == "chunked":
             y = y.detach()
         if self.defect == "wrong without gradients" and not torch.is_grad_enabled():
@@ -53,6 +73,12 @@ def case(**choices: Any) -> testing.Case:
     [
         ("fast path drifts", lambda m: testing.chunked_equals_reference(m, case()), "outputs: off by"),
         ("unwritten cell", lambda m: testing.chunked_equals_reference(m, case()), "outputs: off by nan"),
+        ("unwritten cell behind", lambda m: testing.chunked_equals_reference(m, case()), "gradient 0: off by nan"),
+        (
+            "unwritten cell in a step",
+            lambda m: testing.splitting_changes_nothing(m, case(), 0.5),
+            "split at 1: off by nan",
+        ),
         ("wrong gradient", lambda m: testing.chunked_equals_reference(m, case()), "gradient 0: off by"),
         ("forgets the state", lambda m: testing.splitting_changes_nothing(m, case(), 0.5), "outputs of the split at 4"),
         ("remembers nothing", testing.dropping_the_state_is_noticed, "no effect"),
@@ -62,6 +88,12 @@ def case(**choices: Any) -> testing.Case:
         ("wrong without gradients", testing.all_modes_are_equal, "no_grad"),
         ("fast path drifts", testing.float32_is_within_its_tolerance, "float32: off by"),
         ("half weights", lambda m: testing.half_is_computed_in_float32(m, torch.bfloat16), "otherwise than in float32"),
+        ("half gradients", lambda m: testing.half_is_computed_in_float32(m, torch.bfloat16), "gradient 0 with"),
+        (
+            "half under autocast",
+            lambda m: testing.half_is_computed_in_float32(m, torch.float16),
+            "otherwise than in float32",
+        ),
         ("counts nothing", testing.lanes_are_read_as_if_alone, "position"),
     ],
 )

@@ -155,13 +155,13 @@ def chunked_equals_reference(spec: Memory, case: Case) -> None:
     for engine, tile in (("reference", None), ("chunked", case.tile)):
         with poisoned():
             y, state = run(made, w0, example, engine=engine, tile=tile, **mask)
-        probe = torch.Generator().manual_seed(7)
-        total = (y * torch.randn(y.shape, generator=probe, dtype=y.dtype)).sum()
-        for w in fast.leaves(state):
-            if not w.is_floating_point() or not w.requires_grad:
-                continue
-            total = total + (w * torch.randn(w.shape, generator=probe, dtype=w.dtype)).sum()
-        runs.append((y.detach(), state, torch.autograd.grad(total, given, allow_unused=True)))
+            probe = torch.Generator().manual_seed(7)
+            total = (y * torch.randn(y.shape, generator=probe, dtype=y.dtype)).sum()
+            for w in fast.leaves(state):
+                if not w.is_floating_point() or not w.requires_grad:
+                    continue
+                total = total + (w * torch.randn(w.shape, generator=probe, dtype=w.dtype)).sum()
+            runs.append((y.detach(), state, torch.autograd.grad(total, given, allow_unused=True)))
     (y, state, gradients), (fast_y, fast_state, fast_gradients) = runs
     assert_close(fast_y, y, "outputs")
     assert_same(fast_state, state)
@@ -171,7 +171,7 @@ def chunked_equals_reference(spec: Memory, case: Case) -> None:
 
 
 def splitting_changes_nothing(spec: Memory, case: Case, share: float) -> None:
-    """Reading A + B is reading A, then B, at the split `share` and token by token (C2)."""
+    """Reading A + B is reading A, then B, at the split `share` and token by token (C2); fresh tensors are poisoned with NaN."""
     made, w0 = small(spec, case.seed, chunk=case.chunk, read=case.read)
     time = case.time
     example = inputs(made, case.seed, time)
@@ -182,7 +182,8 @@ def splitting_changes_nothing(spec: Memory, case: Case, share: float) -> None:
         state, outputs = None, []
         for first, last in itertools.pairwise(bounds):
             part = {n: None if m is None else m[:, first:last] for n, m in mask.items()}
-            y, state = run(made, w0, cut(example, first, last), state, **part)
+            with poisoned():
+                y, state = run(made, w0, cut(example, first, last), state, **part)
             outputs.append(y)
         assert_close(torch.cat(outputs, 2), whole, f"outputs of the split at {bounds[1]}")
         assert_same(state, end)
@@ -257,21 +258,38 @@ def float32_is_within_its_tolerance(spec: Memory) -> None:
 
 
 def half_is_computed_in_float32(spec: Memory, dtype: torch.dtype) -> None:
-    """Half inputs, autocast or not, are computed and kept in float32 (C7)."""
+    """Half inputs, under autocast to either half precision or without, are computed and kept in float32 (C7): a text, two tokens
+    by themselves behind it, and the gradients of q, k, v, which come back in the inputs' own precision."""
     made, w0 = small(spec, 19, chunk=8)
-    example = inputs(made, 19, 24, dtype=torch.float32)
-    low = [x.to(dtype) for x in example[:3]]
-    gates = example[3].map(lambda g: g.to(dtype))
     w0 = [w.float() for w in w0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, state = made.scan(w0, low[0], low[1], low[2], gates)
-    up, same = made.scan(w0, low[0].float(), low[1].float(), low[2].float(), gates.map(lambda g: g.float()))
-    assert y.dtype == dtype, f"outputs are {y.dtype}, expected the query's {dtype}"
-    assert all(w.dtype == torch.float32 for w in fast.leaves(state) if w.is_floating_point()), (
-        "the state is not float32"
-    )
-    assert torch.equal(y, up.to(dtype)), "computed otherwise than in float32"
-    assert_same(state, same, 0.0)
+    half = inputs(made, 19, 26, dtype=torch.float32)
+    half = (*(x.to(dtype) for x in half[:3]), half[3].map(lambda g: g.to(dtype)))  # type: ignore[assignment]
+
+    def read(up: Callable[[Tensor], Tensor], mode: torch.dtype | None) -> tuple[Tensor, object, tuple[Tensor, ...]]:
+        """Outputs, the last state and gradients, `up` applied to what is given, under autocast to `mode`."""
+        leaves = [x.clone().requires_grad_() for x in half[:3]]
+        given = (*map(up, leaves), half[3].map(up))
+        state, outputs = None, []
+        for first, last in ((0, 24), (24, 25), (25, 26)):
+            with torch.autocast("cpu", dtype=mode or dtype, enabled=mode is not None):
+                y, state = made.scan(w0, *cut(given, first, last), state)  # type: ignore[arg-type]
+            outputs.append(y)
+        y = torch.cat(outputs, 2)
+        probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+        return y.detach(), state, torch.autograd.grad(y, leaves, probe.to(y.dtype))
+
+    y, state, gradients = read(Tensor.float, None)
+    for mode in (torch.float16, torch.bfloat16, None):
+        low, kept, slopes = read(lambda x: x, mode)
+        where = f"with {dtype} inputs, autocast to {mode}"
+        assert low.dtype == dtype, f"outputs are {low.dtype} {where}; expected the query's"
+        assert all(w.dtype == torch.float32 for w in fast.leaves(kept) if w.is_floating_point()), (
+            f"the state is not float32 {where}"
+        )
+        assert torch.equal(low, y.to(dtype)), f"computed otherwise than in float32 {where}"
+        assert_same(kept, state, 0.0)
+        for number, (a, b) in enumerate(zip(slopes, gradients, strict=True)):
+            assert_close(a, b, f"gradient {number} {where}", 4 * torch.finfo(dtype).eps)
 
 
 def no_tokens_is_the_start(spec: Memory) -> None:

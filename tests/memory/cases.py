@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
+import pkgutil
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestling.memory import Memory
+from nestling.memory import L2, Bias, Features, Memory, Network, Omega, Retention, Rule
 from nestling.memory.protocol import Example
 from nestling.testing import cut
 
@@ -66,3 +70,46 @@ def slots_equal_their_definition(spec: Memory, w0: Sequence[Tensor], generator: 
     for fast in runs[1:]:
         for a, b in zip(fast, runs[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+BASES: dict[str, type] = {
+    "networks": Network,
+    "biases": Bias,
+    "retentions": Retention,
+    "rules": Rule,
+    "features": Features,
+}
+"""The folders of `nestling.memory` that hold a choice's options, and the protocol of each."""
+
+
+def options(axis: str) -> list[type]:
+    """Every option that a file of this folder defines: a new one joins by itself."""
+    package = importlib.import_module(f"nestling.memory.{axis}")
+    for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(file.name)
+    found, todo = set(), [BASES[axis]]
+    while todo:
+        todo += (subclasses := todo.pop().__subclasses__())
+        found |= {c for c in subclasses if is_dataclass(c) and c.__module__.startswith(f"{package.__name__}.")}
+    return sorted(found, key=lambda c: c.__name__)
+
+
+def variants(axis: str) -> list[Any]:
+    """Each of them as it is by itself, and with every value of those settings that are a choice of words or yes and no."""
+    found: list[Any] = []
+    for option in options(axis):
+        needed = {"inner": L2()} if option is Omega else {}
+        found.append(option(**needed))
+        for name, kind in get_type_hints(option).items():
+            for value in _values(kind):
+                with contextlib.suppress(ValueError):  # words that another option has use for
+                    found.append(option(**needed, **{name: value}))
+    return [x for n, x in enumerate(found) if x not in found[:n]]
+
+
+def _values(kind: Any) -> tuple[Any, ...]:
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    if kind is bool:
+        return (True, False)
+    return tuple(value for part in get_args(kind) for value in _values(part))

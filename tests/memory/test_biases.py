@@ -8,12 +8,10 @@ from torch import Tensor
 
 import nestling as nl
 from nestling.memory import (
-    KL,
     L2,
     MLP,
     Bias,
     Decay,
-    DotProduct,
     EpsilonInsensitive,
     Gates,
     Gradient,
@@ -28,24 +26,16 @@ from nestling.memory import (
 from nestling.memory.biases import reads_threshold
 from nestling.memory.biases.smooth import EPS, signed_power_integral
 
-from .cases import in_pieces
+from .cases import in_pieces, variants
 
 BIASES: list[Bias] = [
-    DotProduct(),
-    L2(),
-    Lp(),
+    *(b for b in variants("biases") if not isinstance(b, Omega)),  # every one there is
     Lp(1.0),
     Lp(1.5),
     Lp(1.0, slope=None),
     Lp(2.8, slope=None),
     Lp(4.0, slope=3.0),
-    Huber("coordinate"),
-    Huber("norm"),
-    Huber("mixture"),
-    KL(),
-    EpsilonInsensitive(),
     EpsilonInsensitive(0.0),
-    Robust(),
     Omega(Huber("norm"), length=3),
 ]
 

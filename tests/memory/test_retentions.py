@@ -21,21 +21,15 @@ from nestling.memory import (
     Matrix,
     MemorySpec,
     Retention,
-    Softmax,
 )
 
+from .cases import variants
+
 LINKS: list[Retention] = [
-    Lq(),
+    *(r for r in variants("retentions") if not r.linear),  # every one with a map
     Lq(3.0),
     Lq(2.0),
-    LqDual(),
     LqDual(2.5),
-    Softmax(),
-    ElasticNet(),
-    ElasticNet(smooth=True),
-    Bregman("sigmoid"),
-    Bregman("tanh"),
-    Bregman("exp"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,10 +25,11 @@ from nestling.memory import (
 )
 from nestling.memory.retentions import ElasticNet
 
-from .cases import in_pieces
+from .cases import in_pieces, variants
 
 KINDS = ["kl", "hellinger", "softplus"]
-RETENTIONS: list[Settled] = [ElasticStep(0.05), ElasticStep(0.05, smooth=True), *(Divergence(f) for f in KINDS)]
+EVERY = [r for r in variants("retentions") if isinstance(r, Settled)]
+RETENTIONS = [replace(r, threshold=0.05) if isinstance(r, ElasticStep) else r for r in EVERY]
 
 
 def normal(seed: int, *shape: int) -> Tensor:
