@@ -33,6 +33,7 @@ from common import Beside, Spread, flops, headline, interleaved, matmul_rate, pe
 COUNTED = 512  # tokens at which a memory layer's FLOPs are counted; they are linear in the length
 MODES = ("forward", "training", "decode")
 QUICK = {"lengths": (2048,), "chunks": (16, 64), "modes": MODES[:2]}
+PLAIN = {"omeganet_plain": ("omeganet", {"features": nl.memory.Identity(), "network": nl.memory.MLP()})}
 GOALS = {"share_of_bound": 0.7, "memory": 2.0, "memory_from": 8192, "growth": 1.2}
 
 
@@ -40,7 +41,8 @@ GOALS = {"share_of_bound": 0.7, "memory": 2.0, "memory_from": 8192, "growth": 1.
 class Settings(Beside):
     """Speed and memory of memory layers beside attention.
 
-    systems: names from `nl.memory.names()`; default all.  seconds: of timing per figure; slow layers take what three rounds take.
+    systems: names from `nl.memory.names()`, or omeganet_plain, without polynomials; default all.
+    seconds: of timing per figure; slow layers take what three rounds take.
     quick: length 2048, chunks 16 and 64, no decoding, where nothing else is said.
     """
 
@@ -55,9 +57,15 @@ class Settings(Beside):
     out: Path = field(default_factory=lambda: Path("runs/memory_speed"))
 
 
+def spec_of(name: str, **sizes: int) -> Any:
+    """A memory by its name here."""
+    system, choices = PLAIN.get(name, (name, {}))
+    return nl.memory.named(system, **sizes, **choices)
+
+
 def layer(name: str, chunk: int, settings: Settings) -> Any:
     """The layer of a system: its own where there is one (self_modifying → SelfModifying), else the memory layer."""
-    spec = nl.memory.named(name, key_dim=settings.dim // settings.heads, chunk=chunk)
+    spec = spec_of(name, key_dim=settings.dim // settings.heads, chunk=chunk)
     own = getattr(nl.layers, "".join(word.title() for word in name.split("_")), nl.layers.Memory)
     return own(settings.dim, settings.heads, spec)
 
@@ -299,8 +307,8 @@ def main(settings: Settings) -> None:
     for length in settings.lengths:
         peaks[length] = peak = matmul_rate(clock=settings.clock())
         console.print(f"length {length}: matmul peak {peak / 1e9:.0f} GFLOP/s", highlight=False)
-        for name in settings.systems or tuple(nl.memory.names()):
-            spec = nl.memory.named(name)
+        for name in settings.systems or (*nl.memory.names(), *PLAIN):
+            spec = spec_of(name)
             # Where the inner gradient does not read the weights, the chunk has no effect: one row says it all.
             chunks = settings.chunks if getattr(spec, "reads_weights", True) else settings.chunks[-1:]
             for chunk in chunks:

@@ -17,6 +17,7 @@ from nestling.memory import (
     Full,
     Gates,
     Gradient,
+    Identity,
     Matrix,
     MemorySpec,
     Momentum,
@@ -198,12 +199,13 @@ def test_momentum_equals_an_undamped_heavy_ball() -> None:
 
 def test_omega_with_window_1_is_the_online_rule_and_longer_windows_differ() -> None:
     q, k, v, alpha, eta = data(10)
-    w0 = [w.double() for w in nl.memory.named("omeganet", key_dim=D).init(1, torch.Generator().manual_seed(0))]
+    plain = {"key_dim": D, "features": Identity(), "network": MLP()}
+    w0 = [w.double() for w in nl.memory.named("omeganet", **plain).init(1, torch.Generator().manual_seed(0))]
     gates = Gates(lr=0.1 * eta, retention=alpha)
-    one = nl.memory.named("omeganet", key_dim=D, bias=Omega(L2(), length=1))
+    one = nl.memory.named("omeganet", bias=Omega(L2(), length=1), **plain)
     online = nl.memory.named("titans", key_dim=D, rule=Gradient())
     close(scan(one, w0, q, k, v, gates), scan(online, w0, q, k, v, gates))
-    wide = nl.memory.named("omeganet", key_dim=D, bias=Omega(L2(), length=3))
+    wide = nl.memory.named("omeganet", bias=Omega(L2(), length=3), **plain)
     assert (scan(wide, w0, q, k, v, gates) - scan(one, w0, q, k, v, gates)).abs().max() > 1e-3
     only_now = torch.zeros(1, 1, T, 3).double()
     only_now[..., 0] = 1
@@ -218,7 +220,8 @@ def test_omega_matrix_memory_is_the_rank_c_delta_rule() -> None:
     q, k, v, alpha, _ = data(11)
     c, w0 = 3, matrix0()
     gamma = torch.rand(1, 1, T, c, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / c
-    spec = nl.memory.named("omeganet", key_dim=D, network=Matrix(), bias=Omega(L2(), length=c), chunk=1)
+    choices = {"features": Identity(), "network": Matrix(), "bias": Omega(L2(), length=c)}
+    spec = nl.memory.named("omeganet", key_dim=D, chunk=1, **choices)
 
     def update(w: Tensor, t: int) -> Tensor:
         new = alpha[0, 0, t] * w

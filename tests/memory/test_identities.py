@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nestling as nl
-from nestling.memory import L2, MLP, Decay, Gates, Gradient, Matrix, MemorySpec, Momentum, Omega, Softmax
+from nestling.memory import L2, MLP, Decay, Gates, Gradient, Identity, Matrix, MemorySpec, Momentum, Omega, Softmax
 from nestling.memory.networks.base import at
 
 D, T = 4, 13
@@ -138,7 +138,8 @@ def test_omega_of_one_token_is_deltanet() -> None:
     """c = 1, γ = 1, φ = id, linear, α = 1, with the ½ in the loss: β = η (Atlas, §3.2)."""
     q, k, v, _, eta = data(7)
     w0 = [normal(9, 1, D, D)]
-    omega = nl.memory.named("omeganet", key_dim=D, network=Matrix(), bias=Omega(L2(), length=1), chunk=1)
+    choices = {"features": Identity(), "network": Matrix(), "bias": Omega(L2(), length=1)}
+    omega = nl.memory.named("omeganet", key_dim=D, chunk=1, **choices)
     close(
         omega.scan(w0, q, k, v, Gates(lr=eta))[0],
         nl.memory.named("deltanet", key_dim=D).scan(w0, q, k, v, Gates(lr=eta))[0],

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from nestling.memory import (
     Gates,
     Gradient,
     Huber,
+    Identity,
     Lp,
     Lq,
     Matrix,
@@ -38,6 +40,7 @@ from nestling.native import status, without
 
 NEEDS = pytest.mark.skipif(not status().startswith("on"), reason=f"the C code is not used here: {status()}")
 HEADS = 2
+PLAIN = {"features": Identity(), "network": MLP()}
 
 CELLS = {
     "titans": ("titans", {}),
@@ -63,10 +66,11 @@ CELLS = {
     "softmax, read before": ("memora", {"read": "before", "network": MLP(depth=3, norm=False)}),
     "norm to the power 3, read before": ("moneta", {"read": "before", "retention": Lq(3.0), "bias": L2()}),
     "norm of a matrix": ("moneta", {"network": Matrix(), "retention": Lq(4.0, floor=2.0)}),
-    "a window": ("omeganet", {}),
-    "a window, Huber": ("omeganet", {"bias": Omega(Huber(), 3)}),
-    "a window without momentum": ("omeganet", {"rule": Gradient()}),
-    "a window, dot product": ("omeganet", {"bias": Omega(DotProduct(), 3), "read": "before"}),
+    "a window": ("omeganet", PLAIN),
+    "a window with momentum": ("omeganet", {**PLAIN, "rule": Momentum()}),
+    "a window, dot product": ("omeganet", {**PLAIN, "bias": Omega(DotProduct(), 3), "read": "before"}),
+    "a window of polynomials": ("omeganet", {"rule": Momentum()}),
+    "a window, Huber": ("omeganet", {**PLAIN, "bias": Omega(Huber(), 3)}),
     **{
         name: (name, {})
         for name in (
@@ -86,6 +90,12 @@ CELLS = {
         )
     },
 }
+
+
+def cell_of(name: str, **sizes: int) -> Any:
+    """The memory of a cell, or of a system's own name."""
+    system, choices = CELLS.get(name, (name, {}))
+    return nl.memory.named(system, **{**sizes, **choices})
 
 
 @pytest.fixture
@@ -141,8 +151,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float =
 @given(dim=st.sampled_from([3, 8, 16, 20]), chunk=st.sampled_from([1, 5, 8, 13]), seed=st.integers(0, 10_000))
 def test_equals_the_definition(cell: str, dim: int, chunk: int, seed: int) -> None:
     """In double precision, to 1e-8; in single precision the same code has but its roundings of its own."""
-    name, choices = CELLS[cell]
-    spec = nl.memory.named(name, key_dim=dim, chunk=chunk, **choices)
+    spec = cell_of(cell, key_dim=dim, chunk=chunk)
     assert native.serves(native.Cell.of(spec, spec.network), torch.zeros(1))
     time = (3 if spec.reads_weights else 2) * spec.period
     expected = everything(spec, time, seed, torch.float64, engine="reference")
@@ -152,8 +161,7 @@ def test_equals_the_definition(cell: str, dim: int, chunk: int, seed: int) -> No
 @NEEDS
 @pytest.mark.parametrize("cell", CELLS)
 def test_single_precision_is_as_good_as_the_framework_s(cell: str) -> None:
-    name, choices = CELLS[cell]
-    spec = nl.memory.named(name, key_dim=16, chunk=16, **choices)
+    spec = cell_of(cell, key_dim=16, chunk=16)
     expected = everything(spec, 2 * spec.period, 1, torch.float64)
     found = everything(spec, 2 * spec.period, 1, torch.float32)
     with without():
@@ -264,9 +272,9 @@ def test_all_modes_and_any_number_of_threads_give_the_same(calls: list[int]) -> 
 
 @NEEDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
-@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "omeganet", "self_modifying"])
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "a window", "self_modifying"])
 def test_skips_the_tokens_that_the_guard_refuses(name: str, bad: float, calls: list[int]) -> None:
-    spec = nl.memory.named(name, key_dim=8, chunk=8)
+    spec = cell_of(name, key_dim=8, chunk=8)
     w0, streams, gates = example(spec, 32, 9, torch.float32)
     q, k, v = (x.detach().clone() for x in streams)
     k[0, 1, 11], v[1, 0, 3] = bad, bad
@@ -334,9 +342,9 @@ def test_a_state_that_was_changed_by_hand_is_read_as_it_is(calls: list[int]) -> 
 
 
 @NEEDS
-@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "omeganet", "self_modifying"])
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "a window", "self_modifying"])
 def test_second_derivatives(name: str, calls: list[int]) -> None:
-    spec = nl.memory.named(name, key_dim=4, chunk=4)
+    spec = cell_of(name, key_dim=4, chunk=4)
 
     def twice() -> list[Tensor]:
         w0, streams, gates = example(spec, 2 * spec.period, 13, torch.float64)
@@ -352,11 +360,11 @@ def test_second_derivatives(name: str, calls: list[int]) -> None:
         assert_close(found, twice(), 1e-8)
 
 
-@pytest.mark.parametrize("name", ["self_modifying", "titans", "gated_deltanet", "omeganet"])
+@pytest.mark.parametrize("name", ["self_modifying", "titans", "gated_deltanet", "a window"])
 @pytest.mark.parametrize("in_c", [False, pytest.param(True, marks=NEEDS)])
 def test_a_gradient_to_be_differentiated_is_the_gradient(name: str, in_c: bool) -> None:
     """Also where inputs of a step were made from one another, as keys from the weights that they then change."""
-    spec = nl.memory.named(name, key_dim=4, chunk=4)
+    spec = cell_of(name, key_dim=4, chunk=4)
     g = torch.Generator().manual_seed(19)
     w0 = [w.double().requires_grad_() for w in spec.init(HEADS, g)]
     q, k, v, gates = spec.example(g, heads=HEADS, time=2 * spec.period)

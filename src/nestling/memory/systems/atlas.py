@@ -10,11 +10,13 @@ from nestling.memory.rules import Gradient, Muon
 
 register(
     "omeganet",
-    equation="W ← αW − η Σ_{i>t−c} γ_i ∇½‖M(k_i) − v_i‖²",
-    source="Atlas, eq. 8–10",
-    notes="The rule is the paper's; c = 8 and identity features are our defaults (features=Polynomial(…) "
-    "with MLP(leading=True) is the paper's).",
-    network=MLP(),
+    equation="W ← αW − η Σ_{i>t−c} γ_i ∇½‖M(φ(k_i)) − v_i‖², M(φ) = x + LN(GELU(φW₁)W₂), φ of degree 2",
+    source="Atlas, eq. 8–10 and Table 1",
+    notes="From the paper: objective, rule without momentum, two-layer residual memory, polynomial features. Derived: the signs "
+    "of eq. 11. Our defaults: η outside the sum, c = 8, degree 2 of keys reduced to 16, the residual adding φ's linear part, "
+    "layer norm, chunk 16. features=Identity(), network=MLP() leaves the polynomials out, and is quicker.",
+    features=Polynomial(degree=2, reduce=16),
+    network=MLP(leading=True),
     bias=Omega(L2(), length=8),
     retention=Decay(),
     rule=Gradient(),

@@ -13,9 +13,9 @@ def _features(c: ModelConfig) -> Polynomial:
     return Polynomial(degree=2, reduce=min(16, max(1, c.dim // c.heads // 6)))
 
 
-@register("omeganet", "OmegaNet: deep memory trained on a window (Atlas, §3.2), identity features.", "chunk")
+@register("omeganet", "OmegaNet: deep memory of polynomial features, trained on a window (Atlas, §3.2).", "chunk")
 def omeganet(c: ModelConfig, _: int) -> Block:
-    return Block(c, Memory(c.dim, c.heads, c.memory("omeganet")))
+    return Block(c, Memory(c.dim, c.heads, c.memory("omeganet", features=_features(c))))
 
 
 @register(
