@@ -182,6 +182,55 @@ def test_without_prediction_and_with_softmax_codes_it_is_abc() -> None:
     torch.testing.assert_close(reverse.T, bounded_v, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_without_prediction_and_written_with_what_each_slot_lets_go_it_is_gsa(chunk: int, engine: str) -> None:
+    """K ← diag(g) K + (1 − g)ᵀk, V likewise, y = Vᵀ softmax(K q), with a gate for each slot; one slot forgets all at once."""
+    q, k, v, lr, _ = tokens(37)
+    gate = (normal(37, M, seed=9) + 1).sigmoid()
+    gate[20, 2] = 0.0
+    one = torch.ones_like(lr)
+    spec = plain(objective="dot", gating="slots", code="complement", between="softmax", chunk=chunk)
+    assert spec.shapes == ((D, M), (E, M))
+    w0 = tuple(w.double() + normal(*w.shape[1:], seed=n) for n, w in enumerate(spec.init(1)))
+    y, end, reverse = run(spec, tuple(w[0] for w in w0), q, k, v, one, gate, engine=engine)
+    bounded_k, bounded_v, outputs = w0[0][0].T, w0[1][0].T, []
+    for t in range(37):
+        bounded_k = gate[t].diag() @ bounded_k + torch.outer(1 - gate[t], k[t])
+        bounded_v = gate[t].diag() @ bounded_v + torch.outer(1 - gate[t], v[t])
+        outputs.append(bounded_v.T @ (bounded_k @ q[t]).softmax(-1))
+    torch.testing.assert_close(y, torch.stack(outputs), rtol=0, atol=1e-11)
+    torch.testing.assert_close(end.T, bounded_k, rtol=0, atol=1e-12)
+    torch.testing.assert_close(reverse.T, bounded_v, rtol=0, atol=1e-12)
+
+
+def test_slots_that_all_keep_the_same_are_the_shared_gate() -> None:
+    q, k, v, lr, beta = tokens(23)
+    default = {"key_dim": D, "value_dim": E, "slots": M, "chunk": 4}
+    shared = run(Trellis(**default), weights(), q, k, v, lr, beta)
+    apart = run(Trellis(**default, gating="slots"), weights(), q, k, v, lr, beta[:, None].expand(-1, M))
+    for a, b in zip(apart, shared, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_decays_of_slots_neither_overflow_nor_vanish() -> None:
+    """A slot that forgets by e^{-60} a token beside one that keeps all, in float32."""
+    spec = Trellis(key_dim=D, value_dim=E, slots=M, gating="slots", chunk=16)
+    q, k, v, lr, _ = (x[None, None].float() for x in tokens(64))
+    log = torch.tensor([-60.0, -1e-4, 0.0, -3.0, -0.5]).expand(1, 1, 64, M)
+    w0 = [w[None].float() for w in weights()]
+    y, state = spec.scan(w0, q.requires_grad_(), k, v, Gates(lr=lr, log_retention=log))
+    z, _ = spec.scan(
+        [w.double() for w in w0],
+        *(x.double() for x in (q, k, v)),
+        Gates(lr=lr.double(), log_retention=log.double()),
+        engine="reference",
+    )
+    assert state.faults.tolist() == [0]
+    torch.testing.assert_close(y.double(), z, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(torch.autograd.grad(y.square().sum(), q)[0]).all()
+
+
 def test_no_step_is_pure_decay_and_no_retention_leaves_the_last_step_alone() -> None:
     q, k, v, lr, beta = tokens(6)
     w0 = weights()
@@ -272,6 +321,8 @@ MIXTURES = [
     {"phi": "ln", "initial": "random", "between": "l2_silu", "gating": "separate"},
     {"phi": "tanh", "value_norm": "rms", "code": "rms"},
     {"objective": "dot", "value_norm": "none"},
+    {"gating": "slots"},
+    {"gating": "slots", "code": "complement", "objective": "dot", "phi": "identity", "between": "softmax"},
 ]
 
 
@@ -298,13 +349,25 @@ def test_derivatives_through_two_chunks_and_both_passes_are_numerical_ones() -> 
     assert torch.autograd.gradcheck(scanned, inputs)
 
 
-def test_passes_with_gates_of_their_own_are_moved_by_a_layers_own_parameters() -> None:
+@pytest.mark.parametrize(
+    ("choices", "gates"),
+    [({"gating": "separate"}, 4), ({"gating": "slots"}, 6), ({"gating": "slots", "code": "complement"}, 6)],
+    ids=lambda x: str(x),
+)
+def test_passes_and_slots_with_gates_of_their_own_are_moved_by_a_layers_own_parameters(
+    choices: dict, gates: int
+) -> None:
     torch.manual_seed(0)
-    layer = nl.layers.Memory(8, 2, nl.memory.named("trellis", key_dim=4, slots=5, gating="separate"))
+    layer = nl.layers.Memory(8, 2, nl.memory.named("trellis", key_dim=4, slots=5, **choices))
     y, state = layer(torch.randn(2, 9, 8))
     (grad,) = torch.autograd.grad(y.square().sum(), layer.gates.weight)
-    assert bool((grad.view(2, 4, 8).abs().amax((0, 2)) > 0).all())
+    assert bool((grad.view(2, gates, 8).abs().amax((0, 2)) > 0).all())
     assert state.memory.faults.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("code", ["l2", "complement"])
+def test_slots_with_gates_of_their_own_keep_every_contract(code: str) -> None:
+    nl.testing.check(nl.memory.named("trellis", key_dim=4, slots=3, gating="slots", code=code), cases=3)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +378,7 @@ def test_passes_with_gates_of_their_own_are_moved_by_a_layers_own_parameters() -
         ({"phi": "softmax"}, "code='softmax'"),
         ({"slots": 1}, "more slots"),
         ({"gating": "none"}, "gating is 'none'"),
+        ({"code": "complement"}, "choose gating='slots'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(choices: dict, words: str) -> None:

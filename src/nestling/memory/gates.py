@@ -102,6 +102,13 @@ class Factor:
             return plain
         return torch.where(self.zero, self.value, plain)
 
+    def complement(self) -> Tensor:
+        """1 less the gate, exact also where the gate is nearly 1."""
+        rest = -torch.expm1(self.log)
+        if self.zero is None or self.value is None:
+            return rest
+        return torch.where(self.zero, 1 - self.value, rest)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Factor:
         """Apply a function of one tensor (a gather, a slice) to all parts."""
         zero = None if self.zero is None else function(self.zero)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory import lattice_chunked
+from nestling.memory.gates import Factor
 from nestling.memory.slots import (
     CODES,
     Moved,
@@ -107,7 +108,9 @@ class Lattice(SlotMemory):
     def settle(self, weights: Weights) -> Weights:
         return tuple(unit_slots(w) for w in weights) if self.norm == "retract" else weights
 
-    def tokens(self, slow: Weights, q: Tensor, k: Tensor, v: Tensor, fine: Tensor) -> tuple[Weights, Tensor]:
+    def tokens(
+        self, slow: Weights, q: Tensor, k: Tensor, v: Tensor, retention: Factor | None, fine: Tensor
+    ) -> tuple[Weights, Tensor]:
         code = k @ slow[0]
         fine = sound_rows(fine, code)
         code = harmless(fine, normalized(self.code, harmless(fine, code)))

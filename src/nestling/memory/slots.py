@@ -38,7 +38,8 @@ class Streams(NamedTuple):
     """Inputs of a scan in the compute dtype; tokens that are not `fine` (bool `[lane, time]`) made harmless.
 
     tokens         what `SlotMemory.tokens` makes, each `[lane, head, time, dim]`
-    lr, retention  `[lane, head, time, pass]`: one entry, or one for each pass where these have their own
+    lr, retention  `[lane, head, time, pass]`: one entry, or one for each pass where these have their own;  retention `[…, slot]`
+                   where each slot has its own
     """
 
     start: MemoryState
@@ -145,6 +146,11 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
         return 1
 
     @property
+    def per_slot(self) -> bool:
+        """Whether each slot has a retention of its own; slots are then the states' columns."""
+        return False
+
+    @property
     @abstractmethod
     def states(self) -> int:
         """How many of w0 are initial states; the others are projections."""
@@ -165,6 +171,8 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
 
     @property
     def gate_channels(self) -> dict[str, int]:
+        if self.per_slot:
+            return {"retention": self.slots}
         return {} if self.passes == 1 else dict.fromkeys(sorted(self.gates_used), self.passes)
 
     def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
@@ -172,7 +180,9 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
         return tuple((heads, *shape) for shape in self.shapes[: self.states])
 
     @abstractmethod
-    def tokens(self, slow: Weights, q: Tensor, k: Tensor, v: Tensor, fine: Tensor) -> tuple[Weights, Tensor]:
+    def tokens(
+        self, slow: Weights, q: Tensor, k: Tensor, v: Tensor, retention: Factor | None, fine: Tensor
+    ) -> tuple[Weights, Tensor]:
         """What engines are given of every token, and which tokens are still fine; slow: the projections."""
         ...
 
@@ -221,9 +231,9 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
         dtype = widest(state.weights[0].dtype, q, k, v)
         fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
         slow = tuple(w.to(dtype) for w in w0[self.states :])
-        tokens, fine = self.tokens(slow, q.to(dtype), k, v, fine)
-        lr = q.new_ones(lanes, heads, time, dtype=dtype) if gates.lr is None else gates.lr
         retention = factor(gates.retention, gates.log_retention, dtype)
+        tokens, fine = self.tokens(slow, q.to(dtype), k, v, retention, fine)
+        lr = q.new_ones(lanes, heads, time, dtype=dtype) if gates.lr is None else gates.lr
         if lr.dim() == 3:
             lr = lr.unsqueeze(-1).expand(*lr.shape, self.passes)
         if retention is not None and retention.log.dim() == 3:
@@ -248,7 +258,7 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
         each = () if self.passes == 1 else (self.passes,)
         made = {"lr": draw.share(*each) * self.chunk**-0.5}
         if "retention" in self.gates_used:
-            made["retention"] = draw.share(*each, shift=4)
+            made["retention"] = draw.share(*((self.slots,) if self.per_slot else each), shift=4)
         return q, k, v, Gates(**made)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.chunked import back, by_groups, gather, group_size, series
-from nestling.memory.coefficients import Coefficients, coefficients, each
+from nestling.memory.coefficients import Coefficients, coefficients, each, products
 from nestling.memory.gates import Factor
 from nestling.memory.inputs import border_guard, lanes_where, surely
 from nestling.memory.layout import layout
@@ -17,6 +17,7 @@ from nestling.memory.slots import SlotMemory, Streams, Tile
 from nestling.memory.state import MemoryState, Weights
 
 TILE = 64  # tokens per product
+SHORT = 16  # the same where each slot has coefficients of its own
 
 
 class Running(NamedTuple):
@@ -39,7 +40,8 @@ def scan(
         return step(spec, x)
     if tile is not None and tile < 1:
         raise ValueError(f"tile is {tile}; expected at least 1 token")
-    cut = layout(x.state.position, time, x.reset, x.valid, period=spec.chunk, tile=tile or TILE, halo=0)
+    longest = tile or (SHORT if spec.per_slot else TILE)
+    cut = layout(x.state.position, time, x.reset, x.valid, period=spec.chunk, tile=longest, halo=0)
     count = cut.tokens.shape[1]
     if count == 0:  # no valid token at all
         return silence, x.state
@@ -66,7 +68,7 @@ def scan(
         anchor, weights, faults = running
         number = first // size
         factors = None if parts is None else Factor(*(part[number] for part in parts))
-        matrices = [[tile_c for tile_c in c.each()] for c in _matrices(steps[number], factors)]
+        matrices = [[tile_c for tile_c in c.each()] for c in _matrices(spec, steps[number], factors)]
         rows = [each(u[number], last - first) for u in tokens]
         rates = each(steps[number], last - first)
         outputs, notes = [], list[Weights]()
@@ -112,8 +114,12 @@ def masked(lr: Tensor, retention: Factor | None, alive: Tensor | None) -> tuple[
     return torch.where(alive, lr, 0.0), None if retention is None else retention.masked(alive)
 
 
-def _matrices(lr: Tensor, retention: Factor | None) -> list[Coefficients]:
-    """Decays of `[lane, head, tile, place, pass]` gates for each pass; steps are put on the rows."""
+def _matrices(spec: SlotMemory, lr: Tensor, retention: Factor | None) -> list[Coefficients]:
+    """Decays of `[lane, head, tile, place, pass]` gates for each pass; steps are put on the rows. Per slot, they have slots as
+    their last dimension."""
+    if spec.per_slot and retention is not None:
+        d = products(retention.map(lambda gate: gate.mT)).movedim(-3, -1)
+        return [Coefficients(d[..., 0, :], None, None, d[..., 1:, :], None, None, lr[..., 0])]
     found = []
     for n, rate in enumerate(lr.unbind(-1)):
         kept = retention
@@ -135,7 +141,9 @@ def step(spec: SlotMemory, x: Streams) -> tuple[Tensor, MemoryState]:
         position = torch.where(fresh.cpu(), 0, position)
     live = x.fine if alive is None else x.fine & alive.to(x.fine.device)[:, None]
     lr, retention = masked(x.lr, x.retention, None if surely(live) else live[:, None, :, None])
-    matrices = _matrices(lr.unsqueeze(2), None if retention is None else retention.map(lambda gate: gate.unsqueeze(2)))
+    matrices = _matrices(
+        spec, lr.unsqueeze(2), None if retention is None else retention.map(lambda gate: gate.unsqueeze(2))
+    )
     moved = spec.tile(Tile(x.tokens, lr.unbind(-1), [c.each()[0] for c in matrices], anchor, weights, False))
     y, weights = moved.y, moved.weights
     lost = ~(x.fine & moved.sound)

@@ -49,7 +49,9 @@ def _token(spec: SlotMemory, x: Streams, state: MemoryState, t: int) -> tuple[Te
     lr = x.lr[:, :, t, :, None, None].expand(shape)
     kept = torch.ones_like(lr)
     if x.retention is not None:
-        kept = x.retention.plain()[:, :, t, :, None, None].expand(shape)
+        kept = x.retention.plain()[:, :, t]
+        kept = kept[:, :, None, None] if spec.per_slot else kept[..., None, None].expand(shape)
+        kept = kept.expand(*shape[:-1], -1)
     after = tuple(
         kept[:, :, n] * w - lr[:, :, n] * g for n, (w, g) in enumerate(zip(state.weights, gradients, strict=True))
     )

@@ -10,6 +10,9 @@
 Rows: M_K `[key_dim, slot]`, M_V `[value_dim, slot]`. In chunks u is taken at the states of the chunk's start (eq. 9–11; eq. 12
 is printed with the state of its end in the read-out, where eq. 10 unrolled has that of its start), so that with chunk 1 this is
 the recurrence above.
+
+Without a prediction (u = −α) it is a pair of bounded caches, K ← diag(g) K + αᵀk and V likewise, read by V^T f(K q): ABC for
+g = 1, and GSA for a g of each slot with α = 1 − g.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from torch import Tensor
 from nestling.memory import fused
 from nestling.memory.chunked import only, sound
 from nestling.memory.compression import BETWEEN, PHI, between, compress, pulled_back
-from nestling.memory.slots import CODES, Moved, SlotMemory, Tile, harmless, normalized, orthonormal, rows_of, sound_rows
+from nestling.memory.gates import Factor
+from nestling.memory.slots import Moved, SlotMemory, Tile, harmless, normalized, orthonormal, rows_of, sound_rows
 from nestling.memory.state import Weights
 
 ValueNorm = Literal["l2", "rms", "none"]
-Passes = Literal["shared", "separate"]
+Gating = Literal["shared", "separate", "slots"]
+Code = Literal["l2", "rms", "softmax", "none", "complement"]
 Objective = Literal["l2", "dot"]
 
 
@@ -40,10 +45,13 @@ class Trellis(SlotMemory):
     phi         φ, which the paper does not name: "silu" (ours), "tanh", "l2", "ln", "softmax" or "identity"
     between     f between the passes: "ln_silu" (the best row of the paper's ablation), "l2_silu", "softmax" or "identity"
     value_read_phi  φ on the answer, as the text after eq. 14 has it
-    code        what is made of the projected code: "l2" (ours), "rms", "softmax" or "none"
+    code        what is made of the projected code: "l2" (ours), "rms", "softmax" or "none";  "complement": without projection,
+                what a slot lets go, 1 − β
     value_norm  what the second pass makes of v, which is a key there: "l2" (ours), "rms" or "none"
-    gating      "shared": one γ and one β; "separate": both passes have their own, side by side in the gates' last dimension
-    objective   "l2"; "dot": nothing is predicted, u = −J_φᵀα. With phi and value_read_phi off, softmax code and f that is ABC
+    gating      "shared": one γ and one β;  "separate": both passes have their own, side by side in the gates' last dimension;
+                "slots": a β for each slot, in both passes, `gates.retention` `[lane, head, time, slot]`
+    objective   "l2"; "dot": nothing is predicted, u = −J_φᵀα. With phi, value_norm and value_read_phi off and softmax for f this
+                is ABC with a softmax code, and GSA with gating="slots" and code="complement"
     initial     M_0: "zero" (ours) or "random", as φ that normalize need
 
     γ is `gates.lr`, β `gates.retention`. Other defaults are ours as well: 64 slots, chunk 64.
@@ -54,9 +62,9 @@ class Trellis(SlotMemory):
     phi: Literal["identity", "silu", "tanh", "softmax", "l2", "ln"] = "silu"
     between: Literal["ln_silu", "l2_silu", "softmax", "identity"] = "ln_silu"
     value_read_phi: bool = True
-    code: Literal["l2", "rms", "softmax", "none"] = "l2"
+    code: Code = "l2"
     value_norm: ValueNorm = "l2"
-    gating: Passes = "shared"
+    gating: Gating = "shared"
     objective: Objective = "l2"
     initial: Literal["zero", "random"] = "zero"
     name: str = "trellis"
@@ -66,9 +74,9 @@ class Trellis(SlotMemory):
         for field, known in (
             ("phi", PHI),
             ("between", BETWEEN),
-            ("code", CODES),
+            ("code", get_args(Code)),
             ("value_norm", get_args(ValueNorm)),
-            ("gating", get_args(Passes)),
+            ("gating", get_args(Gating)),
             ("objective", get_args(Objective)),
             ("initial", ("zero", "random")),
         ):
@@ -82,6 +90,11 @@ class Trellis(SlotMemory):
                 f"{self.name}: phi='softmax' answers with a distribution over the slots, which code={self.code!r} is not: "
                 "choose code='softmax'"
             )
+        if self.code == "complement" and not self.per_slot:
+            raise ValueError(
+                f"{self.name}: code='complement' is what each slot lets go, but gating={self.gating!r} has one retention for "
+                "all: choose gating='slots'"
+            )
         if self.slots == 1 and (self.phi == "ln" or self.between == "ln_silu"):
             raise ValueError(
                 f"{self.name}: the layer norm of a single slot is 0: choose more slots, or other phi and between"
@@ -92,13 +105,17 @@ class Trellis(SlotMemory):
         return 2 if self.gating == "separate" else 1
 
     @property
+    def per_slot(self) -> bool:
+        return self.gating == "slots"
+
+    @property
     def states(self) -> int:
         return 2
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         d, e, m = self.key_dim, self.value_dim, self.slots
-        return (d, m), (e, m), (d + e, m)
+        return ((d, m), (e, m)) if self.code == "complement" else ((d, m), (e, m), (d + e, m))
 
     @property
     def gates_used(self) -> frozenset[str]:
@@ -111,11 +128,17 @@ class Trellis(SlotMemory):
             made[:2] = [torch.zeros_like(w) for w in made[:2]]
         return tuple(made)
 
-    def tokens(self, slow: Weights, q: Tensor, k: Tensor, v: Tensor, fine: Tensor) -> tuple[Weights, Tensor]:
-        projection, d = slow[0], self.key_dim
-        code = k @ projection[:, :d] + v @ projection[:, d:]
-        fine = sound_rows(fine, code) & sound_rows(fine, k) & sound_rows(fine, v)
-        code = harmless(fine, normalized(self.code, harmless(fine, code)))
+    def tokens(
+        self, slow: Weights, q: Tensor, k: Tensor, v: Tensor, retention: Factor | None, fine: Tensor
+    ) -> tuple[Weights, Tensor]:
+        fine = sound_rows(fine, k) & sound_rows(fine, v)
+        if self.code == "complement":
+            code = k.new_zeros(*k.shape[:-1], self.slots) if retention is None else retention.complement()
+        else:
+            projection, d = slow[0], self.key_dim
+            code = k @ projection[:, :d] + v @ projection[:, d:]
+            fine = sound_rows(fine, code)
+            code = harmless(fine, normalized(self.code, harmless(fine, code)))
         return (q, harmless(fine, k), normalized(self.value_norm, harmless(fine, v)), code), fine
 
     def loss(self, tokens: Weights, weights: Weights) -> Tensor:
@@ -151,11 +174,13 @@ class Trellis(SlotMemory):
         assert first.running is not None
         assert second.running is not None
         u, w = (rate.unsqueeze(-1) * row for rate, row in zip((lr[0], lr[-1]), rows, strict=True))
+        size = (sizes[0] + sizes[1]).sqrt()
+        if self.per_slot and first.keep is not None:
+            return self._slot_by_slot(x, first.keep, first.running, u, w, Moved(q, weights, fine, surprise, size))
         after = (
             fused.advance(weights[0], _last(first.keep), None, None, k, first.running[..., -1, :], u),
             fused.advance(weights[1], _last(second.keep), None, None, v, second.running[..., -1, :], w),
         )
-        size = (sizes[0] + sizes[1]).sqrt()
         if self.read == "boundary":
             return Moved(self.answer(tokens, anchor, anchor), after, fine, surprise, size)
         part = rows_of(self.read)
@@ -163,6 +188,23 @@ class Trellis(SlotMemory):
         p = between(self.between, p)
         y = fused.read(p, weights[1].mT, _rows(second.keep, part), None, None, w, second.running[..., part, :], v)
         return Moved(self._out(y), after, fine, surprise, size)
+
+    def _slot_by_slot(self, x: Tile, keep: Tensor, running: Tensor, u: Tensor, w: Tensor, moved: Moved) -> Moved:
+        """The same with decays of each slot: β…[t,s] and D[t,i,s] in place of β…[t] and D[t,i], for γ-weighted u and u'."""
+        (q, k, v, _), (keys, values) = x.tokens, x.weights
+        last = keep[..., -1, None, :]
+        after = (
+            last * keys - k.mT @ (running[..., -1, :, :] * u),
+            last * values - v.mT @ (running[..., -1, :, :] * w),
+        )
+        if self.read == "boundary":
+            return moved._replace(y=self.answer(x.tokens, x.anchor, x.anchor), weights=after)
+        part = rows_of(self.read)
+        keep, running = keep[..., part, :], running[..., part, :, :]
+        p = keep * (q @ keys) - ((q @ k.mT).unsqueeze(-2) @ (running * u.unsqueeze(-3))).squeeze(-2)
+        p = between(self.between, p)
+        score = ((running * w.unsqueeze(-3)) @ p.unsqueeze(-1)).squeeze(-1)
+        return moved._replace(y=self._out((keep * p) @ values.mT - score @ v), weights=after)
 
     def describe(self) -> dict[str, str]:
         names = {
@@ -175,13 +217,20 @@ class Trellis(SlotMemory):
             "ln_silu": "layer norm of SiLU",
             "l2_silu": "SiLU to unit norm",
         }
-        codes = {"l2": "of unit norm", "rms": "of unit mean square", "softmax": "a softmax", "none": "as projected"}
+        codes = {
+            "l2": "of unit norm",
+            "rms": "of unit mean square",
+            "softmax": "a softmax",
+            "none": "as projected",
+            "complement": "what each lets go",
+        }
+        own = {"shared": "", "separate": ", its own for each pass", "slots": ", its own for each slot"}[self.gating]
         return self.described(
             features=f"the key itself; codes over the slots, {codes[self.code]}",
             network=f"caches of keys and of values, {self.slots} slots each, activation {names[self.phi]}, "
             f"between them {names[self.between]}",
             bias="squared error (L2) of the code" if self.objective == "l2" else "dot product with the code",
-            retention="decay to 0" + (", its own for each pass" if self.passes == 2 else ""),
+            retention=f"decay to 0{own}",
             rule="gradient descent",
         )
 
