@@ -8,7 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nestling as nl
-from nestling.memory import L2, MLP, Decay, Gates, Gradient, Identity, Matrix, MemorySpec, Momentum, Omega, Softmax
+from nestling.memory import (
+    L2,
+    MLP,
+    Bias,
+    Decay,
+    DotProduct,
+    Gates,
+    Gradient,
+    Identity,
+    Lp,
+    Matrix,
+    MemorySpec,
+    Momentum,
+    Omega,
+    Retention,
+    Softmax,
+)
 from nestling.memory.networks.base import at
 
 D, T = 4, 13
@@ -134,15 +150,16 @@ def test_outer_gradients_are_numerical_ones(name: str) -> None:
     assert torch.autograd.gradcheck(outputs, inputs, eps=1e-6, atol=1e-5, fast_mode=True)
 
 
-def test_omega_of_one_token_is_deltanet() -> None:
-    """c = 1, γ = 1, φ = id, linear, α = 1, with the ½ in the loss: β = η (Atlas, §3.2)."""
+@pytest.mark.parametrize(("bias", "factor"), [(L2(), 1.0), (Lp(2.0, slope=None), 2.0)], ids=["½", "without ½"])
+def test_omega_of_one_token_is_deltanet(bias: Bias, factor: float) -> None:
+    """c = 1, γ = 1, φ = id, linear, α = 1: β = η with the ½ in the loss, β = 2η without (Atlas, §3.2)."""
     q, k, v, _, eta = data(7)
     w0 = [normal(9, 1, D, D)]
-    choices = {"features": Identity(), "network": Matrix(), "bias": Omega(L2(), length=1)}
+    choices = {"features": Identity(), "network": Matrix(), "bias": Omega(bias, length=1)}
     omega = nl.memory.named("omeganet", key_dim=D, chunk=1, **choices)
     close(
         omega.scan(w0, q, k, v, Gates(lr=eta))[0],
-        nl.memory.named("deltanet", key_dim=D).scan(w0, q, k, v, Gates(lr=eta))[0],
+        nl.memory.named("deltanet", key_dim=D).scan(w0, q, k, v, Gates(lr=factor * eta))[0],
     )
 
 
@@ -173,6 +190,74 @@ def test_hgrn2_is_channel_decay_that_writes_what_it_lets_go() -> None:
     for t in range(T):
         held = torch.diag(alpha[0, 0, t]) @ held + torch.outer(1 - alpha[0, 0, t], v[0, 0, t])
         close(y[0, 0, t], q[0, 0, t] @ held)
+
+
+def test_data_dependent_forgetting_along_both_sides_is_gla_of_rescaled_values() -> None:
+    """M = (βαᵀ) ∘ M + vkᵀ (DFW; Miras, Table 1): GLA's channels are the key's, and the value's own decays go onto the values."""
+    q, k, v, *_ = data(12)
+    alpha, beta = (0.5 + 0.5 * normal(n, 1, 1, T, D).sigmoid() for n in (5, 6))
+    w = normal(9, 1, D, D)
+    total = beta.cumprod(2)
+    y, _ = nl.memory.named("gla", key_dim=D).scan([w], q, k, v / total, Gates(retention=alpha))
+    held = w[0].T
+    for t in range(T):
+        held = torch.outer(beta[0, 0, t], alpha[0, 0, t]) * held + torch.outer(v[0, 0, t], k[0, 0, t])
+        close(total[0, 0, t] * y[0, 0, t], held @ q[0, 0, t])
+
+
+def test_erasing_before_a_channel_decay_as_printed_is_a_step_that_erases_and_one_that_writes() -> None:
+    """M = diag(α)(I − βkkᵀ)M + βvkᵀ (RWKV-7 in Miras, Table 1): rwkv7_like, two steps a token."""
+    q, k, v, _, beta = data(13)
+    alpha = 0.5 + 0.5 * normal(5, 1, 1, T, D).sigmoid()
+    w = normal(9, 1, D, D)
+
+    def twice(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 2)
+
+    erases = torch.arange(2 * T) % 2 == 0
+    gates = Gates(
+        lr=torch.where(erases, 0.0, twice(beta)),
+        delta=torch.where(erases, twice(beta), 0.0),
+        retention=torch.where(erases[:, None], 1.0, twice(alpha)),
+    )
+    y, _ = nl.memory.named("rwkv7_like", key_dim=D).scan([w], twice(q), twice(k), twice(v), gates)
+    held, unit = w[0], torch.eye(D).double()
+    for t in range(T):
+        key, b = k[0, 0, t], beta[0, 0, t]
+        held = alpha[0, 0, t].diag() @ (unit - b * torch.outer(key, key)) @ held + b * torch.outer(key, v[0, 0, t])
+        close(y[0, 0, 2 * t + 1], q[0, 0, t] @ held)
+
+
+def test_titans_with_the_dot_product_is_linear_attention_retnet_and_at_any_chunk() -> None:
+    """No momentum; a constant decay, and one of each token (Titans, §6; the rows of Mamba-2 and GLA in their scalar form)."""
+    q, k, v, alpha, _ = data(14)
+    w0 = [normal(9, 1, D, D)]
+    for chunk in (1, 5):
+        hebbian = titans(bias=DotProduct(), chunk=chunk)
+        close(hebbian.scan(w0, q, k, v)[0], nl.memory.named("linear_attention", key_dim=D).scan(w0, q, k, v)[0])
+        for gate in (torch.full_like(alpha, 0.9), alpha):
+            given = Gates(retention=gate)
+            close(hebbian.scan(w0, q, k, v, given)[0], nl.memory.named("retnet", key_dim=D).scan(w0, q, k, v, given)[0])
+
+
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
+def test_bregman_of_half_a_square_is_gradient_descent(engine: str) -> None:
+    """F = τ²/2, whose mirror map is the identity: read through a link, the dual is the weights (Miras, §5.2)."""
+
+    class Square(Retention):
+        def link(self, dual: Tensor) -> Tensor:
+            return 1.0 * dual
+
+    assert not Square().linear
+    q, k, v, alpha, eta = data(15)
+    gates = Gates(lr=eta, retention=alpha, momentum=0.5 * alpha)
+    for network in (Matrix(), MLP()):
+        runs = []
+        for retention in (Square(), Decay()):
+            spec = MemorySpec(D, D, network, L2(), retention, Momentum(), chunk=4)
+            w0 = [normal(9 + n, 1, *shape) for n, shape in enumerate(spec.shapes)]
+            runs.append(spec.scan(w0, q, k, v, gates, engine=engine)[0])
+        close(*runs)
 
 
 def test_the_kl_step_is_stationary_and_its_ends_are_what_they_should_be() -> None:

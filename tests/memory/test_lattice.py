@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -150,12 +152,14 @@ def test_the_parallel_form_is_the_loop_over_a_chunks_stale_steps(
         ("similarity", "free", "linear_attention", 6),
         ("similarity", "decay", "retnet", 6),
         ("decoding", "free", "deltanet", 1),
+        ("decoding", "decay", "comba_like", 1),
     ],
 )
 def test_without_the_normalization_it_is_a_linear_memory(objective: str, norm: str, name: str, chunk: int) -> None:
     spec = spec_of(objective=objective, norm=norm, phi="identity", read_norm="none", chunk=chunk)
     other = nl.memory.named(name, key_dim=M, value_dim=D)
     q, k, v, gates = other.example(torch.Generator().manual_seed(0), heads=1, time=14, dtype=torch.float64)
+    gates = replace(gates, delta=None)  # erases as it writes
     s = normal(M, D)
     y, state = spec.scan(plain(spec, s), q, k, v, gates)
     z, same = other.scan([s[None]], q, k, v, gates)
@@ -164,13 +168,38 @@ def test_without_the_normalization_it_is_a_linear_memory(objective: str, norm: s
 
 
 def test_without_the_normalization_encoding_is_the_delta_rule_the_other_way_round() -> None:
+    """And with a decay the Oja-like row of Nested Learning: M = αM + ηv(k − Mᵀv)ᵀ (eq. 66–67, transposes as derived)."""
     spec = spec_of(objective="encoding", phi="identity", read_norm="none", chunk=1)
     s, k, v = normal(M, D), normal(14, M, seed=1), normal(14, D, seed=2)
-    lr = normal(14, seed=3).sigmoid() / 4
+    lr, alpha = normal(14, seed=3).sigmoid() / 4, normal(14, seed=4).sigmoid()
+    _, oja = run(
+        spec_of(objective="encoding", norm="decay", phi="identity", read_norm="none", chunk=1),
+        s,
+        k,
+        k,
+        v,
+        lr=lr,
+        retention=alpha,
+    )
+    m = s.mT
+    for t in range(14):
+        m = alpha[t] * m + lr[t] * torch.outer(v[t], k[t] - m.mT @ v[t])
+    torch.testing.assert_close(oja.mT, m, rtol=0, atol=1e-12)
     _, end = run(spec, s, k, k, v, lr=lr)
     other = nl.memory.named("deltanet", key_dim=D, value_dim=M)
     _, same = other.scan([s.mT[None]], *(x[None, None] for x in (v, v, k)), Gates(lr=lr[None, None]))
     torch.testing.assert_close(end.mT, same.weights[0][0, 0], rtol=0, atol=1e-12)
+
+
+def test_a_small_free_step_is_the_part_of_the_delta_rules_step_across_each_slot() -> None:
+    s, k, v = normal(M, D), normal(1, M, seed=1), normal(1, D, seed=2)
+    unit = phi(s)
+    small = torch.tensor([1e-7], dtype=torch.float64)
+    _, after = run(spec_of(), unit, k, k, v, lr=small)
+    _, plain_step = run(spec_of(phi="identity", read_norm="none"), unit, k, k, v, lr=small)
+    step = plain_step - unit
+    across = step - (step * unit).sum(-1, keepdim=True) * unit
+    torch.testing.assert_close((after - unit) / small, across / small, rtol=1e-6, atol=1e-6)
 
 
 def test_one_slot_asked_by_its_own_answer_is_ojas_rule() -> None:
