@@ -561,8 +561,27 @@ def test_the_package_runs_as_a_module():
         assert "Traceback" not in ended.stderr
 
 
+def test_levels_take_a_model_by_its_name_or_a_run(nestling, tmp_path, monkeypatch, trained):
+    by_option = nestling("levels", "--model", "gated_deltanet", "--set", "layers=1")
+    assert by_option[0] == 0
+    assert nestling("levels", "gated_deltanet", "--set", "layers=1") == by_option
+    assert nestling("levels", "gated_deltanet", "--model", "gated_deltanet", "--set", "layers=1") == by_option
+    code, out, err = nestling("levels", "gated_deltanet", "--model", "lstm")
+    assert (code, out) == (2, "")
+    assert "model: got 'lstm', but 'gated_deltanet' is named already" in one_message(err)
+    code, out, err = nestling("levels", "gated_delta_net")
+    assert (code, out) == (2, "")
+    assert "no model and no run named 'gated_delta_net'. Did you mean 'gated_deltanet'" in one_message(err)
+    monkeypatch.chdir(tmp_path)
+    for name in ("lstm", "mine"):
+        shutil.copytree(trained, tmp_path / name)
+    assert nestling("levels", "mine")[1].startswith("gated_deltanet tiny: ")
+    assert nestling("levels", "./lstm")[1].startswith("gated_deltanet tiny: ")
+    assert nestling("levels", "lstm")[1].startswith("lstm tiny: ")
+
+
 def test_levels_say_choices_in_words(nestling):
-    code, out, _ = nestling("levels", "--model", "titans_lmm")
+    code, out, _ = nestling("levels", "titans_lmm")
     assert code == 0
     for words in ("MLP of 2 layers, 4× wide, GELU", "squared error (L2)", "gradient descent with momentum"):
         assert words in out

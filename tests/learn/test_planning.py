@@ -82,6 +82,16 @@ def test_bounds_by_hand() -> None:
     assert bounds(Plan(120, 0, 20, 4, counts, (1,)), Machine(1.0, 1.0, 100.0), 1).sessions == 0
 
 
+@pytest.mark.parametrize(("name", "length"), [("ttt_e2e", 13), ("gated_deltanet", 21), ("samba_like", 7)])
+@pytest.mark.parametrize("small", [planning.SMALL, 0])
+def test_without_training_the_rest_is_the_same(name: str, length: int, small: int) -> None:
+    whole = plan(name, "tiny", length)
+    with mock.patch.object(planning, "SMALL", small):
+        found = plan(name, "tiny", length, training=False)
+    assert found.counts == whole.counts._replace(backward=0, activations=0)
+    assert found._replace(counts=whole.counts) == whole
+
+
 def test_half_precision_halves_what_attention_caches() -> None:
     single, half = (plan("transformer", "tiny", 16, d).counts for d in (torch.float32, torch.bfloat16))
     assert half.forward == single.forward

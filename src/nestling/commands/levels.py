@@ -10,10 +10,10 @@ from typing import Annotated
 
 import tyro
 
-from nestling.config import SettingError
+from nestling.config import SettingError, did_you_mean
 from nestling.learn.config import Overrides, TrainConfig
 
-Run = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
+Subject = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[MODEL|RUN]", help_behavior_hint="")]
 Choice = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Drawing = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
@@ -22,8 +22,8 @@ Drawing = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hin
 class LevelsConfig:
     """Show every level of a model: what learns, how often, from what, and what its memory is made of."""
 
-    run: Run = None
-    """A run's folder or one of its checkpoints, instead of --model and --size."""
+    run: Subject = None
+    """A model's name (as --model), or a run's folder or one of its checkpoints (./hope for a folder named as a model is)."""
     model: Choice = None
     """Which model (default: hope)."""
     size: Choice = None
@@ -53,26 +53,12 @@ def run(config: LevelsConfig) -> int:
 
     from nestling import models
     from nestling.learn import planning
-    from nestling.learn.folder import settings_of
     from nestling.learn.optimizer import from_config
     from nestling.learn.run import build_model, parameters
     from nestling.models import drawing
     from nestling.models.nest import merge
 
-    if config.run is not None:
-        for name, option in (("model", "model"), ("size", "size"), ("optimizer", "optimizer"), ("overrides", "set")):
-            if getattr(config, name):
-                raise SettingError(
-                    f"{option}: a run has settings of its own, which are those of {config.run}: leave it out."
-                )
-        settings = settings_of(config.run)
-    else:
-        settings = TrainConfig(
-            model=config.model or "hope",
-            size=config.size or "tiny",
-            overrides=config.overrides,
-            optimizer=config.optimizer or "adamw",
-        )
+    settings = _asked(config)
     with torch.device("meta"):  # names and sizes are all that is asked for
         model = build_model(settings)
     levels = models.levels(model, from_config(settings, model))
@@ -85,7 +71,9 @@ def run(config: LevelsConfig) -> int:
     slowest = max((level.period.n for level in levels if level.period.unit == "token"), default=0)
     length = config.length or min(max(slowest, 8), 128)
     vocabulary = model.config.vocab_size
-    found = planning.plan(settings.model, settings.size, length, vocab_size=vocabulary, **settings.overrides)
+    found = planning.plan(
+        settings.model, settings.size, length, vocab_size=vocabulary, training=False, **settings.overrides
+    )
     cost = {
         "parameters": found.slow,
         "initial_state_parameters": found.initial,
@@ -135,3 +123,27 @@ def run(config: LevelsConfig) -> int:
     )
     console.print(f"Models: {', '.join(models.names())}.\nSizes: {', '.join(models.SIZES)}.", highlight=False)
     return 0
+
+
+def _asked(config: LevelsConfig) -> TrainConfig:
+    """The settings of the run that is named, or of the model."""
+    from nestling import models
+    from nestling.learn.folder import settings_of
+
+    word = config.run
+    if word is None or word in models.names():
+        if word is not None and config.model not in (None, word):
+            raise SettingError(f"model: got {config.model!r}, but {word!r} is named already: leave out one of them.")
+        return TrainConfig(
+            model=word or config.model or "hope",
+            size=config.size or "tiny",
+            overrides=config.overrides,
+            optimizer=config.optimizer or "adamw",
+        )
+    for name, option in (("model", "model"), ("size", "size"), ("optimizer", "optimizer"), ("overrides", "set")):
+        if getattr(config, name):
+            raise SettingError(f"{option}: a run has settings of its own, which are those of {word}: leave it out.")
+    path = Path(word)
+    if path.name == word and not path.exists():
+        raise SettingError(f"there is no model and no run named {word!r}.{did_you_mean(word, models.names())}")
+    return settings_of(path)

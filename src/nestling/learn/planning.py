@@ -23,6 +23,7 @@ from nestling import state as fast
 from nestling.memory.cost import FLOPS
 
 WEIGHT = 4  # bytes: slow weights are float32 in every precision
+SMALL = 30_000_000  # weights up to which a real model is counted in less time than one without numbers
 TRAINING_PASSES = 10  # forward, backward, gradient written; AdamW reads four numbers a weight and writes three
 
 
@@ -87,11 +88,19 @@ class _Calm(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def plan(
-    name: str, size: str, length: int, dtype: torch.dtype = torch.float32, *, vocab_size: int = 257, **settings: Any
+    name: str,
+    size: str,
+    length: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vocab_size: int = 257,
+    training: bool = True,
+    **settings: Any,
 ) -> Plan:
     """Count a named model that reads `length` tokens a lane.
 
     settings: as of `models.build`, which refuses what cannot be.  dtype: of the slow weights' products.
+    training: False leaves out what training alone needs, backward and activations, which are then 0. It is quicker.
 
     Blocks of a kind cost the same. Where the mix of kinds in the whole is that of the first 1, 2 or 4 blocks, n, models
     of n and 2n blocks are traced and the whole follows, linear in the number of blocks; else all blocks are traced.
@@ -104,12 +113,16 @@ def plan(
     layers = whole.config.layers
     settings = settings | {"ffn": whole.config.ffn}
 
+    weights = sum(p.numel() for p in whole.parameters())
+
     def counted(blocks: int) -> Counts:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        # What backward keeps depends on whether numbers can be looked at, as they can on a CPU and not on a GPU.
+        real = not training and weights * blocks <= SMALL * layers
+        with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
             model = models.build(name, size, vocab_size=vocab_size, **settings | {"layers": blocks})
         with warnings.catch_warnings():  # a fake tensor made from a real one is asked for its gradient
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            return count(model, length, dtype)
+            return count(model, length, dtype, training=training)
 
     kinds = _kinds(whole)
     traced: tuple[int, ...] = (layers,)
@@ -127,8 +140,7 @@ def plan(
         more = layers / traced[0] - 1
         counts = Counts(*(a + more * (b - a) for a, b in zip(*found, strict=True)))
     initial = sum(p.numel() for n, p in whole.named_parameters() if ".initial" in n)
-    slow = sum(p.numel() for p in whole.parameters())
-    return Plan(slow, initial, whole.embedding.weight.numel(), length, counts, traced)
+    return Plan(weights, initial, whole.embedding.weight.numel(), length, counts, traced)
 
 
 def _kinds(model: models.LanguageModel) -> Counter[str]:
@@ -139,22 +151,25 @@ def _kinds(model: models.LanguageModel) -> Counter[str]:
     )
 
 
-def count(model: models.LanguageModel, length: int, dtype: torch.dtype = torch.float32) -> Counts:
-    """Count a model of real or fake weights on the CPU, one lane."""
+def count(
+    model: models.LanguageModel, length: int, dtype: torch.dtype = torch.float32, *, training: bool = True
+) -> Counts:
+    """Count a model of real or fake weights on the CPU, one lane; training as in `plan`."""
     tokens = torch.zeros(1, length, dtype=torch.int64)
     half = torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext()
     calm: Any = _Calm  # its constructor has no types
     with native.without(), calm(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-        with _kept(model) as kept, half:
+        with _kept(model) if training else torch.no_grad() as kept, half:
             logits, state = model(tokens)
         forward = counter.get_total_flops()
-        logits.sum().backward()
+        if training:
+            logits.sum().backward()
         both = counter.get_total_flops()
         state = fast.detach(state)
         with torch.no_grad(), half:
             model(tokens[:, :1], state)
         decode = counter.get_total_flops() - both
-    activations = sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}.values())
+    activations = sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept or ()}.values())
     return Counts(forward, both - forward, decode, activations, fast.nbytes(state))
 
 
