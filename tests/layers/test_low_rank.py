@@ -73,6 +73,35 @@ def test_the_projection_is_a_constant_to_the_gradient() -> None:
     torch.testing.assert_close(x.grad[0], way[0] @ v.T @ v)
 
 
+@pytest.mark.parametrize(("out", "into"), SHAPES)
+@pytest.mark.parametrize("own", [6, 2, 1])
+def test_exact_gradients_are_the_derivative(out: int, into: int, own: int) -> None:
+    """Of matrices of higher rank than is kept, and of those that have it, or less, wherever they move."""
+    rows, columns = random(6, 3, out, own), random(7, 3, own, into)
+    ways = random(8, 3, out, own), random(9, 3, own, into)
+    weight, old = random(10, 3, out, into), empty(out, into, 2)
+
+    def value(by: float, exact: bool = True) -> tuple[Tensor, Tensor]:
+        step = torch.tensor(by, dtype=F64, requires_grad=True)
+        x = (rows + step * ways[0]) @ (columns + step * ways[1])
+        total = (full(like(x, old, exact=exact)) * weight).sum()
+        return total.detach(), torch.autograd.grad(total, step)[0]
+
+    difference = float(value(1e-5)[0] - value(-1e-5)[0]) / 2e-5
+    total, slope = value(0.0)
+    assert float(slope) == pytest.approx(difference, rel=1e-5)
+    constant, of_first_order = value(0.0, exact=False)
+    assert torch.equal(constant, total)
+    assert float(of_first_order) != pytest.approx(difference, rel=1e-3)
+
+
+def test_where_singular_values_are_equal_there_is_no_slope_to_take() -> None:
+    x = torch.eye(6, dtype=F64)[None].requires_grad_()
+    full(like(x, empty(6, 6, 2, lanes=1), exact=True)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
 def test_a_product_is_kept_only_where_it_is_smaller() -> None:
     weight = torch.empty(12, 6, dtype=torch.bfloat16)
     assert pays(weight.shape, 3)

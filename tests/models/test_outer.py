@@ -37,25 +37,28 @@ def loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "rule", "rate"),
+    ("name", "rate", "settings"),
     [
-        *((name, "gradient", 1.0) for name in LEARNING),
-        ("hope_swa", "momentum", 1.0),
-        ("hope_swa", "dgd", 1.0),
-        ("hope_swa", "adam", -3.0),
-        ("hope_swa", "m3", -3.0),
+        *((name, 1.0, {}) for name in LEARNING),
+        ("hope_swa", 1.0, {"rule": "momentum"}),
+        ("hope_swa", 1.0, {"rule": "dgd"}),
+        ("hope_swa", -3.0, {"rule": "adam"}),
+        ("hope_swa", -3.0, {"rule": "m3"}),
+        ("hope_swa", 1.0, {"rank": 2}),
+        ("hope_swa", 1.0, {"rank": 5}),
+        ("ttt_e2e", 1.0, {"rank": 2, "arrangement": "nested", "periods": [4, 8]}),
     ],
 )
-def test_the_full_gradient_is_the_derivative(name: str, rule: str, rate: float) -> None:
+def test_the_full_gradient_is_the_derivative(name: str, rate: float, settings: dict[str, Any]) -> None:
     """Along a random direction of all slow weights, by central differences; what is of first order only is not it."""
     tokens = text(0, 17)
     generator = torch.Generator().manual_seed(1)
-    model = build(name, rate, outer="full", rule=rule)
+    model = build(name, rate, outer="full", **settings)
     parameters = list(model.parameters())
     way = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
 
     def along(outer: str) -> float:
-        read = build(name, rate, outer=outer, rule=rule)
+        read = build(name, rate, outer=outer, **settings)
         loss(read(tokens)[0], tokens).backward()
         return float(sum((p.grad * w).sum() for p, w in zip(read.parameters(), way, strict=True)))
 

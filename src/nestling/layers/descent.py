@@ -176,7 +176,7 @@ def _descend(
             answers = [own.rule.step(s, m) for s, m in zip(steps, memory[number], strict=True)]
             size = own.rule.size(rate)
             moves, kept = tuple(size * d for d, _ in answers), tuple(m for _, m in answers)
-        delta, broken = _update(state.delta[number], moves, due)
+        delta, broken = _update(own, state.delta[number], moves, due)
         if remembers:
             take = due.to(broken.device) & (~broken | own.rule.erases)  # sums of a chunk end with it in any case
             kept = tuple(where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
@@ -185,7 +185,7 @@ def _descend(
         state = state._replace(delta=_put(state.delta, number, delta), memory=memory, faults=state.faults + broken)
         steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
     if period != own.window:
-        held = _hold(window.closing, steps, state.pending[number])
+        held = _hold(own, window.closing, steps, state.pending[number])
         state = state._replace(pending=_put(state.pending, number, held))
     return state
 
@@ -201,7 +201,7 @@ def _move_base(
     steps = tuple(full(p) + s for p, s in zip(state.moving[number], steps, strict=True))
     due = window.due(period)
     if bool(due.any()):
-        base, broken = _update(state.base[number], steps, due)
+        base, broken = _update(own, state.base[number], steps, due)
         base = _cut(own, base, period, window)
         steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
         delta = where(due, base, state.delta[number])
@@ -216,7 +216,7 @@ def _move_base(
             memory=memory,
             faults=state.faults + broken,
         )
-    held = _hold(window.closing, steps, state.moving[number])
+    held = _hold(own, window.closing, steps, state.moving[number])
     return state._replace(moving=_put(state.moving, number, held))
 
 
@@ -236,18 +236,19 @@ def _cut(own: Continuum, x: Held, period: int, window: Window) -> Held:
     return where(ends, fast.detach(x), x) if bool(ends.any()) else x
 
 
-def _update(old: tuple[Kept, ...], steps: Matrices, due: Tensor) -> tuple[tuple[Kept, ...], Tensor]:
+def _update(own: Continuum, old: tuple[Kept, ...], steps: Matrices, due: Tensor) -> tuple[tuple[Kept, ...], Tensor]:
     """old − steps in lanes that are due, unless that is not finite; and in which lanes it was not."""
     new = tuple(full(d) - s for d, s in zip(old, steps, strict=True))
     total = sum(d.sum((1, 2)) for d in new)
     assert isinstance(total, Tensor)
     broken = due.to(total.device) & ~total.isfinite()
-    return _hold(due.to(total.device) & ~broken, new, old), broken
+    return _hold(own, due.to(total.device) & ~broken, new, old), broken
 
 
-def _hold(mask: Tensor, new: Matrices, old: tuple[Kept, ...]) -> tuple[Kept, ...]:
+def _hold(own: Continuum, mask: Tensor, new: Matrices, old: tuple[Kept, ...]) -> tuple[Kept, ...]:
     """New matrices in lanes of the mask, in the form of the old ones."""
-    return where(mask, tuple(like(x, y) for x, y in zip(new, old, strict=True)), old)
+    exact = own.outer != "first_order"
+    return where(mask, tuple(like(x, y, exact=exact) for x, y in zip(new, old, strict=True)), old)
 
 
 def where(mask: Tensor, a: Held, b: Held) -> Held:
