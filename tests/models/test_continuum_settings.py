@@ -209,3 +209,30 @@ def test_rules_that_cannot_be_are_refused_with_the_reason(capsys: pytest.Capture
     for words in (["--model", "hope", "--set", "rule=muon"], ["--model", "deltanet", "--set", "rule=m3"]):
         assert run(["train", *words]) == 2
     assert "expected one of: gradient, momentum, dgd, adam, m3" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("arrangement", "nested"), ("outer", "full"), ("error", "local"), ("rank", 2), ("rule", "m3")],
+)
+def test_settings_of_levels_that_are_not_there_are_refused(
+    setting: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"{setting} is {value!r}, but periods is \\[\\], so that there are no levels"
+    with pytest.raises(ValueError, match=words):
+        nl.models.build("hope", periods=[], **{setting: value})
+    assert run(["levels", "hope", "--set", "periods=[]", f"{setting}={value}"]) == 2
+    assert "but periods is []" in " ".join(capsys.readouterr().err.split())
+    with torch.device("meta"):
+        bare = nl.models.convert(nl.models.build("hope_swa", periods=[4], **{setting: value}), periods=[])
+    assert bare.config.periods == ()
+    assert getattr(bare.config, setting) == getattr(nl.models.ModelConfig, setting)
+
+
+def test_a_rank_that_makes_no_matrix_smaller_is_refused() -> None:
+    """dim 16, ffn 16: matrices of 32 × 16 and 16 × 16, so 11 · 48 > 512 ≥ 10 · 48."""
+    nl.models.build("hope_swa", dim=16, ffn=16, rank=10)
+    with pytest.raises(
+        ValueError, match=r"rank is 11, but .* no smaller than any of a level's matrices, 32 × 16 and 16 × 16"
+    ):
+        nl.models.build("hope_swa", dim=16, ffn=16, rank=11)

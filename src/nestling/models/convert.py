@@ -59,7 +59,10 @@ def convert(
             f"convert: {', '.join(unfit)} cannot change, the trained weights have their shapes; expected some of: "
             f"{', '.join(settings(to)) or 'no settings'}"
         )
-    own = {setting: getattr(old, setting) for setting in settings(to) if setting in (*settings(old.name), *CONTINUUM)}
+    kept = set(settings(old.name)) | set(CONTINUUM)
+    if not changes.get("periods", True):  # without levels there is nothing that their settings could concern
+        kept -= set(CONTINUUM)
+    own = {setting: getattr(old, setting) for setting in settings(to) if setting in kept}
     widths = {"dim": old.dim, "layers": old.layers, "heads": old.heads, "ffn": old.ffn}
     new = build(to, old.size, vocab_size=old.vocab_size, **widths, **own | changes)
     new.to(device=model.embedding.weight.device, dtype=model.embedding.weight.dtype)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from nestling.layers import Attention, Level
+from nestling.layers.low_rank import pays
 from nestling.models import nest
 from nestling.models.block import Block, ModelConfig
 from nestling.models.lm import LanguageModel
@@ -181,6 +182,7 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
     config = ModelConfig(name, size, vocab_size=vocab_size, ffn=1 if ffn is None else ffn, **numbers, **others)
     if ffn is None:
         config = replace(config, ffn=_solve(config, given.ffn if config.dim == given.dim else None))
+    _check_used(config)
     return _make(config, entry)
 
 
@@ -219,6 +221,24 @@ def _projections(given: Any) -> tuple[str, ...]:
             f"adaptive is {given!r}; expected a list of some of {', '.join(PROJECTIONS)}, for example {['k', 'v']}"
         )
     return tuple(name for name in PROJECTIONS if name in given)
+
+
+def _check_used(config: ModelConfig) -> None:
+    """Refuse settings of a continuum that change nothing, as there is none, or no matrix that a product would be smaller than."""
+    for setting in CONTINUUM if not config.periods else ():
+        value = getattr(config, setting)
+        if value != getattr(ModelConfig, setting):
+            raise ValueError(
+                f"{setting} is {value!r}, but periods is [], so that there are no levels that it could concern: leave it out, or "
+                "give periods"
+            )
+    shapes = [(2 * config.ffn, config.dim), (config.dim, config.ffn)]
+    if config.rank is not None and config.rank >= 1 and not any(pays(shape, config.rank) for shape in shapes):
+        words = " and ".join(f"{a} × {b}" for a, b in shapes)
+        raise ValueError(
+            f"rank is {config.rank}, but a product of that rank is no smaller than any of a level's matrices, {words}: choose a "
+            "smaller one, or leave it out to keep them in full"
+        )
 
 
 def _entry(name: str) -> Entry:
