@@ -185,7 +185,10 @@ def parse(verb: str, argv: list[str]) -> Any:
         asked = arguments.parse(prog, override(default, settings, source), argv)
         # The other run's settings are the defaults; a budget and a folder are the new run's own.
         new = {"minutes": None, "tokens": None, "out": None, "resume": False, "source": asked.source}
-        default = override(settings_of(asked.source), new, source)
+        stored, named = settings_of(asked.source), "optimizer" in settings or _given("--optimizer", argv)
+        if named and asked.optimizer != stored.optimizer:  # another optimizer's settings say nothing about this one
+            new |= {"lr": None, "optimizer_set": {}, "horizon": None}
+        default = override(stored, new, source)
     return arguments.parse(prog, override(default, settings, source), argv)
 
 

@@ -56,9 +56,11 @@ def test_a_converted_run_is_a_run(trained: Path, tmp_path: Path, capsys: pytest.
     assert cli.run(["train", "--resume", str(out)]) == 0
     after = load_run(out).model
     assert any(not torch.equal(a, b) for a, b in zip(after.parameters(), new.model.parameters(), strict=True))
-    # and once more: other periods of what it has become
+    # and once more: other periods of what it has become, to be trained more gently
     again = tmp_path / "again"
-    assert cli.run(["convert", str(out), "--set", "periods=[8]", "--origins", "1", "--out", str(again)]) == 0
+    asked = ["--set", "periods=[8]", "--origins", "1", "--lr", "3e-5", "--out", str(again)]
+    assert cli.run(["convert", str(out), *asked]) == 0
+    assert (load_run(again).config.lr, new.config.lr) == (3e-5, old.config.lr)
     assert "removed: level 0 (every 4 tokens); what it knew is gone" in capsys.readouterr().out
     down = load_run(again).model.continuum(0).levels_[0].mlp.down.weight
     assert torch.equal(down, after.continuum(0).levels_[1].mlp.down.weight)
@@ -72,6 +74,7 @@ def test_a_converted_run_is_a_run(trained: Path, tmp_path: Path, capsys: pytest.
         (["--to", "hope_attention", "--origins", "one"], 2, "origins: got 'one', but expected the number of a level"),
         (["--to", "hope_attention", "--set", "periods=4"], 2, "periods is 4; expected a list"),
         (["--to", "hope_attention", "--set", "dim=8"], 2, "dim cannot change"),
+        (["--to", "hope_attention", "--lr", "0"], 2, "lr: got 0.0, but expected a number above 0"),
         (["--to", "hope_attention", "--out", "RUN"], 2, "there is a run in"),
     ],
 )

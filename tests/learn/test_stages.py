@@ -63,6 +63,29 @@ def test_a_run_that_began_from_another_goes_on_without_it(first: Path, tmp_path:
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
+@pytest.mark.parametrize(
+    ("argv", "rate", "own"),
+    [
+        ([], 5e-4, {"beta1": 0.8}),
+        (["--lr", "1e-4"], 1e-4, {"beta1": 0.8}),
+        (["--lr", "None"], None, {"beta1": 0.8}),
+        (["--optimizer", "adamw"], 5e-4, {"beta1": 0.8}),
+        (["--optimizer", "sgd"], None, {}),
+        (["--optimizer", "sgd", "--lr", "0.3", "--optimizer-set", "momentum=0.5"], 0.3, {"momentum": 0.5}),
+    ],
+)
+def test_the_learning_rate_is_the_first_runs_unless_said_otherwise(
+    first: Path, tmp_path: Path, argv: list[str], rate: float | None, own: dict[str, float]
+) -> None:
+    """And where the optimizer is another, its own."""
+    source = tmp_path / "first"
+    shutil.copytree(first, source)
+    stored = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(stored | {"lr": 5e-4, "optimizer_set": {"beta1": 0.8}}))
+    found = cli.parse("train", ["--from", str(source), *argv])
+    assert (found.lr, found.optimizer_set) == (rate, own)
+
+
 def test_a_settings_file_may_name_the_run_to_begin_from(first: Path, tmp_path: Path) -> None:
     file = tmp_path / "stage2.json"
     file.write_text(json.dumps({"from": str(first), "set": {"refined": [2]}, "tokens": 64, "lr": 1e-4}))

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from nestling.config import SettingError
-from nestling.learn.config import Overrides
+from nestling.learn.config import Overrides, Rate
 
 Run = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
 Model = Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
@@ -35,6 +35,8 @@ class ConvertConfig:
     """Settings of the new model that differ from the old one's, for example --set periods=[64,256]."""
     origins: Numbers = ()
     """For every new level the number of the old one (from 0) whose weights it takes, or new. Default: by order or by period."""
+    lr: Rate = None
+    """Full learning rate of the slow weights when the new run is trained on (default: the old run's)."""
     out: Folder = None
     """The new run's folder (default runs/MODEL-SIZE-SEED)."""
 
@@ -53,7 +55,7 @@ def run(config: ConvertConfig) -> int:
     from nestling.learn.conversion import convert_run
     from nestling.learn.run import parameters
 
-    made = convert_run(config.run, config.out, config.to, config.overrides, config.levels())
+    made = convert_run(config.run, config.out, config.to, config.overrides, config.levels(), lr=config.lr)
     old, new = made.before.config, made.after.config
     lines = [
         f"{old.name} {old.size}, {parameters(made.before):,} parameters ({made.source})",

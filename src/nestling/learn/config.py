@@ -91,7 +91,8 @@ class TrainConfig:
     source: Source = None
     """Begin with the slow weights of another run, or of one of its checkpoints. Its settings are the defaults of the new run,
     but for the budget and the folder; --set adds to its own, and may change what leaves the weights' shapes as they are, for
-    example the chunks of a memory. The optimizer and the lanes begin anew."""
+    example the chunks of a memory. The optimizer and the lanes begin anew, at the other run's learning rate unless --lr says
+    otherwise (--lr None: the optimizer's own, as it is with another --optimizer)."""
 
     lanes: int = 8
     """Texts read side by side, each with a memory of its own."""

@@ -37,10 +37,13 @@ def convert_run(
     to: str | None = None,
     changes: Mapping[str, Any] | None = None,
     origins: Origins | None = None,
+    *,
+    lr: float | None = None,
 ) -> Converted:
     """Write the model of the run `source` (None: the newest), converted by `models.convert`, as a new run in `out`.
 
-    The new run has the old one's settings, but for the model, and its budget anew; it stands before its first step. So
+    The new run has the old one's settings, but for the model and, where it is given, lr, the slow weights' learning rate, and its
+    budget anew; it stands before its first step. So
     `train --resume` trains it on, `train --from` begins a run with other settings from it, `eval` and `generate` use it as it is.
 
     Raises `SettingError` for what cannot be converted, and `CheckpointError`.
@@ -55,7 +58,13 @@ def convert_run(
         raise SettingError(str(error)) from error
     stored = loaded.config
     config = replace(
-        stored, model=model.config.name, overrides=overrides(model.config), out=out, source=None, resume=False
+        stored,
+        model=model.config.name,
+        overrides=overrides(model.config),
+        lr=stored.lr if lr is None else lr,
+        out=out,
+        source=None,
+        resume=False,
     ).resolved()
     folder.check_free(config.folder)
     parts = stream.parts_of(config.data) if config.continual else ()
