@@ -87,6 +87,42 @@ def test_resumes_bit_for_bit_through_a_checkpoint_on_disk(name, dtype, tmp_path)
 
 
 @EVERY
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_first_gradient_after_resuming_finds_the_memory_it_would_have_found(name, every):
+    """`unused` and what comes before it in the net: a memory that begins at random begins alike, whatever began before it."""
+
+    def step(model, optimizer, n):
+        optimizer.zero_grad()
+        (loss_of(model, tokens, targets) + (model.unused.square().sum() if n > 5 else 0)).backward()
+        optimizer.step()
+
+    model, tokens, targets = net()
+    optimizer = optim.Periodic(MAKERS[name](model))
+    optimizer.param_groups[0]["every"] = every
+    for n in range(4):
+        step(model, optimizer, n)
+    other = copy.deepcopy(net()[0])
+    other.load_state_dict(model.state_dict())
+    fresh = optim.Periodic(MAKERS[name](other))
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for n in range(4, 10):
+        step(model, optimizer, n)
+        step(other, fresh, n)
+    assert not torch.equal(model.unused, torch.ones(2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_settings_that_an_older_state_dict_does_not_have_stay_as_they_are():
+    w = nn.Parameter(torch.ones(6, 2))
+    state = optim.Muon([w], 0.5).state_dict()
+    for group in state["param_groups"]:
+        del group["parts"]
+    optimizer = optim.Muon([w], 0.1, parts=3)
+    optimizer.load_state_dict(state)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["parts"]) == (0.5, 3)
+
+
+@EVERY
 def test_a_state_dict_shares_nothing_with_the_optimizer_that_loads_it(name):
     model, tokens, targets = net()
     optimizer = MAKERS[name](model)
@@ -241,6 +277,9 @@ def test_weight_decay_is_decoupled(name):
         (lambda p: optim.Muon(p, adjust_lr_fn="rms"), "adjust_lr_fn is 'rms'"),
         (lambda p: optim.Muon(p, ns_steps=100), "ns_steps is 100"),
         (lambda p: optim.Muon(p, matrix=True), "fewer than 2 dimensions"),
+        (lambda p: optim.Muon(p, ns_dtype="float16"), "ns_dtype is 'float16'.*bfloat16"),
+        (lambda p: optim.M3(p, parts=4), "parts is 4.*divides the rows"),
+        (lambda p: optim.M3(p, parts=0), "parts is 0"),
         (lambda p: optim.M3(p, period=0), "period is 0"),
         (lambda p: optim.M3(p, accumulate="mean"), "accumulate is 'mean'"),
         (lambda p: optim.AdamMemory(p, betas=(0.9, 1.0)), "betas are"),

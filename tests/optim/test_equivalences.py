@@ -417,6 +417,19 @@ def test_a_convolution_is_the_matrix_it_acts_as():
     torch.testing.assert_close(one.flatten(2), other)
 
 
+@pytest.mark.parametrize("make", [optim.Muon, lambda p, lr, **s: m3(p, lr=lr, second_moment="none", **s)])
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_joined_matrices_move_as_each_by_itself(make, adjust):
+    grads = gradients(5, 12, 6)
+    joined = follow(lambda p: make(p, 0.1, parts=3, adjust_lr_fn=adjust), grads)
+    for n in range(3):
+        here = slice(4 * n, 4 * n + 4)
+        alone = follow(lambda p: make(p, 0.1, adjust_lr_fn=adjust), [g[here] for g in grads], normal(12, 6)[here])
+        torch.testing.assert_close(joined[:, here], alone)
+    whole = follow(lambda p: make(p, 0.1, adjust_lr_fn=adjust), grads)
+    assert (whole - joined).abs().max() > 0.01
+
+
 # M3
 
 

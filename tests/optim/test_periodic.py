@@ -259,3 +259,24 @@ def test_a_model_without_levels_is_split_by_kind():
     assert inside == ["convolution.weight", "hidden.weight"]
     assert "embedding.weight" in outside
     assert "head.weight" in outside
+
+
+def test_projections_in_one_weight_are_matrices_of_their_own():
+    model = nl.models.build("titans_lmm", "tiny", vocab_size=17)
+    names = {id(p): n for n, p in model.named_parameters()}
+    optimizer = optim.from_levels(model, "muon")
+    parts = {names[id(p)]: g["parts"] for g in optimizer.param_groups if g["matrix"] is None for p in g["params"]}
+    kinds = {name.split(".")[-2]: many for name, many in parts.items()}
+    assert kinds == {"qkv": 3, "up": 2, "down": 1, "gates": 1, "gate": 1, "out": 1}
+    attention = nn.MultiheadAttention(6, 2)
+    groups = [(g["matrix"], g.get("parts", 1), [tuple(p.shape) for p in g["params"]]) for g in optim.split(attention)]
+    assert groups == [(None, 1, [(6, 6)]), (None, 3, [(18, 6)]), (False, 1, [(18,), (6,)])]
+
+
+def test_a_joined_layer_is_a_linear_layer():
+    layer = optim.Joined(4, 6, parts=3, bias=False)
+    x = torch.randn(2, 4)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight))
+    assert "parts=3" in repr(layer)
+    with pytest.raises(ValueError, match="6 outputs in 4 parts"):
+        optim.Joined(4, 6, parts=4)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestling.optim.joined import Joined
+
 OUTER = ("patches.*", "head.*")
 """Patterns of its weights that are matrices, but neither from nor to hidden states."""
 
@@ -17,7 +19,7 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.out = Joined(dim, 3 * dim, parts=3), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from nestling.layers.level import Level, Period
 from nestling.layers.rotary import rotate
 from nestling.layers.stream import Places, advance_position, places
 from nestling.memory import Report
+from nestling.optim.joined import Joined
 from nestling.state import register
 
 
@@ -41,7 +42,7 @@ class Attention(Layer):
         if dim % heads or (dim // heads) % 2:
             raise ValueError(f"Attention: dim {dim} and heads {heads}; expected heads of equal, even width")
         self.heads, self.head_dim, self.base = heads, dim // heads, base
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Joined(dim, 3 * dim, parts=3, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
     def start(self, lanes: int) -> AttentionState:

@@ -26,6 +26,7 @@ from nestling.layers.norm import EPS, rms_norm
 from nestling.layers.pieces import Piece, merge, pieces, place
 from nestling.layers.rotary import rotate
 from nestling.memory import MemorySpec, Report
+from nestling.optim.joined import Joined
 from nestling.state import register
 
 
@@ -78,7 +79,7 @@ class MemoryAsContext(Layer):
         self.heads, self.head_dim, self.segment, self.base = heads, dim // heads, segment, base
         self.tokens = nn.Parameter(torch.randn(persistent, dim)) if persistent else None
         """P. As large as what blocks hand to their sequence layers, which are normalized."""
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Joined(dim, 3 * dim, parts=3, bias=False)
         self.memory = Memory(dim, heads, spec, output=False)
         self.recall_norm, self.memory_norm, self.attention_norm = (nn.RMSNorm(dim, eps=EPS) for _ in range(3))
         self.out = nn.Linear(dim, dim, bias=False)

@@ -18,6 +18,7 @@ from nestling.layers.level import Level, Period
 from nestling.layers.norm import EPS
 from nestling.memory import Gates, MemorySpec, Report
 from nestling.memory import Memory as AnyMemory
+from nestling.optim.joined import Joined
 from nestling.state import leaves, register
 
 FIRST = {"lr": 0.0, "momentum": 0.0, "retention": 4.0, "delta": 0.0, "threshold": 1.0, "window": -3.0}
@@ -83,7 +84,7 @@ class Memory(Layer):
         self.spec, self.heads = spec, heads
         self.growth = spec.growth
         self.lr_max = spec.largest_steps if lr_max is None else (lr_max,) * len(spec.largest_steps)
-        self.qkv = nn.Linear(dim, self.projections * dim, bias=False)
+        self.qkv = Joined(dim, self.projections * dim, parts=self.projections, bias=False)
         self.convolution = ShortConvolution(3 * dim, width)
         self.kinds = {
             kind: spec.gate_channels.get(kind, 1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.layers.low_rank import Kept
+from nestling.optim.joined import Joined
 
 
 class SwiGLU(nn.Module):
@@ -16,7 +17,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.up = Joined(dim, 2 * hidden, parts=2, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, moved: Sequence[Kept] = ()) -> Tensor:

@@ -14,6 +14,7 @@ from nestling.layers.rotary import rotate
 from nestling.layers.stream import Places, advance_position, places
 from nestling.memory import Report
 from nestling.memory.inputs import surely
+from nestling.optim.joined import Joined
 from nestling.state import register
 
 
@@ -44,7 +45,7 @@ class SlidingAttention(Layer):
         if window < 1:
             raise ValueError(f"SlidingAttention: window is {window}; expected at least 1")
         self.heads, self.head_dim, self.window, self.base = heads, dim // heads, window, base
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Joined(dim, 3 * dim, parts=3, bias=False)
         self.out = nn.Linear(dim, dim, bias=False) if output else None
 
     def start(self, lanes: int) -> SlidingState:

@@ -8,6 +8,7 @@ from nestling.optim.delta import DeltaMomentum
 from nestling.optim.dgd import DGD
 from nestling.optim.feature import FeatureMomentum
 from nestling.optim.inventory import memories
+from nestling.optim.joined import Joined
 from nestling.optim.levels import from_levels, groups, split
 from nestling.optim.m3 import M3
 from nestling.optim.momentum import PreconditionedMomentum
@@ -31,6 +32,7 @@ __all__ = [
     "Fixed",
     "GradientMemory",
     "Identity",
+    "Joined",
     "Muon",
     "Optimizer",
     "Periodic",

@@ -47,6 +47,8 @@ class Optimizer(torch.optim.Optimizer, ABC):
     """
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        self.places: dict[Tensor, int] = {}
+        """The order in which parameters were given."""
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -61,6 +63,8 @@ class Optimizer(torch.optim.Optimizer, ABC):
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
+        for p in group["params"]:
+            self.places.setdefault(p, len(self.places))
 
     def _check(self, group: Mapping[str, Any]) -> None:
         """Refuse settings that cannot be."""
@@ -90,8 +94,13 @@ class Optimizer(torch.optim.Optimizer, ABC):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take on what `state_dict` returned. Tensors keep the precision they were saved in."""
+        """Take on what `state_dict` returned. Tensors keep the precision they were saved in; settings that it does not have, as
+        that of an older version, stay as they are.
+        """
+        before = self.param_groups
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, before, strict=True):
+            group.update({name: own[name] for name in self.defaults if name in own and name not in group})
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, p in zip(numbers, params, strict=True):
@@ -108,6 +117,10 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
     def _begin(self, group: dict[str, Any]) -> None:
         """Called once per step and group, whether or not any of its parameters has a gradient."""
+
+    def _generator(self, p: Tensor, seed: int) -> torch.Generator:
+        """A parameter's own: its memory begins alike whenever its first gradient comes, also in a run that was resumed before."""
+        return torch.Generator().manual_seed(seed + self.places[p])
 
     def _state_of(self, group: dict[str, Any], p: Tensor) -> State:
         state: State = self.state[p]

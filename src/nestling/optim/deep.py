@@ -77,7 +77,7 @@ class DeepMomentum(Optimizer):
         self.bias: Bias = L2() if bias is None else bias
         self.keys, self.output = keys, output
         self.preconditioner: Preconditioner = Identity() if preconditioner is None else preconditioner
-        self._generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         super().__init__(
             params,
             {"lr": lr, "momentum": momentum, "memory_lr": memory_lr, "skip": skip, "weight_decay": weight_decay},
@@ -100,7 +100,7 @@ class DeepMomentum(Optimizer):
 
     def _start(self, group: dict[str, Any], p: Tensor) -> State:
         kind = torch.promote_types(p.dtype, torch.float32)
-        made = self.network.init(self._shapes(p), 1, self._generator)
+        made = self.network.init(self._shapes(p), 1, self._generator(p, self.seed))
         weights = {f"weight{n}": w[0].to(p.device, kind) for n, w in enumerate(made)}
         return {**weights, **self.preconditioner.start(p)}
 

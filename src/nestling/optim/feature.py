@@ -46,7 +46,7 @@ class FeatureMomentum(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         self.features: Features = Polynomial(2, reduce=16) if features is None else features
-        self._generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def _check(self, group: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ class FeatureMomentum(Optimizer):
     def _start(self, group: dict[str, Any], p: Tensor) -> State:
         kind = torch.promote_types(p.dtype, torch.float32)
         count, width = rows(p).shape
-        own = self.features.init(width, 1, self._generator)
+        own = self.features.init(width, 1, self._generator(p, self.seed))
         wide = torch.zeros(count, self.features.width(width), dtype=kind, device=p.device)
         return {"momentum": wide, **{f"own{n}": w.to(p.device, kind) for n, w in enumerate(own)}}
 

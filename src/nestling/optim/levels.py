@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nestling.optim import named
+from nestling.optim.joined import Joined
 from nestling.optim.periodic import Periodic
 
 
@@ -25,36 +26,42 @@ class Level(Protocol):
 
 
 def split(module: nn.Module, outer: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """The parameters of any module in two groups for `Muon` and `M3`: hidden matrices ("matrix": None), and the rest (False).
+    """The parameters of any module in groups for `Muon` and `M3`: hidden matrices ("matrix": None), and the rest (False).
 
     Hidden matrices are the weights of linear layers and convolutions, but not those shared with an embedding, nor an output
     layer as wide as one, nor what is `outer`: patterns of names, for example ("patches.*", "head.*") of a vision transformer.
+    Weights that are several matrices in one, of `Joined` layers and of PyTorch's attention, have groups that say so ("parts").
     Raises ValueError for a pattern that fits nothing.
     """
     hidden = hidden_matrices(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    inside: list[nn.Parameter] = []
+    inside: dict[int, list[nn.Parameter]] = {}
     outside: list[nn.Parameter] = []
     left = set(patterns := tuple(outer))
     for name, p in module.named_parameters():
         fits = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
         left -= fits
-        (inside if id(p) in hidden and not fits else outside).append(p)
+        (inside.setdefault(hidden[id(p)], []) if id(p) in hidden and not fits else outside).append(p)
     if left:
         raise ValueError(f"outer: {sorted(left)[0]!r} fits no parameter's name")
-    return [{"params": ps, "matrix": m} for ps, m in ((inside, None), (outside, False)) if ps]
+    made: list[dict[str, Any]] = [
+        {"params": ps, "matrix": None} | ({"parts": parts} if parts > 1 else {}) for parts, ps in sorted(inside.items())
+    ]
+    return made + ([{"params": outside, "matrix": False}] if outside else [])
 
 
-def hidden_matrices(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> set[int]:
-    """The ids of weights that map hidden states to hidden states."""
+def hidden_matrices(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[int, int]:
+    """The ids of weights that map hidden states to hidden states, and how many matrices each is."""
     embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     shared, words = {id(m.weight) for m in embeddings}, {m.num_embeddings for m in embeddings}
-    return {
-        id(m.weight)
+    found = {
+        id(m.weight): m.parts if isinstance(m, Joined) else 1
         for m in module.modules()
         if isinstance(m, kinds)
         and id(m.weight) not in shared
         and not (isinstance(m, nn.Linear) and m.out_features in words)
     }
+    attention = (m for m in module.modules() if isinstance(m, nn.MultiheadAttention))
+    return found | {id(m.in_proj_weight): 3 for m in attention if m.in_proj_weight is not None}
 
 
 def groups(
@@ -72,7 +79,8 @@ def groups(
 
     every: steps between two updates, by the name of a level or a pattern of parameters' names ("blocks.0.*"), the last that
     fits counting; else the level's own period, where that is in steps.
-    matrices: say of every group whether it has hidden matrices, as `Muon` and `M3` read it ("matrix").
+    matrices: say of every group whether it has hidden matrices, and of how many each weight is made, as `Muon` and `M3` read it
+    ("matrix", "parts").
 
     Raises ValueError unless every parameter belongs to one level, and for a pattern that fits nothing.
     """
@@ -89,18 +97,21 @@ def groups(
         mine = [(name, left.pop(name)) for name in level.params if name in left]
         if len(mine) != len(level.params):
             raise ValueError(f"level {level.name!r} claims a parameter that is not there, or that another level has.")
-        kinds: dict[tuple[int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
+        kinds: dict[tuple[int, bool, bool, int], list[tuple[str, nn.Parameter]]] = {}
         for name, weight in mine:
             fits = [p for p in patterns if p == level.name or fnmatchcase(name, p)]
             fitting.update(fits)
             own = level.period.n if level.period.unit == "step" else 1
             steps = patterns[fits[-1]] if fits else own
-            kind = (steps, id(weight) not in linear, matrices and id(weight) not in hidden)
+            parts = hidden.get(id(weight), 0) if matrices else 1
+            kind = (steps, id(weight) not in linear, not parts, parts)
             kinds.setdefault(kind, []).append((name, weight))
-        for (steps, plain, outer), members in sorted(kinds.items(), key=lambda item: item[0]):
+        for (steps, plain, outer, parts), members in sorted(kinds.items(), key=lambda item: item[0]):
             group: dict[str, Any] = {"params": members, "weight_decay": weight_decay * (not plain), "level": level.name}
             if matrices:
                 group["matrix"] = False if outer else None
+                if parts > 1:
+                    group["parts"] = parts
             found.append(group | {"every": steps})
     if left:
         raise ValueError(f"no level claims {', '.join(left)}.")

@@ -46,6 +46,7 @@ class M3(Matrices):
     orthogonalize    False: the identity in place of NS
     ns_coefficients, ns_steps, ns_eps, ns_dtype, adjust_lr_fn   as in `Muon`; adjust_lr_fn acts with second_moment="none" alone
     adam_betas, adam_eps, matrix   of what is no matrix, as in `Muon`; sizes agree with "matched", so that one lr serves all
+    parts            matrices that each parameter is made of, as in `Muon`
     weight_decay     λ, decoupled
 
     Keeps five tensors per matrix: M¹, M², B, V and NS(M²).
@@ -74,6 +75,7 @@ class M3(Matrices):
         adam_betas: tuple[float, float] = (0.9, 0.95),
         adam_eps: float = 1e-8,
         matrix: bool | None = None,
+        parts: int = 1,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, {**settings, "clock": 0})
@@ -135,7 +137,7 @@ class M3(Matrices):
         elif not group["orthogonalize"]:
             made = [x.clone() for x in made]
         if group["second_moment"] == "none":
-            torch._foreach_mul_(made, [adjustment(group["adjust_lr_fn"], p) for p in params])
+            torch._foreach_mul_(made, [adjustment(group["adjust_lr_fn"], p, group["parts"]) for p in params])
             return made
         share, square = group["second_momentum"], every(states, "square")
         if summed:

@@ -19,13 +19,17 @@ from nestling.optim.base import GradientMemory, Optimizer, Params, State, blank,
 from nestling.optim.elementwise import adam, remember
 from nestling.optim.orthogonal import QUINTIC, adjustment, orthogonalized
 
+DTYPES = (None, "bfloat16", "float32", "float64")
+
 
 class Matrices(Optimizer):
     """Base of optimizers for hidden matrices: what is no matrix, or is not to be taken for one, gets Adam.
 
     The setting "matrix" of a group says how its parameters are taken: None (default): those of two dimensions and more as
     matrices `[out, everything else]`, the others not; False: none of them, which embeddings and output heads should be (common
-    practice; the paper is silent). `nestling.optim.split` makes the groups of a model.
+    practice; the paper is silent). The setting "parts" says of how many matrices, one above the other, each of them is made
+    (default 1; 3 for queries, keys and values in one weight): NS is taken of each. `nestling.optim.split` makes the groups of a
+    model.
     """
 
     def _check(self, group: Mapping[str, Any]) -> None:
@@ -34,6 +38,16 @@ class Matrices(Optimizer):
         if not 0 <= group["ns_steps"] < 100:
             raise ValueError(f"{type(self).__name__}: ns_steps is {group['ns_steps']}; expected 0 to 99")
         adjustment(group["adjust_lr_fn"], torch.empty(1, 1, device="meta"))
+        if group["ns_dtype"] not in DTYPES:
+            raise ValueError(
+                f"{type(self).__name__}: ns_dtype is {group['ns_dtype']!r}; expected None or one of: "
+                f"{', '.join(map(str, DTYPES[1:]))} (in float16 the squares of small singular values vanish)"
+            )
+        parts = group["parts"]
+        if not isinstance(parts, int) or parts < 1 or any(takes(group, p) and len(p) % parts for p in group["params"]):
+            raise ValueError(
+                f"{type(self).__name__}: parts is {parts!r}; expected a whole number that divides the rows of every matrix"
+            )
         if group["matrix"] and any(p.dim() < 2 for p in group["params"]):
             raise ValueError(
                 f"{type(self).__name__}: a group with matrix=True has a parameter of fewer than 2 dimensions: "
@@ -94,6 +108,7 @@ class Muon(Matrices):
                       at least float32 on a CPU
     adam_betas, adam_eps, matrix   of what is no matrix; its lr and weight_decay are the group's, so give those parameters a
                       group of their own with "original", whose steps are larger than Adam's
+    parts             matrices that each parameter is made of
     """
 
     def __init__(
@@ -112,6 +127,7 @@ class Muon(Matrices):
         adam_betas: tuple[float, float] = (0.9, 0.95),
         adam_eps: float = 1e-8,
         matrix: bool | None = None,
+        parts: int = 1,
     ) -> None:
         super().__init__(
             params,
@@ -128,6 +144,7 @@ class Muon(Matrices):
                 "adam_betas": adam_betas,
                 "adam_eps": adam_eps,
                 "matrix": matrix,
+                "parts": parts,
             },
         )
 
@@ -141,7 +158,7 @@ class Muon(Matrices):
         remember(momentum, grads, group["momentum"])
         read = torch._foreach_lerp(grads, momentum, group["momentum"]) if group["nesterov"] else momentum
         made = newton_schulz_of(group, read)
-        torch._foreach_mul_(made, [adjustment(group["adjust_lr_fn"], p) for p in params])
+        torch._foreach_mul_(made, [adjustment(group["adjust_lr_fn"], p, group["parts"]) for p in params])
         return made
 
     def memories(self) -> list[GradientMemory]:
@@ -167,4 +184,6 @@ def takes(group: Mapping[str, Any], p: Tensor) -> bool:
 def newton_schulz_of(group: Mapping[str, Any], matrices: Sequence[Tensor]) -> list[Tensor]:
     """NS with the settings of a group."""
     dtype = None if group["ns_dtype"] is None else getattr(torch, group["ns_dtype"])
-    return orthogonalized(matrices, group["ns_steps"], tuple(group["ns_coefficients"]), group["eps"], dtype)
+    return orthogonalized(
+        matrices, group["ns_steps"], tuple(group["ns_coefficients"]), group["eps"], dtype, group["parts"]
+    )

@@ -25,8 +25,11 @@ def orthogonalized(
     coefficients: tuple[float, float, float] = QUINTIC,
     eps: float = 1e-7,
     dtype: torch.dtype | None = None,
+    parts: int = 1,
 ) -> list[Tensor]:
     """NS of every tensor, as the matrix `[out, in]` it acts as; the same shapes back.
+
+    parts: matrices of equal height that each of them is made of, for which NS is taken apart.
 
     dtype: of the iterations; None: bfloat16 on an accelerator, where it is fast, at least float32 on a CPU.
     """
@@ -39,11 +42,10 @@ def orthogonalized(
         inside = dtype
         if inside is None and device.type != "cpu" and kind != torch.float64:
             inside = torch.bfloat16
-        stack = torch.stack([rows(whole[place]) for place in places])
-        for place, y in zip(
-            places, newton_schulz(stack, steps, iteration=coefficients, eps=eps, dtype=inside), strict=True
-        ):
-            made[place] = y.view_as(whole[place])
+        stack = torch.cat([rows(whole[place]).reshape(parts, -1, rows(whole[place]).shape[1]) for place in places])
+        found = newton_schulz(stack, steps, iteration=coefficients, eps=eps, dtype=inside)
+        for place, y in zip(places, torch.split(found, parts), strict=True):
+            made[place] = y.reshape(whole[place].shape)
     return [_dealt(y, x) if sharded(x) else y for x, y in zip(matrices, made, strict=True)]
 
 
@@ -54,13 +56,13 @@ def _dealt(y: Tensor, like: Any) -> Tensor:
     return distribute_tensor(y, like.device_mesh, like.placements)
 
 
-def adjustment(kind: str | None, p: Tensor) -> float:
+def adjustment(kind: str | None, p: Tensor, parts: int = 1) -> float:
     """Factor of NS(m) for a matrix `[m, n]`, whose entries are about 1/√max(m, n) (derived).
 
     "original" (None): √max(1, m/n), as Muon's author has it;  "match_rms_adamw": 0.2 √max(m, n), the size of AdamW's steps;
-    "none": 1. Raises ValueError for another.
+    "none": 1. Raises ValueError for another. parts: matrices of equal height that p is made of.
     """
-    m, n = p.shape[0], p.shape[1:].numel()
+    m, n = p.shape[0] // parts, p.shape[1:].numel()
     if kind in (None, "original"):
         return float(max(1.0, m / max(n, 1)) ** 0.5)
     if kind == "match_rms_adamw":
