@@ -18,6 +18,11 @@ MAKERS = {
         m.parameters(), lr, 0.8, preconditioner=optim.Diagonal(0.9)
     ),
     "delta": lambda m, lr=0.2: optim.DeltaMomentum(m.parameters(), lr),
+    "delta_proximal": lambda m, lr=0.2: optim.DeltaMomentum(m.parameters(), lr, erase=3.0, form="proximal"),
+    "delta_tokens": lambda m, lr=0.2: optim.DeltaMomentum(m.parameters(), lr, form="tokens", module=m),
+    "delta_diagonal": lambda m, lr=0.03: optim.DeltaMomentum(
+        m.parameters(), lr, 0.8, 0.3, preconditioner=optim.Diagonal(0.9)
+    ),
     "delta_elementwise": lambda m, lr=0.2: optim.DeltaMomentum(m.parameters(), lr, form="elementwise"),
     "deep": lambda m, lr=0.3: optim.DeepMomentum(m.parameters(), lr),
     "deep_position": lambda m, lr=0.1: optim.DeepMomentum(
@@ -47,6 +52,9 @@ MAKERS = {
 }
 ERASES = {"dgd_normalized": 0.2, "dgd_exact": 1.0, "dgd_neurips": 0.1 / 0.3, "dgd_momentum": 0.1 * (1 - 0.8)}
 """κ of those that erase beside what a step writes: with a loss ½‖W x − y‖² they end at W*/(1 + κ) (see `DGD`)."""
+
+WATCHES = {*ERASES, "delta_tokens"}
+"""Those that see the tokens of a module's layers, and know nothing of gradients that come otherwise."""
 
 
 def quadratic(dtype=torch.float64):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nestling import optim
 from nestling.optim.capture import tokens
@@ -205,6 +206,116 @@ def test_low_precision_products_are_made_anew_from_the_weights():
         optimizer.step()
         made.append(layer.weight.detach())
     torch.testing.assert_close(*made)
+
+
+def made_by(model, x, **settings):
+    """Weights after a step of DGD on a small network, whatever way its layers are called."""
+    optimizer = optim.DGD(model, 0.3, **settings)
+    model(x).square().sum(-1).mean().backward()
+    optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class Way(nn.Module):
+    """Two layers, called in a way of one's own."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.way = nn.Linear(5, 4, dtype=F64), nn.Linear(4, 3, dtype=F64), way
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+WAYS = {
+    "activation in place": lambda m, x: m.two(F.relu_(m.one(x))),
+    "input by name": lambda m, x: m.two(input=F.relu(m.one(input=x))),
+    "recomputed": lambda m, x: checkpoint(lambda y: m.two(F.relu(m.one(y))), x, use_reentrant=False),
+    "recomputed, reentrant": lambda m, x: checkpoint(
+        lambda y: m.two(F.relu(m.one(y))), x.clone().requires_grad_(), use_reentrant=True
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("form", ["normalized", "exact", "neurips"])
+def test_how_a_layer_is_called_changes_nothing(way, form):
+    x = normal(6, 5)
+    plain = made_by(Way(lambda m, x: m.two(F.relu(m.one(x)))), x, form=form)
+    torch.testing.assert_close(made_by(Way(WAYS[way]), x, form=form), plain)
+
+
+def test_a_layer_that_is_trained_later_is_erased_too():
+    x, models = normal(6, 5), [Way(lambda m, x: m.two(m.one(x))) for _ in range(2)]
+    models[0].one.weight.requires_grad_(False)
+    optimizers = [optim.DGD(m, 0.3, params=m.parameters()) for m in models]
+    models[0].one.weight.requires_grad_(True)
+    models[0].three = nn.Linear(3, 3, dtype=F64)
+    models[1].three = copy.deepcopy(models[0].three)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.add_param_group({"params": [model.three.weight]})
+        optimizer.zero_grad()
+        model.three(model(x)).square().mean().backward()
+        optimizer.step()
+        assert set(optimizer.capture.names) == {model.one.weight, model.two.weight, model.three.weight}
+    torch.testing.assert_close(models[0].one.weight, models[1].one.weight)
+
+
+def test_what_would_be_sgd_is_refused_unless_it_is_asked_for():
+    with pytest.raises(ValueError, match=r"none of the parameters is the weight of a linear.*strict=False for SGD"):
+        optim.DGD(nn.LayerNorm(3))
+    made = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"weight is made from other parameters.*strict=False for SGD"):
+        optim.DGD(made)
+    assert len(made._forward_hooks) == 0
+    optimizer = optim.DGD(made, strict=False)
+    before = [p.detach().clone() for p in made.parameters()]
+    made(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    for p, q in zip(made.parameters(), before, strict=True):
+        torch.testing.assert_close(p, q - 1e-2 * p.grad)
+    with pytest.raises(ValueError, match=r"a parameter \(4, 4\) is none of the module's"):
+        optim.DGD(nn.Linear(3, 2), params=nn.Linear(4, 4).parameters())
+
+
+@pytest.mark.parametrize("lr", [1e2, 1e5])
+def test_the_exact_step_is_stable_at_every_rate_in_float32(lr):
+    """W x → u, where rounding of I + ηC is larger than the 1 and C has no full rank."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 4, bias=False), 100 * torch.randn(3, 8).repeat(50, 1)
+    target = layer(x).detach()
+    optimizer = optim.DGD(layer, lr, form="exact", reduction="sum")
+    (layer(x) * -target).sum().backward()  # u = the target itself, which W x is
+    optimizer.step()
+    assert layer.weight.isfinite().all()
+    found = (
+        x.double() @ layer.weight.detach().double().T
+    )  # across the inputs, g's own rounding has moved it by η times that
+    assert (found - target).norm() < 0.05 * target.norm()
+
+
+@pytest.mark.parametrize("form", ["normalized", "exact", "neurips"])
+def test_inputs_that_are_not_finite_spoil_their_own_weight_alone(form):
+    model = Way(lambda m, x: (m.one(x[:, :5]), m.two(x[:, 5:])))
+    optimizer = optim.DGD(model, 0.3, form=form)
+    x = normal(6, 9)
+    x[0, 0] = torch.nan
+    one, two = model(x)
+    (one.sum() + two.sum()).backward()
+    optimizer.step()
+    assert not model.one.weight.isfinite().all()
+    assert model.two.weight.isfinite().all()
+
+
+def test_a_copied_model_is_not_watched_and_the_optimizer_cannot_be_copied():
+    model = Way(lambda m, x: m.two(m.one(x)))
+    optimizer = optim.DGD(model)
+    other = copy.deepcopy(model)
+    other(normal(6, 5)).sum().backward()
+    assert not optimizer.capture.seen
+    with pytest.raises(TypeError, match=r"DGD cannot be copied.*load_state_dict"):
+        copy.deepcopy(optimizer)
 
 
 def test_hooks_go_with_the_optimizer():

@@ -167,6 +167,52 @@ def test_delta_momentum_is_its_equation(form):
     torch.testing.assert_close(made, written(form, 0.9, 0.6, 0.1, grads))
 
 
+@pytest.mark.parametrize("erase", [0.3, 20.0])
+def test_the_proximal_form_is_the_exact_step_for_a_gradient_of_rank_one(erase):
+    """argmin ½‖m gᵀ + P‖² + ‖m − αm_t‖²/2η_d, by least squares, with the values P whose step writes −g."""
+    share, rank_one = 0.9, [normal(4, 1, seed=n) @ normal(1, 6, seed=9 + n) for n in range(5)]
+    w = nn.Parameter(torch.zeros(4, 6, dtype=F64))
+    optimizer = optim.DeltaMomentum([w], 1.0, share, erase, form="proximal")
+    m = torch.zeros(4, 6, dtype=F64)
+    for g in rank_one:
+        value = -torch.eye(4, dtype=F64) * (1 + erase * g.square().sum()) / erase
+        system = torch.cat([g, torch.eye(6, dtype=F64) / erase**0.5])
+        m = torch.linalg.lstsq(system, torch.cat([value.T, share * m.T / erase**0.5])).solution.T
+        w.grad = g.clone()
+        optimizer.step()
+        torch.testing.assert_close(-optimizer.state[w]["momentum"], m)
+
+
+@pytest.mark.parametrize("erase", [0.3, 20.0])
+def test_the_proximal_form_is_its_equation_and_never_turns_a_sign(erase):
+    grads, share, m = gradients(6, 4, 6), 0.9, torch.zeros(4, 6, dtype=F64)
+    w = nn.Parameter(torch.zeros(4, 6, dtype=F64))
+    optimizer = optim.DeltaMomentum([w], 1.0, share, erase, form="proximal")
+    for g in grads:
+        damped = erase / (1 + erase * g.square().sum())
+        m = share * m @ (torch.eye(6, dtype=F64) - damped * g.T @ g) + g
+        w.grad = g.clone()
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[w]["momentum"], m)
+
+
+@pytest.mark.parametrize(("size", "left"), [(1e200, 0.0), (1e-200, 1.0)])
+def test_the_proximal_form_erases_all_or_nothing_and_turns_no_sign(size, left):
+    w, g = nn.Parameter(torch.zeros(4, 6, dtype=F64)), normal(4, 1) @ normal(1, 6, seed=1)
+    nothing = optim.Fixed(torch.zeros_like)
+    optimizer = optim.DeltaMomentum([w], 1.0, 0.9, 0.5, form="proximal", preconditioner=nothing)
+    for n in range(2):
+        w.grad = size * g
+        if n:
+            optimizer.state[w]["momentum"].copy_(normal(4, 6, seed=2))
+        optimizer.step()
+    along = unit(g)[0]
+    m = optimizer.state[w]["momentum"]
+    torch.testing.assert_close(m @ along.T, 0.9 * left * normal(4, 6, seed=2) @ along.T)
+    across = torch.eye(6, dtype=F64) - along.T @ along
+    torch.testing.assert_close(m @ across, 0.9 * normal(4, 6, seed=2) @ across)
+
+
 def test_delta_momentum_is_deltanet_on_the_gradients_rows():
     """With P = 0 for what is written the rule is DeltaNet's erasing of one key; a gradient of one row is one token."""
     grads, erase = gradients(6, 1, 5), 0.7

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from .problems import MAKERS
+from .problems import MAKERS, WATCHES
 
-DGD = tuple(n for n in MAKERS if n.startswith("dgd"))
 WHOLE_ROWS = ("deep", "deep_position", "deep_muon", "feature", "feature_powers")
 
 
@@ -30,16 +29,16 @@ class Bag(nn.Module):
         self.tensors = nn.ParameterList(tensors)
 
 
-@pytest.mark.parametrize("name", DGD)
-def test_delta_gradient_descent_needs_whole_layers(name, mesh):
+@pytest.mark.parametrize("name", sorted(WATCHES))
+def test_what_watches_layers_needs_whole_ones(name, mesh):
     layer = nn.Linear(4, 6)
     layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
-    with pytest.raises(TypeError, match="DGD: a parameter is sharded"):
+    with pytest.raises(TypeError, match=r"(DGD|DeltaMomentum): a parameter is sharded"):
         MAKERS[name](layer)
     assert not layer._forward_hooks
 
 
-@pytest.mark.parametrize("name", [n for n in MAKERS if n not in DGD])
+@pytest.mark.parametrize("name", [n for n in MAKERS if n not in WATCHES])
 def test_shards_move_as_the_whole_does(name, mesh):
     generator = torch.Generator().manual_seed(0)
     shapes = [(6, 4), (4,), (3, 5)]

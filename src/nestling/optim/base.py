@@ -108,6 +108,11 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.to(p.device, copy=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but hooks: a copy has its leaf's own settings, too."""
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**super().__getstate__(), **own}
+
     def memories(self) -> list[GradientMemory]:
         """What it remembers, in words, fast to slow."""
         return []

@@ -7,7 +7,7 @@ itself: gradient descent that also erases along its own input. In closed form (d
 
 For N tokens and the mean of their losses, with C = Σ xxᵀ/N (derived):
 
-    exact        W ← (W − ηg)(I + ηκC)⁻¹                  the proximal step itself; stable for every η
+    exact        W ← (W − ηg)(I + ηκC)⁻¹                  the proximal step itself; stable along every input, for every η
     normalized   W ← W − η'(g + κ W Ĉ),  Ĉ of unit inputs x/‖x‖,  η' = η/(1 + κη)          one product more than SGD
     neurips      W ← W(I − κC) − ηg                      as the camera-ready prints it: needs inputs of norm below √2
 
@@ -17,20 +17,21 @@ is pulled towards −∇_y L and not towards a minimum of L, even a minimum is n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nestling.memory.rules.delta import proximal
-from nestling.optim.base import GradientMemory, Optimizer, Params, State, blank, every, refuse_shards
-from nestling.optim.capture import Capture, Seen
+from nestling.optim.base import GradientMemory, Params, State, blank, every
+from nestling.optim.capture import Seen
+from nestling.optim.watching import Watching
 
 FORMS = ("normalized", "exact", "neurips")
 
 
-class DGD(Optimizer):
+class DGD(Watching):
     """Delta gradient descent on the linear, embedding and convolution layers of a module; SGD on its other parameters.
 
     module         whose parameters are trained. Hooks on its layers note their inputs; `remove()` takes them off
@@ -73,47 +74,19 @@ class DGD(Optimizer):
             raise ValueError(f"DGD: form is {form!r}; expected one of: {', '.join(FORMS)}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"DGD: reduction is {reduction!r}; expected 'mean' or 'sum'")
-        self.form, self.reduction, self.strict = form, reduction, strict
+        self.form, self.reduction, self.strict, self.module = form, reduction, strict, module
         chosen = [p for p in module.parameters() if p.requires_grad] if params is None else params
         super().__init__(chosen, {"lr": lr, "coupling": coupling, "momentum": momentum, "weight_decay": weight_decay})
-        self.capture = Capture(module, "gram" if form == "exact" else "erased", form == "normalized")
-        both = [self.capture.names[w] for w, sides in self.capture.sides.items() if len(sides) > 1]
+        self._watch("gram" if form == "exact" else "erased", form == "normalized")
+        assert self.capture is not None
+        mine = {p for group in self.param_groups for p in group["params"]}
+        both = [self.capture.names[w] for w, sides in self.capture.sides.items() if len(sides) > 1 and w in mine]
         if both and form == "exact":
             self.remove()
             raise ValueError(
                 f"DGD: {', '.join(both)} is both an embedding and an output layer, whose exact step has no closed form: "
                 "choose form='normalized', or untie them"
             )
-
-    def remove(self) -> None:
-        """Take the hooks off the module; the optimizer cannot be used any more."""
-        self.capture.remove()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, and the inputs that belong to them."""
-        super().zero_grad(set_to_none)
-        if hasattr(self, "capture"):
-            self.capture.clear()
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        self.capture.clear()
-        return loss
-
-    def wait(self, group: dict[str, Any]) -> None:
-        """Keep what the layers have seen for the step that takes all gradients of the period."""
-        for p in group["params"]:
-            seen = self.capture.seen.pop(p, None)
-            if seen is not None:
-                state = self._state_of(group, p)
-                for name, value in vars(seen).items():
-                    if value is not None:
-                        state[f"seen_{name}"] = state[f"seen_{name}"] + value if f"seen_{name}" in state else value
-
-    def _check(self, group: Mapping[str, Any]) -> None:
-        super()._check(group)
-        for p in group["params"]:
-            refuse_shards("DGD", p)
 
     def _start(self, group: dict[str, Any], p: Tensor) -> State:
         return {"momentum": blank(p)} if group["momentum"] else {}
@@ -128,31 +101,13 @@ class DGD(Optimizer):
             grads = momentum
         found = []
         for p, g, state in zip(params, grads, states, strict=True):
-            self._recall(p, state)
-            found.append(self._delta(group, p, g))
+            found.append(self._delta(group, p, g, self._seen(p, state)))
         return found
 
-    def _recall(self, p: Tensor, state: State) -> None:
-        """Add what was seen while waiting."""
-        kept = {name: state.pop(name) for name in list(state) if name.startswith("seen_")}
-        if kept:
-            seen = self.capture.seen.setdefault(p, Seen())
-            for name, value in kept.items():
-                now = getattr(seen, name[5:])
-                setattr(seen, name[5:], value if now is None else now + value)
-
-    def _delta(self, group: dict[str, Any], p: Tensor, g: Tensor) -> Tensor:
+    def _delta(self, group: dict[str, Any], p: Tensor, g: Tensor, seen: Seen | None) -> Tensor:
         """(W − W_new)/η."""
-        seen = self.capture.seen.get(p)
-        if seen is None:
-            if p in self.capture.names and self.strict:
-                raise RuntimeError(
-                    f"DGD: {self.capture.names[p]} has a gradient, but its layer was not called in the passes since the last "
-                    "step, so its inputs are not known: call the layer, or give strict=False to move such weights by SGD"
-                )
-            return g
         lr, coupling = float(group["lr"]), float(group["coupling"])
-        if not coupling or not lr:
+        if seen is None or not coupling or not lr:
             return g
         weight = p.to(g.dtype)
         mean = self.reduction == "mean"
@@ -170,14 +125,23 @@ class DGD(Optimizer):
         mean = self.reduction == "mean"
         if seen.uses is not None:  # one-hot inputs: the matrix is diagonal, and acts on the rows
             uses = seen.uses / (max(seen.used, 1) if mean else 1)
-            return (1 - proximal(torch.full_like(uses, strength), uses) * uses)[:, None] * moved
+            return (proximal(torch.full_like(uses, strength), uses) / strength)[:, None] * moved
         strength = strength / (max(seen.count, 1) if mean else 1)
         assert seen.gram is not None
         gram = seen.gram.to(moved.dtype)
         system = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) + strength * gram
         parts = moved.reshape(gram.shape[0], -1, gram.shape[-1])
-        solved = torch.cholesky_solve(parts.mT, torch.linalg.cholesky(system))
-        return solved.mT.reshape(moved.shape)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        hidden = system.diagonal(dim1=-2, dim2=-1).amax() * torch.finfo(gram.dtype).eps > 1e-3
+        if not (failed.any() or hidden):
+            solved = torch.cholesky_solve(parts.mT, factor).mT
+        elif not gram.isfinite().all():
+            solved = torch.full_like(parts, torch.nan)
+        else:  # a product so large that its rounding would hide the 1
+            values, vectors = torch.linalg.eigh(gram.double())
+            kept = 1 / (1 + strength * values.clamp_min(0))
+            solved = ((parts.double() @ vectors * kept[:, None]) @ vectors.mT).to(moved.dtype)
+        return solved.reshape(moved.shape)
 
     def memories(self) -> list[GradientMemory]:
         group = self.param_groups[0]

@@ -31,14 +31,16 @@ class Preconditioned(Optimizer):
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
     ) -> list[Tensor]:
         momentum = every(states, "momentum")
-        self._forget(group, momentum, grads)
+        self._forget(group, params, grads, states)
         torch._foreach_add_(
             momentum, [self.preconditioner.apply(g, state) for g, state in zip(grads, states, strict=True)]
         )
         return momentum
 
     @abstractmethod
-    def _forget(self, group: Mapping[str, Any], momentum: list[Tensor], grads: list[Tensor]) -> None:
+    def _forget(
+        self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
+    ) -> None:
         """Leave of m, in place, what is kept of it."""
 
     @property
@@ -69,8 +71,10 @@ class PreconditionedMomentum(Preconditioned):
     ) -> None:
         super().__init__(params, preconditioner, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def _forget(self, group: Mapping[str, Any], momentum: list[Tensor], grads: list[Tensor]) -> None:
-        torch._foreach_mul_(momentum, group["momentum"])
+    def _forget(
+        self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
+    ) -> None:
+        torch._foreach_mul_(every(states, "momentum"), group["momentum"])
 
     def memories(self) -> list[GradientMemory]:
         share = self.param_groups[0]["momentum"]

@@ -35,6 +35,11 @@ def _dgd(module: nn.Module, groups: Groups, **settings: Any) -> torch.optim.Opti
     return DGD(module, params=groups, **{"momentum": 0.9, "coupling": 0.1, "strict": False, **settings})
 
 
+def _delta(module: nn.Module, groups: Groups, **settings: Any) -> torch.optim.Optimizer:
+    tokens = "tokens" in {settings.get("form"), *(group.get("form") for group in groups)}
+    return DeltaMomentum(groups, **{"module": module if tokens else None, "strict": False, **settings})
+
+
 def _ours(kind: type[Optimizer], **defaults: Any) -> Maker:
     def make(module: nn.Module, groups: Groups, **settings: Any) -> torch.optim.Optimizer:
         return kind(groups, **{**defaults, **settings})
@@ -60,7 +65,7 @@ _ENTRIES = {
         "delta gradient descent with momentum 0.9 and coupling 0.1; SGD for weights used behind their layers",
         0.1,
     ),
-    "delta_momentum": Entry(_ours(DeltaMomentum), "momentum with the delta rule", 0.1),
+    "delta_momentum": Entry(_delta, "momentum with the delta rule", 0.1),
     "deep_momentum": Entry(_ours(DeepMomentum), "momentum that is a network", 0.3),
     "feature_momentum": Entry(_ours(FeatureMomentum), "momentum in features of the gradient", 0.1),
     "preconditioned_momentum": Entry(_ours(PreconditionedMomentum), "heavy-ball momentum", 0.1),

@@ -46,6 +46,10 @@ class Wrapper(torch.optim.Optimizer):
         """Take on what `state_dict` returned."""
         self.optimizer.load_state_dict(state_dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The wrapped optimizer, and what the leaf has beside it; no hooks."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
     def memories(self) -> list[GradientMemory]:
         """Those of the wrapped optimizer."""
         return memories(self.optimizer)
