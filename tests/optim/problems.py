@@ -40,19 +40,30 @@ MAKERS = {
         output="newton_schulz",
     ),
     "feature": lambda m, lr=0.1: optim.FeatureMomentum(m.parameters(), lr, 0.8),
+    "feature_diagonal": lambda m, lr=0.01: optim.FeatureMomentum(
+        m.parameters(), lr, 0.8, preconditioner=optim.Diagonal(0.9)
+    ),
+    "deep_diagonal": lambda m, lr=0.03: optim.DeepMomentum(m.parameters(), lr, preconditioner=optim.Diagonal(0.9)),
     "feature_powers": lambda m, lr=0.1: optim.FeatureMomentum(m.parameters(), lr, 0.8, features=Powers(3)),
     "muon": lambda m, lr=0.05: optim.Muon(m.parameters(), lr, 0.0),
     "m3": lambda m, lr=0.4: optim.M3(m.parameters(), lr, period=4),
     "m3_printed": lambda m, lr=0.01: optim.M3(m.parameters(), lr, period=4, second_moment="printed"),
+    "m3_sum": lambda m, lr=0.5: optim.M3(
+        m.parameters(), lr, period=4, second_moment="matched", accumulate="sum", orthogonalize=False
+    ),
     "m3_none": lambda m, lr=0.05: optim.M3(m.parameters(), lr, period=4, second_moment="none"),
     "adam": lambda m, lr=0.1: optim.AdamMemory(m.parameters(), lr),
     "adam_square": lambda m, lr=0.3: optim.AdamMemory(m.parameters(), lr, target="square", bias_correction=False),
+    "adam_ridge": lambda m, lr=0.1: optim.AdamMemory(m.parameters(), lr, ridge=1e-4),
+    "adagrad_rows_ridge": lambda m, lr=0.5: optim.AdaGradMemory(m.parameters(), lr, form="rows", ridge=1e-3),
     "adagrad": lambda m, lr=0.3: optim.AdaGradMemory(m.parameters(), lr),
     "adagrad_rows": lambda m, lr=0.3: optim.AdaGradMemory(m.parameters(), lr, momentum=0.5, form="rows", eps=1e-6),
 }
 ERASES = {"dgd_normalized": 0.2, "dgd_exact": 1.0, "dgd_neurips": 0.1 / 0.3, "dgd_momentum": 0.1 * (1 - 0.8)}
 """κ of those that erase beside what a step writes: with a loss ½‖W x − y‖² they end at W*/(1 + κ) (see `DGD`)."""
 
+RESTLESS = {"m3_sum"}
+"""Those that never come to rest: as printed, in sums, the fast memory forgets nothing."""
 WATCHES = {*ERASES, "delta_tokens"}
 """Those that see the tokens of a module's layers, and know nothing of gradients that come otherwise."""
 

@@ -11,7 +11,7 @@ from nestling import optim
 from nestling.learn import checkpoint
 from nestling.learn.checkpoint import Checkpoint
 
-from .problems import ERASES, MAKERS, WATCHES, loss_of, net, quadratic
+from .problems import ERASES, MAKERS, RESTLESS, WATCHES, loss_of, net, quadratic
 
 EVERY = pytest.mark.parametrize("name", MAKERS)
 
@@ -31,7 +31,7 @@ def tensors_of(optimizer):
     return [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
 
 
-@EVERY
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in RESTLESS])
 def test_reaches_the_optimum_of_a_quadratic_under_a_schedule_of_torch(name):
     layer, x, best = quadratic()
     optimizer = MAKERS[name](layer)
@@ -287,6 +287,9 @@ def test_weight_decay_is_decoupled(name):
         (lambda p: optim.M3(p, period=0), "period is 0"),
         (lambda p: optim.M3(p, accumulate="mean"), "accumulate is 'mean'"),
         (lambda p: optim.AdamMemory(p, betas=(0.9, 1.0)), "betas are"),
+        (lambda p: optim.AdamMemory(p, betas=(0.9,)), "betas are.*two shares"),
+        (lambda p: optim.AdamMemory(p, betas=0.9), "betas are 0.9"),
+        (lambda p: optim.AdamMemory(p, ridge=-1.0), "ridge is -1.0"),
         (lambda p: optim.AdamMemory(p, target="sign"), "target is 'sign'"),
         (lambda p: optim.AdaGradMemory(p, form="full"), "form is 'full'"),
         (lambda p: optim.AdaGradMemory(p, weight_decay=-0.1), "weight_decay is -0.1"),
@@ -296,6 +299,49 @@ def test_weight_decay_is_decoupled(name):
 def test_settings_that_cannot_be_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make([nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))])
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in WATCHES])
+def test_parameters_know_nothing_of_each_other(name):
+    """All at once, of different precisions in one group, move as every one of them alone."""
+    generator = torch.Generator().manual_seed(0)
+    f32 = torch.float32
+    shapes = [((6, 4), f32), ((6, 4), f32), ((4, 6), torch.bfloat16), ((5,), torch.float64), ((), f32)]
+    start = [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in shapes]
+    grads = [[torch.randn(shape, generator=generator).to(dtype) for shape, dtype in shapes] for _ in range(5)]
+
+    def moved(chosen):
+        bag = nn.ParameterList([nn.Parameter(start[n].clone()) for n in chosen])
+        optimizer = MAKERS[name](bag)
+        if hasattr(optimizer, "seed"):  # that memories which begin at random begin alike
+            optimizer.places = dict(zip(bag, chosen, strict=True))
+        for step in grads:
+            for p, n in zip(bag, chosen, strict=True):
+                p.grad = step[n].clone()
+            optimizer.step()
+        return [p.detach() for p in bag]
+
+    for n, whole in enumerate(moved(range(len(shapes)))):
+        (alone,) = moved([n])
+        torch.testing.assert_close(whole, alone)
+
+
+@EVERY
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_copy_goes_on_as_the_original_does(name, wrapped):
+    model, tokens, targets = net()
+    optimizer = MAKERS[name](model)
+    if wrapped:
+        optimizer = optim.Scheduled(optim.Periodic(optimizer), lambda n: 1 / (n + 1))
+        optimizer.param_groups[0]["every"] = 2
+    train(model, optimizer, tokens, targets, 3)
+    if name in WATCHES:
+        with pytest.raises(TypeError, match="cannot be copied"):
+            copy.deepcopy((model, optimizer))
+        return
+    other, copied = copy.deepcopy((model, optimizer))
+    assert train(model, optimizer, tokens, targets, 3) == train(other, copied, tokens, targets, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_complex_parameters_are_refused():

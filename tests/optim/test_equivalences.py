@@ -329,6 +329,17 @@ def test_momentum_in_the_features_of_the_identity_is_momentum():
     )
 
 
+@pytest.mark.parametrize(
+    "kind", [optim.Fixed(lambda g: normal(4, 4, seed=3) @ g), optim.Diagonal(0.9)], ids=["matrix", "diagonal"]
+)
+def test_preconditioned_features_of_the_identity_are_preconditioned_momentum(kind):
+    """m ← αm − ηPφ(g) with φ = id (eq. 51 and 46)."""
+    assert_same(
+        lambda p: optim.FeatureMomentum(p, 0.1, 0.9, features=Identity(), preconditioner=kind),
+        lambda p: optim.PreconditionedMomentum(p, 0.1, 0.9, preconditioner=kind),
+    )
+
+
 def test_polynomial_features_weigh_past_gradients_by_likeness():
     """k(c) = 1 + c + c²/2: every past row counts 1 + cos times."""
     grads, lr, share = gradients(5, 3, 4), 0.1, 0.8

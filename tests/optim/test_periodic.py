@@ -161,6 +161,13 @@ def test_what_cannot_be_is_refused():
         Periodic(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), accumulate="both")
 
 
+def test_a_state_without_periods_leaves_them_as_they_are():
+    fast, slow, optimizer = two_groups(every=3)
+    plain = torch.optim.SGD([{"params": [fast]}, {"params": [slow]}], 0.25)
+    optimizer.load_state_dict(plain.state_dict())
+    assert [(g["every"], g["waited"], g["lr"]) for g in optimizer.param_groups] == [(1, 0, 0.25), (3, 0, 0.25)]
+
+
 def test_a_closure_is_evaluated_once():
     fast, _, optimizer = two_groups()
     calls = []
@@ -203,6 +210,37 @@ def test_every_named_optimizer_trains_the_levels_of_a_model(name):
     assert not any(waits)
 
 
+def test_a_frozen_part_of_a_model_has_its_groups_and_stays():
+    """Also of DGD, whose hooks it has, too: what is trained again later is no other case."""
+    for name in ("adamw", "m3", "dgd", "delta_momentum"):
+        torch.manual_seed(0)
+        model = nl.models.build("transformer", "tiny", vocab_size=17)
+        frozen = {n: p for n, p in model.named_parameters() if n.startswith(("embedding", "blocks.0"))}
+        for p in frozen.values():
+            p.requires_grad_(False)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer = optim.from_levels(model, name, lr=1e-2, every={"blocks.*": 2}, weight_decay=0.5)
+        tokens = torch.randint(17, (2, 12), generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            optimizer.zero_grad()
+            logits, _ = model(tokens[:, :-1])
+            nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            optimizer.step()
+        still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+        assert still == set(frozen), name
+        assert not any(optimizer.state.get(p) for p in frozen.values())
+
+
+@pytest.mark.parametrize("form", ["tokens", "proximal"])
+def test_delta_momentum_by_name_sees_the_tokens_of_the_model(form):
+    model = nl.models.build("titans_lmm", "tiny", vocab_size=17)
+    optimizer = optim.from_levels(model, "delta_momentum", form=form)
+    logits, _ = model(torch.zeros(1, 5, dtype=torch.int64))
+    logits.square().mean().backward()
+    assert (optimizer.capture is not None and model.head.weight in optimizer.capture.seen) == (form == "tokens")
+    optimizer.step()
+
+
 def test_groups_say_level_decay_and_which_are_hidden_matrices():
     model = nl.models.build("transformer", "tiny", vocab_size=17)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -241,6 +279,8 @@ def test_a_horizon_is_in_outer_steps_whatever_the_period():
         ({"optimizer": "adan"}, "'adan' is not known.*adamw"),
         ({"every": {"block.0.*": 2}}, "'block.0.*' is no level and fits no parameter"),
         ({"horizon": 0.5}, "horizon is 0.5"),
+        ({"optimizer": "delta_momentum", "horizon": 1.5}, "horizon of 1.5 steps, at 1 a step.*erase is 0.5"),
+        ({"optimizer": "delta_momentum", "every": {"*": 4}, "horizon": 5}, "at 4 a step.*erase is 0.5"),
         ({"optimizer": "adagrad_memory", "nesterov": True}, "optimizer adagrad_memory.*nesterov"),
     ],
 )

@@ -1,6 +1,7 @@
 """AdaGrad as the optimal memory of gradients (Nested Learning, eq. 106–111).
 
-    min_m Σ_i ‖m g_i − P‖² + λ‖m‖²,  P ∝ (Σ g gᵀ)^{1/2}    ⇒    W ← W − η H^{−1/2} M,   H = Σ g gᵀ
+    min_m Σ_i ‖m g_i − P‖² + λ‖m‖²   ⇒   m* = P (Σ g_iᵀ)(H + λI)⁻¹,   H = Σ g gᵀ                    (derived; eq. 106)
+    P ∝ H^{1/2},  λ → 0              ⇒   W ← W − η H^{−1/2} M                                                 (eq. 111)
 
 M is the gradient, or with momentum its mean. H in full has the square of the parameter's size; its diagonal is AdaGrad. Between
 the two, "rows" takes the columns of a matrix `[m, n]` for vectors of one H `[m, m]`: one side of Shampoo (the paper names
@@ -26,6 +27,7 @@ class AdaGradMemory(Optimizer):
 
     lr             η
     eps            added to √H, or to the roots of H's eigenvalues
+    ridge          λ of the memory's objective, in the units of H; 0: its limit, AdaGrad
     momentum       share of M that is kept; 0, the default: the gradient itself, AdaGrad
     form           "diagonal" (equals `torch.optim.Adagrad`) or "rows" (H `[m, m]` of matrices `[m, …]`, one eigenvalue
                    decomposition per step and parameter; `[n, n]` of a vector)
@@ -40,10 +42,12 @@ class AdaGradMemory(Optimizer):
         *,
         momentum: float = 0.0,
         form: str = "diagonal",
+        ridge: float = 0.0,
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(
-            params, {"lr": lr, "eps": eps, "momentum": momentum, "form": form, "weight_decay": weight_decay}
+            params,
+            {"lr": lr, "eps": eps, "momentum": momentum, "form": form, "ridge": ridge, "weight_decay": weight_decay},
         )
 
     def _check(self, group: Mapping[str, Any]) -> None:
@@ -67,7 +71,7 @@ class AdaGradMemory(Optimizer):
             remember(numerator, grads, group["momentum"])
         if group["form"] == "diagonal":
             torch._foreach_addcmul_(square, grads, grads)
-            return list(optimum(numerator, square, "root", group["eps"]))
+            return list(optimum(numerator, square, "root", group["eps"], group["ridge"]))
         found = []
         for g, h, m in zip(grads, square, numerator, strict=True):
             h.addmm_(columns(g), columns(g).mT)
@@ -77,7 +81,7 @@ class AdaGradMemory(Optimizer):
             values, vectors = torch.linalg.eigh(h)
             root = values.clamp_min(0).sqrt()
             # A direction that no gradient has had is none that M has.
-            scale = torch.where(root > root.amax() * 1e-6, 1 / (root + group["eps"]), 0.0)
+            scale = torch.where(root > root.amax() * 1e-6, 1 / (root + group["ridge"] / root + group["eps"]), 0.0)
             found.append((vectors @ (scale[:, None] * (vectors.mT @ columns(m)))).view_as(g))
         return found
 

@@ -20,6 +20,7 @@ class AdamMemory(Optimizer):
     target            P: "root" (√H: Adam) or "square" (H: plain momentum)
     bias_correction   means whose weights add up to one, as in `torch.optim.Adam`, which it then equals step by step;
                       False: as the paper derives it, without
+    ridge             λ of the memory's objective, in the units of H; 0: its limit, Adam
     weight_decay      λ, decoupled (`torch.optim.AdamW`)
 
     Its settings recover the classics: betas (0, β) without correction is RMSProp, (0, 0) is SignSGD.
@@ -34,6 +35,7 @@ class AdamMemory(Optimizer):
         *,
         target: str = "root",
         bias_correction: bool = True,
+        ridge: float = 0.0,
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(
@@ -44,6 +46,7 @@ class AdamMemory(Optimizer):
                 "eps": eps,
                 "target": target,
                 "bias_correction": bias_correction,
+                "ridge": ridge,
                 "weight_decay": weight_decay,
             },
         )
@@ -66,6 +69,7 @@ class AdamMemory(Optimizer):
             group["eps"],
             target=group["target"],
             corrected=group["bias_correction"],
+            ridge=group["ridge"],
         )
 
     def memories(self) -> list[GradientMemory]:

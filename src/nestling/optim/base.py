@@ -72,14 +72,19 @@ class Optimizer(torch.optim.Optimizer, ABC):
         for setting in ("lr", "weight_decay"):
             if setting in group and not float(group[setting]) >= 0:
                 raise ValueError(f"{name}: {setting} is {group[setting]}; expected a number of at least 0")
-        if "eps" in group and not group["eps"] >= 0:
-            raise ValueError(f"{name}: eps is {group['eps']}; expected a number of at least 0")
+        for setting in ("eps", "ridge"):
+            if setting in group and not group[setting] >= 0:
+                raise ValueError(f"{name}: {setting} is {group[setting]}; expected a number of at least 0")
         for setting in _SHARES:
             if setting in group and not 0 <= group[setting] <= 1:
                 raise ValueError(f"{name}: {setting} is {group[setting]}; expected a share to keep in [0, 1]")
         for setting in ("betas", "adam_betas"):
-            if any(not 0 <= share < 1 for share in group.get(setting, ())):
-                raise ValueError(f"{name}: {setting} are {group[setting]}; expected shares to keep in [0, 1)")
+            if setting in group and not (
+                isinstance(group[setting], tuple | list)
+                and len(group[setting]) == 2
+                and all(0 <= share < 1 for share in group[setting])
+            ):
+                raise ValueError(f"{name}: {setting} are {group[setting]}; expected two shares to keep in [0, 1)")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -1,6 +1,6 @@
 """Deep momentum, DMGD: the momentum is a network that learns from gradients (Nested Learning, eq. 50 and 52).
 
-    θ ← αθ − η_m ∇_θ ℓ(m_θ(u); −P u),      W ← W + σ(m_θ(u) − η₀ u),      u = g
+    θ ← αθ − η_m ∇_θ ℓ(m_θ(u); −P u),      W ← W + σ(m_θ(u) − η₀ P u),      u = g
 
 One step of a memory per optimizer step: its network, its attentional bias and its dense step are those of
 `nestling.memory`. The paper prints ℓ = ⟨m(u), 1⟩ with a network that it does not name. Ours: keys are the gradient's rows,
@@ -38,7 +38,7 @@ class DeepMomentum(Optimizer):
     lr               η
     momentum         α, share of the network's weights that is kept, [0, 1]
     memory_lr        η_m, inner step size; of the mean over rows with keys "gradient", of their sum with "position"
-    skip             η₀, weight of the plain gradient beside what the memory says
+    skip             η₀, weight of the (preconditioned) gradient itself beside what the memory says
     network          m: any network of `nestling.memory.networks` from rows to rows. Default: two layers, GELU, as wide as a row
     bias             ℓ: any attentional bias of `nestling.memory.biases`. Default L2
     keys             "gradient": the gradient's rows;  "position": one place for every row, values the gradient as it is
@@ -47,9 +47,10 @@ class DeepMomentum(Optimizer):
     seed             of the networks' initial weights
     weight_decay     λ, decoupled; of W, not of the memory
 
-    With keys "gradient" rows are scaled to a mean norm of 1 before the memory and back behind it. A vector is a column of rows
-    of one number, so that its memory acts on every entry alike. Every parameter `[out, in]` has a network of its own (default:
-    2·in² numbers).
+    With keys "gradient" the rows of keys and of values are scaled to a mean norm of 1 each before the memory, and its answers
+    back to the values' size. A vector is a column of rows of one number, so that its memory acts on every entry alike. Every
+    parameter `[out, in]` has a network of its own (default: 2·in² numbers); with keys "position" a step needs `[out, out]` for a
+    while.
     """
 
     def __init__(
@@ -119,11 +120,9 @@ class DeepMomentum(Optimizer):
         if self.keys == "position":
             k, v, scale = torch.eye(len(u), dtype=g.dtype, device=g.device), -target, None
         else:
-            direction, norm = unit(u)
             root = len(u) ** 0.5
-            scale = norm / root
-            k = direction * root
-            v = -k if isinstance(self.preconditioner, Identity) else -target / torch.where(scale > 0, scale, 1.0)
+            key, (value, norm) = unit(u)[0], unit(target)
+            k, v, scale = key * root, -value * root, norm / root
         weights = tuple(state[f"weight{n}"] for n in range(self.network.depth))
         factors = gradients(self.network, self.bias, weights, k, v)
         size = k.new_full((len(k), 1), group["memory_lr"] / (1 if scale is None else len(k)))
@@ -133,7 +132,7 @@ class DeepMomentum(Optimizer):
             state[f"weight{n}"] = w
         y = self.network.apply(at(weights), k)
         answer = y if scale is None else scale * y
-        made: Tensor = group["skip"] * u - answer
+        made: Tensor = group["skip"] * target - answer
         return made.view_as(g)
 
     def memories(self) -> list[GradientMemory]:

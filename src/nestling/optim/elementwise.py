@@ -3,7 +3,7 @@
     min_m Σ_i (m g_i − P)² + λm²    ⇒    m* = P Σ g_i / (Σ g_i² + λ)                                  (derived; eq. 102)
 
     P = Σg²     m* = Σg              momentum (eq. 104)
-    P = √Σg²    m* = Σg / √Σg²       Adam's direction (eq. 105), as λ → 0
+    P = √Σg²    m* = Σg / √Σg²       Adam's direction (eq. 105)            both as λ → 0, which it is unless a ridge is asked for
 
 Sums may forget: as means with shares β that are kept, M ← β₁M + (1−β₁)g and H ← β₂H + (1−β₂)g². A mean over t steps whose
 weights add up to one is M/(1−β^t): Adam's bias correction (derived; the paper has none, and prints sums where Adam has means).
@@ -21,11 +21,17 @@ from nestling.optim.base import State, every
 TARGETS = ("root", "square")
 
 
-def optimum(numerator: Sequence[Tensor], square: Sequence[Tensor], target: str, eps: float) -> tuple[Tensor, ...]:
-    """m* of Σg and Σg²; eps, outside the root, is what keeps entries that were never touched at 0."""
+def optimum(
+    numerator: Sequence[Tensor], square: Sequence[Tensor], target: str, eps: float, ridge: float = 0.0
+) -> tuple[Tensor, ...]:
+    """m* of Σg, Σg² and λ, the ridge; eps, outside the root, is what keeps entries that were never touched at 0."""
     if target == "square":
-        return tuple(numerator)
+        if not ridge:
+            return tuple(numerator)
+        return tuple(m / (1 + ridge / h) for m, h in zip(numerator, square, strict=True))
     root = torch._foreach_sqrt(list(square))
+    if ridge:  # √H/(H + λ), in an order in which no square that is out of range spoils it
+        return tuple(m / (r + ridge / r + eps) for m, r in zip(numerator, root, strict=True))
     if torch.is_grad_enabled():  # inside a model, where the outer loop may differentiate it
         root = torch._foreach_add(root, eps)
     else:
@@ -52,6 +58,7 @@ def adam(
     *,
     target: str = "root",
     corrected: bool = True,
+    ridge: float = 0.0,
 ) -> list[Tensor]:
     """Take gradients into "mean" and "square" of every state, and read the optimum; "step" counts."""
     mean, square = every(states, "mean"), every(states, "square")
@@ -60,7 +67,7 @@ def adam(
     for state in states:
         state["step"] += 1
     if not corrected:
-        return list(optimum(mean, square, target, eps))
+        return list(optimum(mean, square, target, eps, ridge))
     firsts = torch._foreach_div(mean, [1 - betas[0] ** state["step"] for state in states])
     seconds = torch._foreach_div(square, [1 - betas[1] ** state["step"] for state in states])
-    return list(optimum(firsts, seconds, target, eps))
+    return list(optimum(firsts, seconds, target, eps, ridge))

@@ -4,7 +4,7 @@ m then has φ's dimensions, and the paper does not say how it becomes an update 
 present gradient, W ← W + J_φ(ĝ)ᵀ m, which for φ = id is heavy-ball momentum itself (derived). Rows of the gradient are
 keys of unit norm ĝ, their norms the sizes that are written, so nothing depends on the gradient's units:
 
-    m ← αm − ‖g‖ φ(ĝ)        update of a row:  −Σ_i αⁱ k'(ĝ·ĝ_i) g_i,      with the kernel k(c) = φ(·)·φ(·) of c = cosine
+    m ← αm − P ‖g‖ φ(ĝ)      update of a row:  −Σ_i αⁱ k'(ĝ·ĝ_i) g_i,      with the kernel k(c) = φ(·)·φ(·) of c = cosine, P = I
 
 so that a polynomial map (k(c) = 1 + c + c²/2, k' = 1 + c) counts past gradients by their likeness with the present one: doubly
 where they agree, not at all where they oppose it. The feature maps are those of `nestling.memory.features`.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nestling.memory.features import Features, Polynomial
 from nestling.optim.base import GradientMemory, Optimizer, Params, State, refuse_shards, rows
+from nestling.optim.preconditioners import Identity, Preconditioner
 
 
 class FeatureMomentum(Optimizer):
@@ -29,6 +30,7 @@ class FeatureMomentum(Optimizer):
     momentum       α, share that is kept, [0, 1]
     features       φ, any map of `nestling.memory.features`. Default: degree 2 of 16 random projections of a row, beside the
                    row itself
+    preconditioner P, of what is written, `[out, features.width(in)]`. Default: the identity
     seed           of the map's own parameters, where it has any
     weight_decay   λ, decoupled
 
@@ -42,10 +44,12 @@ class FeatureMomentum(Optimizer):
         momentum: float = 0.9,
         *,
         features: Features | None = None,
+        preconditioner: Preconditioner | None = None,
         seed: int = 0,
         weight_decay: float = 0.0,
     ) -> None:
         self.features: Features = Polynomial(2, reduce=16) if features is None else features
+        self.preconditioner: Preconditioner = Identity() if preconditioner is None else preconditioner
         self.seed = seed
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -60,7 +64,8 @@ class FeatureMomentum(Optimizer):
         count, width = rows(p).shape
         own = self.features.init(width, 1, self._generator(p, self.seed))
         wide = torch.zeros(count, self.features.width(width), dtype=kind, device=p.device)
-        return {"momentum": wide, **{f"own{n}": w.to(p.device, kind) for n, w in enumerate(own)}}
+        made = {f"own{n}": w.to(p.device, kind) for n, w in enumerate(own)}
+        return {"momentum": wide, **made, **self.preconditioner.start(wide)}
 
     def _directions(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
@@ -77,7 +82,8 @@ class FeatureMomentum(Optimizer):
         with torch.enable_grad():
             phi = self.features.apply(key[None], own)[0]
         momentum: Tensor = state["momentum"]
-        momentum.mul_(group["momentum"]).add_(phi.detach() * (length * largest))
+        written = self.preconditioner.apply(phi.detach() * (length * largest), state)
+        momentum.mul_(group["momentum"]).add_(written)
         (found,) = torch.autograd.grad(phi, key, momentum)
         return found.view_as(g)
 
@@ -88,9 +94,14 @@ class FeatureMomentum(Optimizer):
             GradientMemory(
                 "momentum",
                 f"a matrix on {self.features}",
-                "dot product with the gradient",
+                "dot product with the gradient"
+                + ("" if isinstance(self.preconditioner, Identity) else f", through {self.preconditioner}"),
                 f"decay {self.param_groups[0]['momentum']}",
                 "gradient descent",
-                tensors=("momentum", *(f"own{n}" for n in range(own))),
+                tensors=(
+                    "momentum",
+                    *(f"own{n}" for n in range(own)),
+                    *self.preconditioner.start(torch.empty(0)),
+                ),
             )
         ]

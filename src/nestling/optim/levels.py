@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nestling.optim import named
+from nestling.optim.base import Optimizer
 from nestling.optim.joined import Joined
 from nestling.optim.periodic import Periodic
 
@@ -169,3 +170,8 @@ def _reach(optimizer: torch.optim.Optimizer, horizon: float) -> None:
             raise ValueError(f"horizon: {type(optimizer).__name__} has no momentum to set")
         for name in names:
             group[name] = share if name == "momentum" else (share, group[name][1])
+        if isinstance(optimizer, Optimizer):
+            try:
+                optimizer._check(group)
+            except ValueError as error:
+                raise ValueError(f"horizon of {horizon} steps, at {group.get('every', 1)} a step: {error}") from error

@@ -89,7 +89,8 @@ class Periodic(Wrapper):
         return {**found, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take on what `state_dict` returned, or the wrapped optimizer's own: then every period begins."""
+        """Take on what `state_dict` returned, or the wrapped optimizer's own: then every period begins, as long as it was."""
+        periods = [group["every"] for group in self.param_groups]
         params = [p for group in self.param_groups for p in group["params"]]
         state, pending = {}, {}
         for number, entry in state_dict["state"].items():
@@ -99,7 +100,8 @@ class Periodic(Wrapper):
                 state[number] = rest
         self.optimizer.load_state_dict({**state_dict, "state": state})
         self.pending = pending
-        for group in self.param_groups:
+        for group, every in zip(self.param_groups, periods, strict=True):
+            group.setdefault("every", every)
             _clock(group)
 
     def memories(self) -> list[GradientMemory]:

@@ -43,6 +43,8 @@ class Identity:
 class Diagonal:
     """P = 1/(√V + ε) element by element, V ← βV + (1 − β)g²; with β = 1 the sum V ← V + g² (AdaGrad's).
 
+    A memory that learns (eq. 41): V descends on ½‖V − g²‖² with the step size 1 − β; its sum, on −⟨V, g²⟩ with 1 (derived).
+
     beta   share of V that is kept, in [0, 1]
     eps    outside the root
     """
