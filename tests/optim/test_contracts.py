@@ -112,6 +112,30 @@ def test_a_first_gradient_after_resuming_finds_the_memory_it_would_have_found(na
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("m3", {"slow_weight": 0.0}),
+        ("m3", {"second_moment": "none"}),
+        ("adagrad", {"momentum": 0.0}),
+        ("adagrad_rows", {"momentum": 0.0}),
+        ("dgd_momentum", {"momentum": 0.0}),
+    ],
+)
+def test_a_memory_that_is_asked_for_later_begins_then(name, settings):
+    model, tokens, targets = net()
+    optimizer = MAKERS[name](model)
+    (group,) = optimizer.param_groups
+    later = {key: group[key] for key in settings} if name != "adagrad" else {"momentum": 0.5}
+    group.update(settings)
+    train(model, optimizer, tokens, targets, 6)
+    kept = {p: set(state) for p, state in optimizer.state.items()}
+    group.update(later)
+    losses = train(model, optimizer, tokens, targets, 6)
+    assert any(set(state) > kept.get(p, set()) for p, state in optimizer.state.items())
+    assert losses[-1] < losses[0]
+
+
 def test_settings_that_an_older_state_dict_does_not_have_stay_as_they_are():
     w = nn.Parameter(torch.ones(6, 2))
     state = optim.Muon([w], 0.5).state_dict()

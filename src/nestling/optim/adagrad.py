@@ -62,6 +62,9 @@ class AdaGradMemory(Optimizer):
             square = square.new_zeros(size, size)
         return {"mean": blank(p), "square": square} if group["momentum"] else {"square": square}
 
+    def _lacks(self, group: dict[str, Any], state: State) -> bool:
+        return bool(group["momentum"]) and "mean" not in state
+
     def _directions(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
     ) -> list[Tensor]:

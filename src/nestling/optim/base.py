@@ -43,7 +43,8 @@ class Optimizer(torch.optim.Optimizer, ABC):
     Parameters without a gradient are left alone, and so is what is remembered for them. A sparse gradient is taken as the dense
     one it stands for. Memories live in at least float32, whatever the parameter's dtype, and `load_state_dict` keeps them
     there. A gradient that is not finite spoils its own parameter and memory and no other, as in `torch.optim`: whoever trains
-    skips such steps (`nestling.learn.Learner` does). Complex parameters raise TypeError.
+    skips such steps (`nestling.learn.Learner` does). One whose square is not finite (above 1e19 in float32) stops its entries for
+    good where squares are remembered, as in `torch.optim.Adam`; clipping prevents it. Complex parameters raise TypeError.
     """
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
@@ -134,9 +135,13 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
     def _state_of(self, group: dict[str, Any], p: Tensor) -> State:
         state: State = self.state[p]
-        if not state:
-            state.update(self._start(group, p))
+        if not state or self._lacks(group, state):
+            state.update({name: value for name, value in self._start(group, p).items() if name not in state})
         return state
+
+    def _lacks(self, group: dict[str, Any], state: State) -> bool:
+        """Whether a setting that has changed since asks for a memory that there is none of."""
+        return False
 
     def _move(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]) -> None:
         lr, decay = float(group["lr"]), float(group["weight_decay"])

@@ -91,6 +91,9 @@ class DGD(Watching):
     def _start(self, group: dict[str, Any], p: Tensor) -> State:
         return {"momentum": blank(p)} if group["momentum"] else {}
 
+    def _lacks(self, group: dict[str, Any], state: State) -> bool:
+        return bool(group["momentum"]) and "momentum" not in state
+
     def _directions(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[State]
     ) -> list[Tensor]:

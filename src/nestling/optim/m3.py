@@ -98,6 +98,13 @@ class M3(Matrices):
             state["square"] = blank(p)
         return state
 
+    def _lacks(self, group: dict[str, Any], state: State) -> bool:
+        if "fast" not in state:
+            return False
+        return (group["slow_weight"] and "slow" not in state) or (
+            group["second_moment"] != "none" and "square" not in state
+        )
+
     def _begin(self, group: dict[str, Any]) -> None:
         if group["clock"] and group["clock"] % group["period"] == 0:
             self._consolidate(group, [s for p in group["params"] if (s := self.state.get(p)) and "slow" in s])
