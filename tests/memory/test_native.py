@@ -71,6 +71,9 @@ CELLS = {
     "a window, dot product": ("omeganet", {**PLAIN, "bias": Omega(DotProduct(), 3), "read": "before"}),
     "a window of polynomials": ("omeganet", {"rule": Momentum()}),
     "a window, Huber": ("omeganet", {**PLAIN, "bias": Omega(Huber(), 3)}),
+    "channels, read before": ("gla", {"read": "before"}),
+    "channels decay, then are erased": ("gla", {"rule": DeltaGradient("after_decay")}),
+    "channels are erased, read before": ("rwkv7_like", {"read": "before"}),
     **{
         name: (name, {})
         for name in (
@@ -87,6 +90,8 @@ CELLS = {
             "gated_deltanet",
             "comba_like",
             "longhorn",
+            "gla",
+            "rwkv7_like",
         )
     },
 }
@@ -272,7 +277,7 @@ def test_all_modes_and_any_number_of_threads_give_the_same(calls: list[int]) -> 
 
 @NEEDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
-@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "a window", "self_modifying"])
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "a window", "rwkv7_like", "self_modifying"])
 def test_skips_the_tokens_that_the_guard_refuses(name: str, bad: float, calls: list[int]) -> None:
     spec = cell_of(name, key_dim=8, chunk=8)
     w0, streams, gates = example(spec, 32, 9, torch.float32)
@@ -342,7 +347,7 @@ def test_a_state_that_was_changed_by_hand_is_read_as_it_is(calls: list[int]) -> 
 
 
 @NEEDS
-@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "a window", "self_modifying"])
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "a window", "rwkv7_like", "self_modifying"])
 def test_second_derivatives(name: str, calls: list[int]) -> None:
     spec = cell_of(name, key_dim=4, chunk=4)
 
@@ -360,7 +365,7 @@ def test_second_derivatives(name: str, calls: list[int]) -> None:
         assert_close(found, twice(), 1e-8)
 
 
-@pytest.mark.parametrize("name", ["self_modifying", "titans", "gated_deltanet", "a window"])
+@pytest.mark.parametrize("name", ["self_modifying", "titans", "gated_deltanet", "a window", "rwkv7_like"])
 @pytest.mark.parametrize("in_c", [False, pytest.param(True, marks=NEEDS)])
 def test_a_gradient_to_be_differentiated_is_the_gradient(name: str, in_c: bool) -> None:
     """Also where inputs of a step were made from one another, as keys from the weights that they then change."""

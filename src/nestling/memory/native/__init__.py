@@ -1,6 +1,7 @@
-"""The chunk engine in C for the most used memories, one memory after the other in a core's cache; see `tile.h`."""
+"""The chunk engine in C for the most used memories, one memory after the other in a core's cache; see `tile.h`, `channel.c`."""
 
-from nestling.memory.native.scan import Cell, scan, serves
+from nestling.memory.native.choose import scan, serves
+from nestling.memory.native.scan import Cell
 from nestling.memory.native.self_modifying import cells
 from nestling.memory.native.self_modifying import scan as scan_self_modifying
 

@@ -83,6 +83,23 @@ class Scan(ctypes.Structure):
     ]
 
 
+CHANNEL = ("q", "k", "v", "lr", "retention", "erase")
+
+
+class Channel(ctypes.Structure):
+    """`Scan` of channel.c."""
+
+    _fields_ = [
+        ("store", Store),
+        *((name, INT) for name in (*LANES, "in_", "out", "erases", "before", "logs")),
+        ("runs", POINTER),
+        ("fine", POINTER),
+        *((name, POINTER) for name in CHANNEL),
+        *((name, POINTER) for name in ("y", "kept", "broken", "of_y")),
+        *((f"of_{name}", POINTER) for name in CHANNEL),
+    ]
+
+
 ASKED = ("q", "k", "v", "momentum", "lr_weight", "retention_weight", "lr_bias", "retention_bias")
 
 

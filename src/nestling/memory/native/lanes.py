@@ -101,6 +101,14 @@ class Lanes(ABC):
         """Room for the gradient of a stream, zeros."""
         return torch.zeros_like(x)
 
+    def group(self, stand: Stand) -> int:
+        """Runs between two that weights are kept of for the backward pass."""
+        return self.cut.group
+
+    def keeps(self, stand: Stand) -> int:
+        """Numbers that are kept there, of all memories."""
+        return sum(w.numel() for group in stand[:3] for w in group)
+
     def scan(self, streams: Given, stand: Stand) -> Ends | None:
         """None where something was not finite, or tensors are of several kinds."""
         q = streams[0] if streams[0] is not None else stand.weights[0]
@@ -122,8 +130,7 @@ class Lanes(ABC):
         ends = tuple(tuple(torch.empty_like(w) for w in group) for group in stand[:3])
         kept = None
         if keep:
-            size = sum(w.numel() for group in stand[:3] for w in group)
-            kept = like.new_empty(-(-c.tiles // c.group) * size)
+            kept = like.new_empty(-(-c.tiles // c.group) * self.keeps(stand))
         self.broken = torch.zeros(c.lanes * c.heads, dtype=torch.int32)
         fields.point(c, {"y": y, "kept": kept, "broken": self.broken})
         self._point(c, ("w_end", "s_end", "a_end"), ends)
@@ -163,7 +170,7 @@ class Lanes(ABC):
     def _filled(self, streams: Given, stand: Stand) -> Any:
         c, w, cut = self.structure(streams, stand), stand.weights[-1], self.cut
         c.lanes, c.heads, c.tiles = w.shape[0], w.shape[-3], cut.table.shape[1]
-        c.longest, c.group, c.apart = cut.longest, cut.group, bool(stand.anchor)
+        c.longest, c.group, c.apart = cut.longest, self.group(stand), bool(stand.anchor)
         c.threads, c.runs = threads(c.lanes * c.heads), cut.table.data_ptr()
         fields.point(c, {"fine": self.fine, **dict(zip(self.names, streams, strict=True))})
         self._point(c, ("w", "s", "a", "start"), stand)

@@ -1,29 +1,15 @@
-// How a lane is cut into tiles, and where a memory's weights lie outside.
+// Memories along the runs of their lanes: loading and unloading them, where chunks close and where lanes begin anew.
 
 #ifndef NESTLING_RUNS_H
 #define NESTLING_RUNS_H
 
+#include "store.h"
 #include "tile.h"
-
-enum { FRESH = 1, CLOSES = 2 };  // the lane begins anew before the tile; with it a chunk closes (of a second period: twice that)
-
-// Tokens that follow one another, with those of the window before them.  tokens 0: the lane has no such tile.
-typedef struct {
-    int first, halo, tokens, flags;
-} Run;
 
 // Whether the weights of a bank, the first or the second, are the anchor before tile n.  apart: not always.
 static int begins(int apart, const Run *runs, int n, int bank) {
     return !apart || (runs[n].flags & FRESH) || (n && runs[n - 1].flags & CLOSES << bank);
 }
-
-// Of all memories, each `[memory, in, out]` by layer; as given, as they end, and gradients: those of the end come in, those of
-// the start leave. start: what a lane begins anew with.  Null: not there.
-typedef struct {
-    const real *w[DEPTH], *s[DEPTH], *a[DEPTH], *start[DEPTH];
-    real *w_end[DEPTH], *s_end[DEPTH], *a_end[DEPTH];
-    real *of_w[DEPTH], *of_s[DEPTH], *of_a[DEPTH], *of_start[DEPTH];
-} Store;
 
 // Numbers of one memory between two tiles. apart: with the anchor.
 static size_t numbers(const Cell *c, int apart) { return weights_of(&c->network) * (1 + c->momentum + apart); }

@@ -57,15 +57,44 @@ def runs(cut: Layout, time: int, tail: Tensor | None = None) -> Runs | None:
         follows = tokens == first[..., None] + np.arange(width)
         if not bool(follows[there].all()):
             return None
-    closes = cut.borders.numpy().transpose(2, 1, 0)  # [lane, tiles, period]
-    flags = (closes * (CLOSES << np.arange(closes.shape[2]))).sum(-1)
-    if cut.reset is not None:
-        flags = flags + FRESH * cut.reset.numpy().T
+    begins, closes = _flags(cut)
+    flags = begins + closes
     table[..., 0], table[..., 1], table[..., 2], table[..., 3] = first, before, count, flags
     return Runs(
         torch.from_numpy(table),
         int(count.max()),
-        bool(closes[count > 0].all()),
+        _whole(cut, closes[count > 0]),
         int(count.sum()) == lanes * time,
         cut.reset is not None,
     )
+
+
+def tokens(cut: Layout, time: int) -> Runs:
+    """One run for each token of a call, for what goes token by token: whichever may be missing. There is no window."""
+    places = cut.tokens.numpy()
+    lanes, _, size = places.shape
+    there = np.ones_like(places, dtype=bool) if cut.ok is None else cut.ok.numpy()
+    place, last = np.arange(size), there.sum(-1, keepdims=True) - 1
+    begins, closes = (mark[..., None] for mark in _flags(cut))
+    flags = np.where(place == 0, begins, 0) + np.where(place == last, closes, 0)
+    there, flags, places = (x.reshape(lanes, -1) for x in (there, flags, places))
+    lane, column = np.nonzero(there)
+    number = there.cumsum(1)[lane, column] - 1
+    table = np.zeros((lanes, int(number.max()) + 1, 4), dtype=np.int32)
+    table[lane, number, 0], table[lane, number, 2] = places[lane, column], 1
+    table[lane, number, 3] = flags[lane, column]
+    whole = _whole(cut, flags[there])
+    return Runs(torch.from_numpy(table), 1, whole, len(lane) == lanes * time, cut.reset is not None)
+
+
+def _flags(cut: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Of each lane's tiles `[lane, tiles]`: that it begins anew before it, and which periods' chunks close with it."""
+    borders = cut.borders.numpy().transpose(2, 1, 0)  # [lane, tiles, period]
+    closes = (borders * (CLOSES << np.arange(borders.shape[2]))).sum(-1)
+    return (np.zeros_like(closes) if cut.reset is None else FRESH * cut.reset.numpy().T), closes
+
+
+def _whole(cut: Layout, flags: np.ndarray) -> bool:
+    """Whether the chunks of every period close with all of these."""
+    every = sum(CLOSES << period for period in range(cut.borders.shape[0]))
+    return bool((flags & every == every).all())
