@@ -158,6 +158,24 @@ def test_logarithms_and_shares_are_the_same_gate(rule: str, calls: list[int]) ->
 
 
 @NEEDS
+def test_second_derivatives_of_logarithms(calls: list[int]) -> None:
+    """Those of shares: `test_native`."""
+    spec = made("rwkv7_like", key_dim=4)
+
+    def twice() -> list[Tensor]:
+        w0, streams, gates = example(spec, 20, 19, torch.float64)
+        logs = gates.retention.detach().log().requires_grad_()
+        y, _ = nl.memory.scan(spec, w0, *streams, replace(gates, retention=None, log_retention=logs))
+        first = torch.autograd.grad(y.square().sum(), [*w0, *streams, logs], create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), [*w0, *streams, logs]))
+
+    found = twice()
+    assert calls
+    with without():
+        assert_close(found, twice(), 1e-8)
+
+
+@NEEDS
 @pytest.mark.parametrize("rule", RULES)
 def test_without_the_gate_all_is_kept(rule: str, calls: list[int]) -> None:
     spec = made(rule)

@@ -9,9 +9,10 @@
 //
 // Backward, with G the gradient of the weights behind a token and W those before it,
 //
-//     G += qᵀ ∂y,  ∂r = k G,  ∂z = −ε ∂r,  U = G + kᵀ ∂z     reading after; before: G += qᵀ ∂y comes last
+//     G += qᵀ ∂y,  ∂r = k G,  ∂z = −ε ∂r,  U = G + kᵀ ∂z     reading before: G += qᵀ ∂y comes last
 //     ∂k = G r + W ∂z,  ∂α = rows' sums of G ∘ W,  G ← diag(α) G + kᵀ ∂z
 //     ∂k = G r + α ∘ W ∂z,  ∂α = rows' sums of U ∘ W,  G ← diag(α) U     where what the channels keep is erased
+//     ∂q = α ∘ W ∂y + (∂y·r) k                                           reading before: W ∂y
 //
 // from weights kept every few tokens, the rest made again. (derived)
 
@@ -96,7 +97,7 @@ static void unpad(int rows, int out, int wide, const real *from, real *to) {
         for (; at < wide; at += LANES) pass(1, at, wide, __VA_ARGS__);                   \
     } while (0)
 
-INLINE void read_columns(int vectors, int at, int wide, int in, const real *x, const real *w, real *to) {
+INLINE void recall_columns(int vectors, int at, int wide, int in, const real *x, const real *w, real *to) {
     vec total[4] = {};
     w += at;
     for (int c = 0; c < in; c++, w += wide)
@@ -105,9 +106,9 @@ INLINE void read_columns(int vectors, int at, int wide, int in, const real *x, c
 }
 
 // to = x W
-static void read(int in, int wide, const real *x, const real *w, real *to) { COLUMNS(read_columns, in, x, w, to); }
+static void recall(int in, int wide, const real *x, const real *w, real *to) { COLUMNS(recall_columns, in, x, w, to); }
 
-INLINE void write_columns(
+INLINE void advance_columns(
     int vectors, int at, int wide, int in, int answers, const real *alpha, const real *k, const real *q, const real *r,
     const real *from, real *to, real *y
 ) {
@@ -127,12 +128,12 @@ INLINE void write_columns(
 }
 
 // `to` = diag(α) W + kᵀ r, and y; `to` may be W.
-static void write(
+static void advance(
     int in, int wide, int answers, const real *alpha, const real *k, const real *q, const real *r, const real *w, real *to, real *y
 ) {
-    if (answers == AFTER) COLUMNS(write_columns, in, AFTER, alpha, k, q, r, w, to, y);
-    else if (answers == BEFORE) COLUMNS(write_columns, in, BEFORE, alpha, k, q, r, w, to, y);
-    else COLUMNS(write_columns, in, NOT, alpha, k, q, r, w, to, y);
+    if (answers == AFTER) COLUMNS(advance_columns, in, AFTER, alpha, k, q, r, w, to, y);
+    else if (answers == BEFORE) COLUMNS(advance_columns, in, BEFORE, alpha, k, q, r, w, to, y);
+    else COLUMNS(advance_columns, in, NOT, alpha, k, q, r, w, to, y);
 }
 
 INLINE void back_columns(
@@ -173,7 +174,7 @@ INLINE void back_columns(
 }
 
 // Moves G back over a token.
-static void back_write(
+static void back_advance(
     const Scan *s, const Hand *h, const real *alpha, const real *k, const real *q, const real *w, const real *r
 ) {
     int in = s->in, wide = h->wide;
@@ -247,7 +248,7 @@ static void written(
 ) {
     if (s->erases == AFTER_DECAY)
         for (int c = 0; c < s->in; c++) h->seen[c] = alpha[c] * t->k[c];
-    if (s->erases) read(s->in, h->wide, s->erases == AFTER_DECAY ? h->seen : t->k, w, z);
+    if (s->erases) recall(s->in, h->wide, s->erases == AFTER_DECAY ? h->seen : t->k, w, z);
     for (int j = 0; j < s->out; j++) r[j] = t->lr * t->v[j] - (s->erases ? t->erase * z[j] : 0);
     for (int j = s->out; j < h->wide; j++) r[j] = 0;
 }
@@ -272,7 +273,7 @@ static void forward(const void *task, int memory, real *space) {
         Token t = token_of(s, memory, runs[n].first);
         shares(s, &t, h.alpha);
         written(s, &h, &t, h.alpha, w, h.r, h.z);
-        write(s->in, h.wide, s->before ? BEFORE : AFTER, h.alpha, t.k, t.q, h.r, w, w, h.y);
+        advance(s->in, h.wide, s->before ? BEFORE : AFTER, h.alpha, t.k, t.q, h.r, w, w, h.y);
         memcpy(s->y + t.at * s->out, h.y, s->out * sizeof(real));
         if (anchor && runs[n].flags & CLOSES) unpad(s->in, s->out, h.wide, w, anchor);
     }
@@ -288,10 +289,10 @@ static void back_token(
     int in = s->in, out = s->out, wide = h->wide;
     const real *restrict k = t->k, *restrict answer = h->sums, *restrict of_key = answer + in, *restrict of_alpha = of_key + in;
     pad(1, out, wide, s->of_y + t->at * out, h->y);
-    read(in, wide, k, h->g, h->of_r);
+    recall(in, wide, k, h->g, h->of_r);
     real along = s->before ? 0 : dot(k, t->q, in), answered = s->before ? 0 : dot(h->y, r, wide);
     for (int j = 0; j < wide; j++) h->of_r[j] += along * h->y[j], h->of_z[j] = -t->erase * h->of_r[j];
-    back_write(s, h, alpha, k, t->q, w, r);
+    back_advance(s, h, alpha, k, t->q, w, r);
     sums(3 * in, h->parts, h->sums);
     real *restrict of_q = s->of_q + t->at * in;
     for (int c = 0; c < in; c++) of_q[c] = s->before ? answer[c] : alpha[c] * answer[c] + k[c] * answered;
@@ -332,7 +333,7 @@ static void backward(const void *task, int memory, real *space) {
             Token t = token_of(s, memory, runs[n].first);
             shares(s, &t, alpha);
             written(s, &h, &t, alpha, w, h.r + row, h.z + row);
-            if (n < end - 1) write(s->in, h.wide, NOT, alpha, t.k, 0, h.r + row, w, w + h.size, 0);
+            if (n < end - 1) advance(s->in, h.wide, NOT, alpha, t.k, 0, h.r + row, w, w + h.size, 0);
         }
         for (int n = end - 1; n >= first; n--) {
             size_t row = (size_t)(n - first) * h.wide;

@@ -83,7 +83,7 @@ class Scan(Lanes):
 
     def group(self, stand: Stand) -> int:
         (w,) = stand.weights
-        return min(64, max(8, SCRATCH // (w.element_size() * w.shape[-2] * w.shape[-1])))
+        return min(64, max(32, SCRATCH // (w.element_size() * w.shape[-2] * w.shape[-1])))
 
     def keeps(self, stand: Stand) -> int:
         return stand.weights[0].numel()  # the anchor is never read
