@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nestling as nl
 from nestling import native
+from nestling.memory import pieces
 from nestling.memory.cost import FLOPS
 
 Run = Callable[[], object]
@@ -81,6 +82,7 @@ def flops(run: Run) -> int:
         mock.patch("nestling.layers.memory.checkpoint", plain),
         mock.patch("nestling.layers.self_referential.checkpoint", plain),
         native.without(),
+        pieces.whole(),
         FlopCounterMode(display=False, custom_mapping=FLOPS) as counter,
     ):
         run()

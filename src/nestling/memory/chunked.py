@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nestling.memory import channel, directed, fused, native
+from nestling.memory import channel, directed, fused, native, pieces
 from nestling.memory.biases import Bias
 from nestling.memory.coefficients import Coefficients, coefficients, each, leading
+from nestling.memory.features import Identity
 from nestling.memory.gates import Factor
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, surely
 from nestling.memory.layout import Layout, layout
@@ -50,6 +51,9 @@ T = TypeVar("T")
 TILE = 64  # tokens per product
 STALE_TILE = 128  # where nothing is read but the anchor
 LINK_TILE = 16  # where each token's weights are made, or each channel's decays
+INSIDE = 4  # numbers that a tile keeps for each that goes in or out of a layer
+MAPPED = 10  # and that a map of the momentum keeps for each of its entries
+FEW = 2**18  # numbers of the memories that are taken at once: enough for long products, few enough for a cache
 GROUP = 4  # tiles recomputed together in the backward pass, at least
 
 
@@ -350,10 +354,8 @@ def scan(
     if tile is not None and tile < 1:
         raise ValueError(f"tile is {tile}; expected at least 1 token")
     halo = spec.bias.window - 1
-    through_link = not spec.retention.linear and not isinstance(spec.retention, Scaled)
-    channels = per_channel(spec.retention) and x.retention is not None
-    per_token = through_link or channels or (spec.directed is not None and spec.directed.per_token)
-    size = tile or (LINK_TILE if per_token else STALE_TILE if spec.read == "boundary" else TILE)
+    per_token = _per_token(spec, x.retention is not None)
+    size = tile or _tile_size(spec, per_token)
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.periods, tile=size, halo=halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return _silence(spec, x), x.state
@@ -384,6 +386,36 @@ def scan(
     return y, MemoryState(running.anchor, running.weights, running.momentum, tail, cut.position, faults)
 
 
+def _per_token(spec: MemorySpec, decays: bool) -> bool:
+    """Whether weights of every token are made, or decays of every channel."""
+    through_link = not spec.retention.linear and not isinstance(spec.retention, Scaled)
+    directed = spec.directed is not None and spec.directed.per_token
+    return through_link or directed or (per_channel(spec.retention) and decays)
+
+
+def _tile_size(spec: MemorySpec, per_token: bool) -> int:
+    return LINK_TILE if per_token else STALE_TILE if spec.read == "boundary" else TILE
+
+
+def piece(spec: MemorySpec, shape: tuple[int, int, int], tile: int | None, like: Tensor) -> pieces.Size | None:
+    """How a call `[lane, head, time]` is cut; None where it is not: the C code makes again by itself what it needs.
+
+    like   a tensor of the call's device in the compute dtype
+    """
+    served = native.serves(native.Cell.of(spec, spec.network), like)
+    if served and spec.features == Identity():
+        return None
+    per_token = _per_token(spec, True)
+    numbers, rows = sum(i * o for i, o in spec.fast_shapes), sum(i + o for i, o in spec.fast_shapes)
+    state = numbers * (2 if spec.rule.momentum else 1)
+    unit = min(tile or _tile_size(spec, per_token), *spec.periods)
+    inside = state + INSIDE * unit * (rows + unit) + (unit * numbers if per_token else 0)
+    memories = shape[0] * shape[1] if served else -(-FEW // numbers)
+    if spec.directed is not None:
+        inside, memories = inside + MAPPED * numbers * (unit if per_token else 1), 1
+    return pieces.fitting(shape, like, unit=unit, state=state, inside=inside, memories=memories)
+
+
 def _skipped(x: Inputs) -> Tensor:
     """How many tokens of each lane the token guard left out."""
     return (~x.fine if x.valid is None else ~x.fine & x.valid).sum(1)
@@ -412,7 +444,7 @@ def by_groups(group: Group[T], count: int, running: T, *, again: bool = True) ->
     size = group_size(count)
     for first in range(0, count, size):
         last = min(first + size, count)
-        if again and torch.is_grad_enabled() and count > size:
+        if again and torch.is_grad_enabled() and count > size and not pieces.uncut():
             y, running, noted = checkpoint(
                 group, first, last, running, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
             )

@@ -32,12 +32,15 @@ from nestling.memory.features.exponential import CAP, Exponential
 from nestling.memory.gates import Factor, Gates, factor
 from nestling.memory.inputs import check_call, check_weights, token_guard, widest
 from nestling.memory.networks import MLP, Matrix
+from nestling.memory.pieces import Size, fitting
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Full
 from nestling.memory.rules import Gradient
 from nestling.memory.settings import read_timing, whole_numbers
 from nestling.memory.state import Tail, Weights, raised
 from nestling.state import register
+
+TILE = 64  # tokens per product
 
 
 class Pairs(NamedTuple):
@@ -245,6 +248,16 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         from nestling.memory import kernel_chunked, kernel_reference
 
         return kernel_reference.scan, kernel_chunked.scan
+
+    def _piece(self, call: Call, tile: int | None) -> Size | None:
+        """By lanes and time where the state does not grow: lanes alone would not be made again at once."""
+        if self.span is None:
+            return None
+        shape, unit = check_call(self, call), tile or TILE
+        width = self.halo + unit
+        numbers = self.halo * (self.key_dim + self.value_dim + 1)
+        inside = 4 * width * (width + sum(i + o for i, o in self.fast_shapes))
+        return fitting(shape, call.q, unit=unit, state=numbers, inside=inside, memories=shape[1])
 
     def _prepare(self, call: Call) -> Streams:
         lanes, heads, time = check_call(self, call)

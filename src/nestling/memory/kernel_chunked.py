@@ -22,13 +22,11 @@ from torch import Tensor
 from nestling.memory.chunked import back, by_groups, carried, gather, gradients, series, surprise_and_update
 from nestling.memory.coefficients import Coefficients, coefficients
 from nestling.memory.inputs import lanes_where
-from nestling.memory.kernel import KernelMemory, KernelState, Pairs, Streams
+from nestling.memory.kernel import TILE, KernelMemory, KernelState, Pairs, Streams
 from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import at
 from nestling.memory.report import Report
 from nestling.memory.state import Weights
-
-TILE = 64  # tokens per product
 
 
 class Tiles(NamedTuple):
@@ -88,7 +86,9 @@ def scan(
         return silence, x.state
     if tile is not None and tile < 1:
         raise ValueError(f"tile is {tile}; expected at least 1 token")
-    cut = layout(x.state.position, time, x.reset, x.valid, period=spec.chunk, tile=tile or TILE, halo=spec.halo)
+    size = tile or TILE
+    period = spec.chunk if spec.span is None or spec.read == "boundary" else size  # else no chunk begins anywhere
+    cut = layout(x.state.position, time, x.reset, x.valid, period=period, tile=size, halo=spec.halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return silence, x.state
     cells = _tiles(spec, x, cut)

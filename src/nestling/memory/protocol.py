@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime
 import torch
 from torch import Tensor
 
+from nestling.memory import pieces
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Gates
 from nestling.memory.report import Report
@@ -225,10 +226,22 @@ class TwoEngines(Memory, Generic[Inputs, State]):
         if engine not in ("chunked", "reference"):
             raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
         reference, chunked = self._engines()
-        with torch.autocast(q.device.type, enabled=False):
-            x = self._prepare(Call(w0, q, k, v, Gates() if gates is None else gates, state, reset, valid))
-            y, new = reference(self, x) if engine == "reference" else chunked(self, x, tile=tile, report=report)
-        return y.to(q.dtype), new
+
+        def run(call: Call) -> tuple[Tensor, State]:
+            with torch.autocast(q.device.type, enabled=False):
+                x = self._prepare(call)
+                y, new = reference(self, x) if engine == "reference" else chunked(self, x, tile=tile, report=report)
+            return y.to(q.dtype), new
+
+        call = Call(w0, q, k, v, Gates() if gates is None else gates, state, reset, valid)
+        cut = None
+        if engine == "chunked" and report is None and torch.is_grad_enabled() and not pieces.uncut():
+            cut = pieces.scan(run, call, self._piece(call, tile))
+        return run(call) if cut is None else cut
+
+    def _piece(self, call: Call, tile: int | None) -> pieces.Size | None:
+        """Size of the pieces in which a checked call is made again for a backward pass. None: it is not cut."""
+        return None
 
     def example(
         self,

@@ -13,9 +13,10 @@ from nestling.memory.biases import L2, Bias, reads_threshold
 from nestling.memory.draw import Draw
 from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Gates
-from nestling.memory.inputs import Inputs, check_weights, prepare
+from nestling.memory.inputs import Inputs, check, check_weights, prepare, widest
 from nestling.memory.networks import Matrix, Network, Vector
 from nestling.memory.networks.base import at
+from nestling.memory.pieces import Size
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Full, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import Directed, Gradient, Implicit, Leader, Nesterov, Rule
@@ -219,6 +220,12 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
         from nestling.memory import chunked, reference
 
         return reference.scan, chunked.scan
+
+    def _piece(self, call: Call, tile: int | None) -> Size | None:
+        from nestling.memory import chunked
+
+        shape = check(self, call)
+        return chunked.piece(self, shape, tile, call.q.new_empty(0, dtype=widest(torch.float32, *call[1:4], *call.w0)))
 
     def recall(self, w0: Sequence[Tensor], weights: Sequence[Tensor], q: Tensor) -> Tensor:
         """M*(q), a read without a write (Titans, §2), at the weights of a state, which stand still for all of q."""
