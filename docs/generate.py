@@ -91,9 +91,9 @@ class Citation:
 
     def key(self) -> tuple[int, tuple[int, ...], str]:
         """Sorts equations first, by number."""
-        kind = next(number for number, word in enumerate(ORDER) if self.places.startswith(word))
-        first = self.places.split(",")[0].split("–")[0].split(" and")[0]
-        return kind, tuple(int(n) for n in re.findall(r"\d+", first)), str(self.path)
+        found = re.findall(PLACE, self.places)
+        kind, first = min((next(n for n, word in enumerate(ORDER) if p.startswith(word)), p) for p in found)
+        return kind, tuple(int(n) for n in re.findall(r"\d+", first.split("–")[0])), str(self.path)
 
 
 def link(path: Path, line: int, owner: str = "") -> str:
@@ -142,7 +142,7 @@ def sentence(text: str, at: int) -> str:
     says = block[first:last].strip()
     if term and first == 0:
         head, _, tail = says.partition("  ")
-        says = f"{head}: " + re.sub(r" {3,}", "; ", re.sub(r"\n *", " ", tail.strip()))
+        says = f"{head.rstrip(' ,:')}: " + re.sub(r"[;,]? {3,}", "; ", re.sub(r"\n *", " ", tail.strip()))
     elif (
         start > 0 and first == 0 and re.match(r"[a-z]+ |\(", says)
     ):  # it goes on behind an equation that stands by itself
@@ -177,6 +177,7 @@ def bare(says: str) -> str:
         return "" if len(rest.strip(" ();,.")) <= 12 and CITED.search(match[0]) else match[0]
 
     says = re.sub(rf"; {PLACES}$", "", re.sub(r" ?\([^()]*\)", kept, says))
+    says = re.sub(rf"(?<=: ){PLACES}(?:, |$)", "", says)  # a column of a table
     return says.strip(" .;:,")
 
 
@@ -224,6 +225,34 @@ def notes(text: str) -> list[str]:
     return re.split(r"(?<=\.) (?=(?:From the paper|Derived|Our default|Left out)\b)", text)
 
 
+READS = {
+    "after": "after the token's own write",
+    "before": "before the token's own write",
+    "boundary": "at the chunk's start",
+}
+
+
+def symbols(mine: list[str]) -> Iterator[str]:
+    """What the paper's letters are called here: a table in the docstring of the file of its systems."""
+    files = {registered()["memory", name][0] for name in mine if not of_others(name)}
+    for text in texts():
+        if text.path not in files or text.owner:
+            continue
+        rows = re.findall(r"^(\S+(?: \S+)*) {2,}(\S.*)$", text.text, re.MULTILINE)
+        if rows and rows[0] == ("paper", "here"):
+            yield from ("", "## Its letters and ours", "")
+            yield from textwrap.wrap(CONVENTIONS, 128, break_long_words=False)
+            yield from table(("in the paper", "here"), *((cell(a), cell(b)) for a, b in rows[1:]))
+
+
+CONVENTIONS = (
+    "Vectors are rows here, x W, and weights `[in, out]`; the papers mostly write columns, W x. η, μ, α, β, γ and δ in our "
+    "equations are the gates `lr`, `momentum`, `retention`, `delta`, `window` and `threshold` of `nl.memory.Gates`, α always the "
+    "share that is kept. The token-by-token definitions that every fast path is held to are "
+    f"{link(SOURCE / 'memory' / 'reference.py', 1)} and the other files of that name."
+)
+
+
 def system(name: str) -> Iterator[str]:
     """A named memory: how to build it, its choices, what in it is whose."""
     entry, words = nl.memory.entry(name), nl.memory.named(name).describe()
@@ -237,9 +266,14 @@ def system(name: str) -> Iterator[str]:
         ("retention", "retention"),
         ("rule", "rule"),
         ("period", "period"),
+        ("read", "read"),
         ("gates", "gates"),
+        ("state", "state at 64 a key"),
     ):
-        yield f"- {heading}: {words[part]}"
+        said = words[part]
+        if part == "read":
+            said = re.sub(r"\b(after|before|boundary)\b", lambda word: READS[word[0]], said)
+        yield f"- {heading}: {said}"
     yield ""
     for item in notes(entry.notes):
         yield from textwrap.wrap(item, 128, break_long_words=False)
@@ -260,6 +294,7 @@ def page(paper: Paper) -> str | None:
         "",
         f"*{paper.title}*, [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}).",
         *building(mine, models),
+        *symbols(mine),
         "",
         "## Where each equation is",
         *table(

@@ -6,9 +6,9 @@
 Three arrangements (§7.1 of the paper):
 
     sequential   the chain above; all initial weights θ₀ are slow                                          eq. 73
-    nested       the chain; a level's initial weights are fast weights of the next slower level, which moves them every period
-                 of its own by the gradients summed up at the adapted weights (MAML of first order), and puts the faster level
-                 back to them                                                                              eq. 72
+    nested       the chain (eq. 72); a level's initial weights are fast weights of the next slower level, which moves them every
+                 period of its own by the gradients summed up at the adapted weights (MAML of first order), and puts the faster
+                 level back to them
     independent  y = u + Σ_ℓ a_ℓ MLP^(f_ℓ)(RMSNorm(u)): side by side on the same input, a_ℓ learned, 1/k at first     eq. 74
 
 As state every lane keeps the deviation Δ = θ − θ₀ and what has been summed up since the level's last update; the weights used

@@ -1,4 +1,5 @@
-"""The coefficient matrices of a tile: everything about an update that depends on the gates alone (Titans, §3.2; derived).
+"""The coefficient matrices of a tile: everything about an update that depends on the gates alone (Titans, eq. 16–18;
+Miras, eq. 28; Atlas, eq. 15–16). All of it at once is derived.
 
 With W_0, S_0 at the tile's start, tokens t = 1 … L and gradients G_i = x_iᵀδ_i at the anchor,
 

@@ -1,6 +1,5 @@
-"""The definition of a memory over exponential features: lane after lane, token after token, gradients by autograd.
-
-Slow on purpose; see `kernel` for the equations (Atlas, §4).
+"""The definition of a memory over exponential features: lane after lane, token after token, gradients by autograd on the written
+loss (Atlas, §4). Slow on purpose; the equations stand in `kernel`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The definition of the self-modifying memory: token after token, the inner gradient by autograd on the written loss.
-
-Slow on purpose; see `self_modifying` for the equations (Nested Learning, eq. 86–91).
+"""The definition of the self-modifying memory: token after token, the inner gradient by autograd on the written loss
+(Nested Learning, eq. 86–91). Slow on purpose; the equations stand in `self_modifying`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""φ(q)·φ(k) = Σ_{i≤p} a_i (q·k)ⁱ: all monomials up to degree p, with learned coefficients (Atlas, §3.1, eq. 5).
+"""φ(q)·φ(k) = Σ_{i≤p} a_i (q·k)ⁱ: all monomials up to degree p, with learned coefficients (Atlas, eq. 5).
 
     φ(x) = [√a_1 x, √a_0, √(a_2 2!) x^β/√β!, …],    one feature for every multi-index β of each degree
 

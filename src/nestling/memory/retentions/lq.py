@@ -9,8 +9,8 @@
 The printed read-out shrinks as A grows: it has degree 3 − q, so for q = 4 twice A is half of W, and W has no bound as A goes
 to 0, nor does strong decay let the weights fade. So A starts with norm 1, where W = A, and the norm counts as at least `floor`
 below, under which W fades with A. Inside a chunk the scale stands at its anchor, as the paper normalizes at the end of chunks
-(§5.4; its last token reads the new scale): A is linear there, and "printed" costs about as much as a plain decay. A is what is
-carried, never W: normalizing W again at every chunk would turn its norm n into 1/n each time.
+(§5.4, eq. 29; its last token reads the new scale): A is linear there, and "printed" costs about as much as a plain decay. A is
+what is carried, never W: normalizing W again at every chunk would turn its norm n into 1/n each time.
 """
 
 from __future__ import annotations

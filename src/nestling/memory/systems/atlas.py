@@ -1,4 +1,14 @@
-"""Atlas: windows of tokens, polynomial features, second-order steps."""
+"""Atlas: windows of tokens, polynomial features, second-order steps.
+
+paper   here
+α_t     `retention`
+θ_t     `momentum`, μ in our equations
+η_t     `lr`
+γ_i     `window`, by the lag t − i
+c       `Omega.length`, and `span` of SWDT
+p       `Polynomial.degree`
+κ       `Muon.steps`
+"""
 
 from nestling.memory.biases import L2, DotProduct, Omega
 from nestling.memory.features import Polynomial

@@ -52,8 +52,8 @@ register(
     "longhorn",
     equation="W ← W − β kᵀ(kW − v), β = η/(1 + η‖k‖²), η = lr",
     source="Titans, eq. 35; Miras, Table 1",
-    notes="From the paper: the implicit step of ½‖kW − v‖², in the erase-and-write form, so that chunk has no effect. Equal to "
-    "deltanet with the damped step. One η per head and token, where Longhorn has one per channel of the value.",
+    notes="From the paper: the implicit step of ½‖kW − v‖², in the form of deltanet, and equal to it with the damped step. One η "
+    "per head and token, where Longhorn has one per channel of the value.",
     network=Matrix(),
     bias=DotProduct(),
     retention=Full(),
@@ -86,7 +86,8 @@ register(
     "deltanet",
     equation="W ← W − β kᵀ(kW − v), β = lr",
     source="Miras, Table 1; Nested Learning, eq. 65",
-    notes="From the paper, in the erase-and-write form, so that chunk has no effect. Equal to titans with Matrix(), no "
+    notes="From the paper, whose objective is L2: its gradient at the running weights is taken apart into what it writes, the "
+    "dot product's step, and what it erases, the rule's, so that chunk has no effect. Equal to titans with Matrix(), no "
     "momentum, no decay and chunk 1.",
     network=Matrix(),
     bias=DotProduct(),
@@ -97,7 +98,8 @@ register(
     "gated_deltanet",
     equation="W ← αW − β kᵀ(kαW − v), β = lr",
     source="Miras, Table 1; Titans, appendix C",
-    notes="From the paper: decay first, then erase and write. Titans without momentum measures before it decays, and differs.",
+    notes="From the paper, whose objective is L2, in the form of deltanet: decay first, then erase and write. Titans without "
+    "momentum measures before it decays, and differs.",
     network=Matrix(),
     bias=DotProduct(),
     retention=Decay(),

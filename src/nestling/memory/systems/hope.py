@@ -1,4 +1,11 @@
-"""Nested Learning: the self-modifying memory."""
+"""Nested Learning: the self-modifying memory.
+
+paper   here
+η_t     made by M_η, at most `lr_max`
+α_t     made by M_α
+C       `chunk` and `chunk_others`
+C^(ℓ)   `periods` of the models
+"""
 
 from nestling.memory.named import register
 from nestling.memory.self_modifying import SelfModifying

@@ -1,4 +1,8 @@
-"""Lattice: slots written with what is orthogonal to them, for three objectives."""
+"""Lattice: slots written with what is orthogonal to them, for three objectives.
+
+paper   here
+S       states of d × m, slots as columns: here as rows, `[slot, dim]`
+"""
 
 from nestling.memory.lattice import Lattice
 from nestling.memory.named import register

@@ -1,4 +1,12 @@
-"""Miras: Memora, Moneta, Yaad."""
+"""Miras: Memora, Moneta, Yaad.
+
+paper   here
+α_t     `retention`
+η_t     `lr`
+δ_t     `threshold` (eq. 13–16), and Δ of eq. 17
+b       `chunk`
+p, q    `Lp.p`, `Lq.q`
+"""
 
 from nestling.memory.biases import L2, Huber, Lp
 from nestling.memory.named import register
@@ -11,8 +19,8 @@ register(
     equation="Z ← αZ − η∇½‖M(k; softmax(Z)) − v‖², W = softmax(Z)",
     source="Miras, eq. 21 and 27",
     notes="The rule is the paper's in its exact logit form (derived). Softmax over each output unit's inputs, slice sum 1, and "
-    "reads at softmax(Z_t) of every token are our defaults; so is one α and η per head and token, where the paper has them per "
-    "channel.",
+    "reads at softmax(Z_t) of every token are our defaults, where the paper's chunks are linear in the weights (eq. 30–32); so "
+    "is one α and η per head and token, where the paper has them per channel.",
     network=MLP(),
     bias=L2(),
     retention=Softmax(),

@@ -1,4 +1,13 @@
-"""Titans."""
+"""Titans.
+
+paper   here
+α_t     1 − `retention`
+η_t     `momentum`, μ in our equations
+θ_t     `lr`, η in our equations
+b       `chunk`
+C       `window` of the models: tokens of a segment
+L_M     `MLP.depth`
+"""
 
 from nestling.memory.biases import L2
 from nestling.memory.named import register

@@ -1,4 +1,12 @@
-"""TNT: a global memory beside local ones that start afresh with every shard."""
+"""TNT: a global memory beside local ones that start afresh with every shard.
+
+paper   here
+η_t     `lr`
+C_G     `global_chunk`
+C_L     `chunk`
+S_L     `shard`
+M_t     P_t, by `projection`
+"""
 
 from nestling.memory.named import register
 from nestling.memory.tnt import Tnt

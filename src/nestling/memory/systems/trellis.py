@@ -1,4 +1,11 @@
-"""Trellis: two passes of online compression into a fixed number of slots."""
+"""Trellis: two passes of online compression into a fixed number of slots.
+
+paper   here
+β_t     `retention`
+γ_t     `lr`
+α_t     the code of a token, made by `code`
+B       `chunk`
+"""
 
 from nestling.memory.named import register
 from nestling.memory.trellis import Trellis
