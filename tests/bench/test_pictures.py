@@ -187,7 +187,9 @@ def test_a_vision_transformer_sees_every_patch_where_it_is():
 def test_its_hidden_matrices_are_those_of_its_blocks():
     model = VisionTransformer(1, 8, 2, 10)
     names = {id(p): n for n, p in model.named_parameters()}
-    inside, outside = ([names[id(p)] for p in group["params"]] for group in optim.split(model, OUTER))
+    *hidden, rest = optim.split(model, OUTER)
+    inside, outside = [names[id(p)] for group in hidden for p in group["params"]], rest["params"]
+    assert [group["matrix"] for group in (*hidden, rest)] == [None, None, False]  # of one matrix, and of three in one
     assert sorted(inside) == [f"blocks.{n}.{w}.weight" for n in range(2) for w in ("down", "out", "qkv", "up")]
     assert len(inside) + len(outside) == len(names)
     with pytest.raises(ValueError, match=r"outer: 'heads\.\*' fits no parameter"):

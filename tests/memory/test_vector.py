@@ -58,7 +58,8 @@ def test_every_mixture_equals_its_definition_in_outputs_state_and_gradients(
             state.weights[0] * normal(*state.weights[0].shape, seed=8)
         ).sum()
         gradients = torch.autograd.grad(total, inputs, allow_unused=True)
-        runs.append((y, *state.weights, *state.momentum, *(torch.zeros(1) if g is None else g for g in gradients)))
+        gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
+        runs.append((y, *state.weights, *state.momentum, *gradients))
     for fast in runs[1:]:
         for a, b in zip(fast, runs[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
