@@ -2,11 +2,11 @@
 
     θ ← αθ − η_m ∇_θ ℓ(m_θ(u); −P u),      W ← W + σ(m_θ(u) − η₀ P u),      u = g
 
-One step of a memory per optimizer step: its network, its attentional bias and its dense step are those of
-`nestling.memory`. The paper prints ℓ = ⟨m(u), 1⟩ with a network that it does not name. Ours: keys are the gradient's rows,
-values the same rows (through P) with the other sign. A linear m then recalls past gradients by their likeness with the present
-one; a network that has seen a direction often gives it back, and noise it does not. As its last layer begins at 0, the first
-step is plain gradient descent, η₀u.
+One step of a memory per optimizer step: its network, its attentional bias and its dense step are those of `nestling.memory`, so
+that momentum is any memory that is trained on given keys and values (eq. 35–37, 60). The paper prints ℓ = ⟨m(u), 1⟩ with a
+network that it does not name. Ours: keys are the gradient's rows, values the same rows (through P) with the other sign. A
+linear m then recalls past gradients by their likeness with the present one; a network that has seen a direction often gives it
+back, and noise it does not. As its last layer begins at 0, the first step is plain gradient descent, η₀u.
 
 Keys may also be the rows' positions: then m has no keys but its places, and a linear one with the dot product is heavy-ball
 momentum (eq. 33–34); read through Newton–Schulz, σ = NS, it is Muon (eq. 52).

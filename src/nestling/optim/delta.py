@@ -1,5 +1,5 @@
-"""Delta momentum: m ← m(αI − η_d gᵀg) − ηPg, a momentum that erases along a gradient before it writes it (Nested Learning,
-eq. 48–49). The rows of g are the keys, P the values: the delta rule of `nestling.memory.rules`, on gradients.
+"""Delta momentum: m ← m(αI − η_d gᵀg) − ηPg (Nested Learning, eq. 48–49), a momentum that erases along a gradient before it
+writes it. The rows of g are the keys, P the values: the delta rule of `nestling.memory.rules`, on gradients.
 
 Gradient descent on ½‖m gᵀ + P‖² puts an η on the erase term, which the printed rule omits (derived); gᵀg stands on the right (in
 the camera-ready on the left, where its dimensions do not fit). As printed, α − ‖g‖² has the gradient's units: it turns negative

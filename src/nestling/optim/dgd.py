@@ -1,7 +1,10 @@
 """Delta gradient descent: W ← argmin_W ½‖Wx − u‖² + ‖W − W_t‖²/2η, u = −∇_y L (Nested Learning, eq. 56–57, appendix C).
 
-Where gradient descent is one step on ⟨Wx, ∇_y L⟩, this is the exact step on an L2 loss to a target that the layer makes for
-itself: gradient descent that also erases along its own input. In closed form (derived; eq. 57 is the case ‖x‖ = 1):
+Gradient descent is one step on ⟨Wx, ∇_y L⟩: a layer that remembers the errors of its inputs (eq. 29–31). This is the exact step
+on an L2 loss to a target that the layer makes for itself: gradient descent that also erases along its own input. Of generalized
+gradient descent, any loss L̃(x, u) beside what keeps W near its past (eq. 59–60), both are cases.
+
+In closed form (derived; eq. 57 is the case ‖x‖ = 1):
 
     W ← W(I − η'xxᵀ) − η'∇_W L,      η' = η/(1 + η‖x‖²)
 
