@@ -101,6 +101,25 @@ def test_rates_are_the_problems_own_and_results_are_kept_as_they_come():
     assert len(found["banana"]["SGD"].search) == len(WIDE) * len(lab.TUNING_SEEDS)
 
 
+def test_what_was_measured_with_the_same_settings_stands(tmp_path, monkeypatch):
+    chosen, about = {"banana": problems(steps=3)["banana"]}, {"steps": 3, "seeds": 2}
+    first = lab.measure(chosen, ["SGD"], seeds=2, rates=(1.0, 1e9))
+    assert math.isinf(first["banana"]["SGD"].search[-1].score)
+    lab.save(first, tmp_path / "found.json", about=about)
+    before = lab.load(tmp_path / "found.json", about=about)
+    assert before["banana"]["SGD"].runs == first["banana"]["SGD"].runs
+    assert [(r.lr, r.score) for r in before["banana"]["SGD"].search] == [
+        (r.lr, r.score) for r in first["banana"]["SGD"].search
+    ]
+    told = []
+    both = lab.measure(chosen, ["SGD", "AdamW"], seeds=2, rates=(1.0,), before=before, told=told.append)
+    assert told == ["banana: AdamW"]
+    assert both["banana"]["SGD"] is before["banana"]["SGD"]
+    assert set(both["banana"]) == {"SGD", "AdamW"}
+    with pytest.raises(ValueError, match="was measured with seeds 2, but now it is 3"):
+        lab.load(tmp_path / "found.json", about={**about, "seeds": 3})
+
+
 @pytest.mark.parametrize("name", ["Muon", "AdaMuon-like", "M3"])
 def test_heads_and_patches_are_left_to_adam(name):
     trial = QUICK["digits"].make(0)
@@ -138,6 +157,14 @@ def test_the_command_measures_prints_and_writes(tmp_path, capsys, monkeypatch):
     assert told["about"]["quick"] is True
     assert told["reach"]["momentum 0.9"] == [7, 44]
     assert (tmp_path / "out" / "optimizers.png").stat().st_size > 10_000
+    again = [*words[:3], "--problems", "landscape", "--optimizers", "AdamW", "--resume", "--out", str(tmp_path / "out")]
+    assert run([*again, "--seeds", "2"]) == 0
+    told = json.loads((tmp_path / "out" / "optimizers.json").read_text())
+    assert set(told["results"]["landscape"]) == {"SGD", "AdamW"}
+    assert set(told["results"]["digits"]) == {"SGD", "AdaMuon-like"}
+    capsys.readouterr()
+    assert run([*again, "--seeds", "1"]) != 0
+    assert "measured with seeds 2, but now it is 1" in capsys.readouterr().err
 
 
 def test_text_is_measured_in_bits_per_byte():

@@ -157,19 +157,20 @@ def measure(
     seeds: int,
     seed: int = 0,
     rates: Sequence[float] | None = None,
+    before: Mapping[str, Mapping[str, Result]] | None = None,
     told: Callable[[str], object] = lambda name: None,
     kept: Callable[[Mapping[str, Mapping[str, Result]]], object] = lambda found: None,
 ) -> dict[str, dict[str, Result]]:
     """Results by problem and optimizer.
 
-    rates: in place of the problems' own. told: what is measured next. kept: called with all results after each, so that a run
-    that is cut short leaves what it has measured.
+    rates: in place of the problems' own. before: results that stand, and are not measured again. told: what is measured next.
+    kept: called with all results after each, so that a run that is cut short leaves what it has measured.
     """
-    found: dict[str, dict[str, Result]] = {}
+    found: dict[str, dict[str, Result]] = {problem: dict(row) for problem, row in (before or {}).items()}
     for problem, task in problems.items():
-        found[problem] = {}
+        found.setdefault(problem, {})
         for name in optimizers:
-            if ENTRIES[name].layers and not task.layers:
+            if name in found[problem] or (ENTRIES[name].layers and not task.layers):
                 continue
             told(f"{problem}: {name}")
             default = optim.default_lr(ENTRIES[name].name)
@@ -253,3 +254,27 @@ def save(found: Mapping[str, Mapping[str, Result]], path: Path, *, about: Mappin
     replace_file(
         path, json.dumps(plain({"about": dict(about), "reach": reaches(), "results": results}), indent=1) + "\n"
     )
+
+
+def load(path: Path, *, about: Mapping[str, Any]) -> dict[str, dict[str, Result]]:
+    """What `save` wrote; of the search the losses are not kept. Raises ValueError where it was measured with other settings."""
+    told = json.loads(path.read_text())
+    for name, value in json.loads(json.dumps(about)).items():
+        if told["about"].get(name) != value:
+            raise ValueError(f"{path} was measured with {name} {told['about'].get(name)!r}, but now it is {value!r}")
+
+    def number(value: float | None, otherwise: float = math.nan) -> float:
+        return otherwise if value is None else value
+
+    def run(entry: Mapping[str, Any]) -> Run:
+        return Run(
+            entry["optimizer"], entry["problem"], entry["lr"], entry["seed"], tuple(map(number, entry.get("losses", ()))),
+            number(entry["score"], math.inf), number(entry["seconds"]), number(entry["step_seconds"]),
+        )  # fmt: skip
+
+    return {
+        problem: {
+            name: Result(tuple(map(run, both["search"])), tuple(map(run, both["runs"]))) for name, both in row.items()
+        }
+        for problem, row in told["results"].items()
+    }

@@ -38,6 +38,8 @@ class OptimizersConfig:
     """Side to which images of --data are cut and scaled, a multiple of 4 (MNIST-like files keep theirs)."""
     steps: Steps = None
     """Steps of every run (default: 300, of text 600)."""
+    resume: bool = False
+    """Go on with what is in the folder: what was measured there, with the same settings, is not measured again."""
     quick: bool = False
     """Short runs, to see what it does; the figures mean little."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs/optimizers")
@@ -90,9 +92,16 @@ def run(config: OptimizersConfig) -> int:
         "tuning_seeds": [n + config.seed for n in lab.TUNING_SEEDS],
         "rates": list(RATES),
         "rates_of_landscapes": list(WIDE),
+        "steps": config.steps,
         "quick": config.quick,
         "data": None if config.data is None else str(config.data),
     }
+    before = None
+    if config.resume and (config.out / "optimizers.json").is_file():
+        try:
+            before = lab.load(config.out / "optimizers.json", about=about)
+        except ValueError as error:
+            raise SettingError(f"resume: {error}.") from error
     begun, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -101,15 +110,17 @@ def run(config: OptimizersConfig) -> int:
             optimizers,
             seeds=config.seeds,
             seed=config.seed,
+            before=before,
             told=lambda name: console.print(f"measuring {name}", highlight=False),
             kept=lambda found: lab.save(found, config.out / "optimizers.json", about=about),
         )
     finally:
         torch.set_num_threads(threads)
     took = time.perf_counter() - begun
-    tell(chosen, found, console)
+    found = {name: {o: row[o] for o in lab.ENTRIES if o in row} for name in known if (row := found.get(name))}
+    tell(known, found, console)
     lab.save(found, config.out / "optimizers.json", about={**about, "seconds": round(took, 1)})
     words = f"nestling {__version__}, {config.seeds} seeds from {config.seed}"
-    draw(chosen, found, config.out / "optimizers.png", title=words)
+    draw(known, found, config.out / "optimizers.png", title=words)
     console.print(f"{took:.0f} seconds. Written: {config.out}/optimizers.json and .png", highlight=False)
     return 0
