@@ -102,7 +102,10 @@ class DeltaMomentum(Watching, Preconditioned):
     ) -> None:
         momentum = every(states, "momentum")
         lost = []
-        if group["erase"] or group["form"] == "printed":
+        if group["erase"] or group["form"] in (
+            "printed",
+            "tokens",
+        ):  # what was seen of tokens is to be taken, and forgotten
             lost = [self._lost(group, *each) for each in zip(params, momentum, grads, states, strict=True)]
         torch._foreach_mul_(momentum, group["momentum"])
         if lost:
