@@ -34,13 +34,18 @@ static void back_advance(const Cell *cell, Space *m, const Tile *t, const Stand 
             }
         }
         real *restrict of_w = of->w[l], *restrict of_s = of->s[l], keep = c->keep[L];
-        if (t->gates->retention) g->c->keep[L] += dot(of_w, at->w[l], n);
-        if (cell->momentum) {
-            g->c->carry[L] += dot(of_w, at->s[l], n);
-            g->c->decay[L] += dot(of_s, at->s[l], n);
-            real carry = c->carry[L], kept = c->decay[L];
-            for (size_t i = 0; i < n; i++) of_s[i] = kept * of_s[i] + carry * of_w[i], of_w[i] *= keep;
+        const real *restrict w = at->w[l], *restrict s = at->s[l];
+        if (cell->momentum) {  // once over all of them, as they come from far
+            real carry = c->carry[L], kept = c->decay[L], of_keep = 0, of_carry = 0, of_decay = 0;
+#pragma omp simd reduction(+ : of_keep, of_carry, of_decay)
+            for (size_t i = 0; i < n; i++) {
+                of_keep += of_w[i] * w[i], of_carry += of_w[i] * s[i], of_decay += of_s[i] * s[i];
+                of_s[i] = kept * of_s[i] + carry * of_w[i], of_w[i] *= keep;
+            }
+            if (t->gates->retention) g->c->keep[L] += of_keep;
+            g->c->carry[L] += of_carry, g->c->decay[L] += of_decay;
         } else if (t->gates->retention) {
+            g->c->keep[L] += dot(of_w, w, n);
             for (size_t i = 0; i < n; i++) of_w[i] *= keep;
         }
     }
@@ -89,7 +94,7 @@ static void back_answers(
             );
         }
         if (l) {
-            back_through(n->activation, L * in, m->ahead[l - 1], of_h);
+            for (int i = 0; i < L * in; i++) of_h[i] *= m->rise[l - 1][i];
             real *swap = of_z;
             of_z = of_h, of_h = swap;
         }

@@ -182,7 +182,8 @@ static void walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, int keep
                 any_token(&token, m->w[l], top, 0, 0, keeps);
             }
         }
-        if (l < D - 1) activate(n->activation, L * out, p->ahead[l], p->h[l + 1]);
+        if (l < D - 1 && !keeps) activate(n->activation, L * out, p->ahead[l], p->h[l + 1]);
+        else if (l < D - 1) activate_with_slope(n->activation, L * out, p->ahead[l], p->h[l + 1], p->rise[l]);
     }
     const real *z = p->ahead[D - 1];
     if (n->norm) {
@@ -203,9 +204,9 @@ static void write_tile(const Scan *s, Hand *h, const Tile *t, const Stand *m, co
     for (int i = L - 1; i >= 0; i--) h->column[i] = keep * t->gates->lr[i], keep *= h->alpha[i];
     for (int l = 0; l < n->depth; l++) {
         int in = n->width[l], out = n->width[l + 1];
-        for (int i = 0; i < in * out; i++) after->w[l][i] = keep * m->w[l][i];
+        Blend kept = {keep, 0, m->w[l], 0};
         scaled(L, in, h->column, p->at.x[l], p->spare);
-        product(in, L, out, turned(p->spare, in), plain(p->delta[l], out), after->w[l], out, -1, p->panel);
+        blended(in, L, out, turned(p->spare, in), plain(p->delta[l], out), after->w[l], out, kept, p->panel);
     }
 }
 
@@ -274,7 +275,7 @@ static void back_walk(
             if (cell->before) along += read;
         }
         if (l) {
-            back_through(n->activation, L * in, p->ahead[l - 1], of_h);
+            for (int i = 0; i < L * in; i++) of_h[i] *= p->rise[l - 1][i];
             real *swap = of_z;
             of_z = of_h, of_h = swap;
         }

@@ -1,6 +1,6 @@
 // Small matrix products, row-major, for operands that lie in a core's cache.
 //
-//     C = A B,  C += A B,  C -= A B      each operand as it lies, or transposed
+//     C = A B,  C += A B,  C -= A B,  C = s F + t G − A B      each operand as it lies, or transposed
 //
 // B is packed into panels of PANEL columns, so that the inner loop reads it in order. Works for any size; sizes that are
 // multiples of ROWS and PANEL are the fast ones.
@@ -161,6 +161,42 @@ static void product(
             if (!whole)
                 for (int i = 0; i < block; i++)
                     memcpy(c + (size_t)(m + i) * width + n, edge + i * PANEL, live * sizeof(real));
+        }
+    }
+}
+
+// s F + t G, which lie as C does; F may be C, and G null.
+typedef struct {
+    real s, t;
+    const real *f, *g;
+} Blend;
+
+// C = blend − A B, for depths so small that to read and write C is a good part of the work.
+static void blended(
+    int rows, int depth, int columns, Operand a, Operand b, real *c, int width, Blend blend, real *restrict scratch
+) {
+    int whole = columns % PANEL == 0 && rows % ROWS == 0 && b.column == 1;
+    for (int m = 0; m < rows && !whole; m++)
+        for (int j = 0; j < columns; j++) {
+            size_t at = (size_t)m * width + j;
+            c[at] = blend.s * blend.f[at] + (blend.g ? blend.t * blend.g[at] : 0);
+        }
+    if (!whole) {
+        product(rows, depth, columns, a, b, c, width, -1, scratch);
+        return;
+    }
+    for (int n = 0; n < columns; n += PANEL) {
+        pack((Operand){b.at + n, b.row, 1}, depth, PANEL, scratch);
+        for (int m = 0; m < rows; m += ROWS) {
+            size_t at = (size_t)m * width + n;
+            real part[ROWS * PANEL];
+            kernel_full_2(a.at + m * a.row, a.row, a.column, scratch, PANEL, depth, part, PANEL, 0);
+            for (int i = 0; i < ROWS; i++, at += width)
+                for (int j = 0; j < 2; j++) {
+                    vec old = blend.s * *(const vec *)(blend.f + at + j * LANES);
+                    if (blend.g) old += blend.t * *(const vec *)(blend.g + at + j * LANES);
+                    *(vec *)(c + at + j * LANES) = old - *(const vec *)(part + i * PANEL + j * LANES);
+                }
         }
     }
 }

@@ -300,15 +300,14 @@ static void backward(const void *task, int memory, real *space) {
             stand_all(s, all, h.states + (n - first) * size);
             if (runs[n].flags & FRESH) load_all(s, all, 1);
             if (n == end - 1) break;
-            memcpy(h.states + (n - first + 1) * size, h.states + (n - first) * size, size * sizeof(real));
             stand_all(s, next, h.states + (n - first + 1) * size);
             make(s, &h, memory, &runs[n], &m);
             for (int i = 0; i < count; i++) {
                 Tile t = tile_of(&h, &all[i], &runs[n], begins(s->apart, runs, n, all[i].bank));
                 gradients(all[i].cell, &h.spaces[all[i].bank], &t, all[i].stand);
                 advance(all[i].cell, &h.spaces[all[i].bank], &t, all[i].stand, next[i].stand);
+                next_anchor(all[i].cell, s->apart, runs[n].flags & CLOSES << all[i].bank, all[i].stand, next[i].stand);
             }
-            close_all(s, next, runs[n].flags);
         }
         for (int n = end - 1; n >= first; n--) {
             const Run *run = &runs[n];

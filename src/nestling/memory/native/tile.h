@@ -52,7 +52,7 @@ typedef struct {
 typedef struct {
     Trace at;
     real *up[DEPTH], *delta[DEPTH], *error, *misfit;
-    real *h[DEPTH], *at_w[DEPTH], *at_s[DEPTH], *ahead[DEPTH], *normed, *scale;
+    real *h[DEPTH], *at_w[DEPTH], *at_s[DEPTH], *ahead[DEPTH], *rise[DEPTH], *normed, *scale;  // rise: σ'(ẑ)
     real *rows[DEPTH], *read[DEPTH], *system[DEPTH], *strength[DEPTH];  // r, x W, x xᵀ and the damped ε; rows are delta where nothing is erased
     real *gram, *mixed, *panel, *spare, *other;
     real *of_x[DEPTH], *of_delta[DEPTH], *of_slope[DEPTH], *of_read[DEPTH], *of_h, *of_z;
@@ -71,6 +71,7 @@ static void lay_space(const Cell *cell, int tokens, int rows, Space *m, Room *ro
         m->at_w[l] = take(room, (size_t)tokens * out);
         m->at_s[l] = take(room, cell->momentum ? (size_t)tokens * out : 0);
         m->ahead[l] = take(room, (size_t)tokens * out);
+        m->rise[l] = take(room, l < n->depth - 1 ? (size_t)tokens * out : 0);
         m->of_x[l] = take(room, (size_t)rows * in);
         m->of_delta[l] = take(room, (size_t)rows * out);
         m->of_slope[l] = take(room, (size_t)rows * out);
@@ -159,7 +160,7 @@ static void gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at
         for (int l = 0; l < D; l++) erased(cell, m, t, at, l);
 }
 
-// Answers to the tile's queries; y null: only what is before the last activation is wanted.
+// Answers to the tile's queries; y null: what the way back needs instead.
 static void answers(const Cell *cell, Space *m, const Tile *t, const Stand *at, real *y) {
     const Network *n = &cell->network;
     int L = t->tokens, N = t->rows, D = n->depth, first = cell->before ? 0 : 1, last = n->width[D];
@@ -185,7 +186,8 @@ static void answers(const Cell *cell, Space *m, const Tile *t, const Stand *at, 
         for (int i = 0; i < L * N; i++) m->mixed[i] = m->gram[i] * C[i];
         product(L, N, out, plain(m->mixed, N), plain(m->rows[l], out), z, out, -1, m->panel);
         if (t->scale) scaled(L, out, t->scale[l], z, z);
-        if (l < D - 1) activate(n->activation, L * out, z, m->h[l + 1]);
+        if (l < D - 1 && y) activate(n->activation, L * out, z, m->h[l + 1]);
+        else if (l < D - 1) activate_with_slope(n->activation, L * out, z, m->h[l + 1], m->rise[l]);
     }
     const real *z = m->ahead[D - 1];
     if (n->norm) {
@@ -204,26 +206,13 @@ static void advance(const Cell *cell, Space *m, const Tile *t, const Stand *at, 
     const Coefficients *c = t->c;
     for (int l = 0; l < net->depth; l++) {
         int in = net->width[l], out = net->width[l + 1], narrow = in <= out;
-        size_t n = (size_t)in * out;
-        const real *x = m->at.x[l], *r = m->rows[l], *w = at->w[l], *s = at->s[l];
-        real keep = c->keep[L], *new_w = to->w[l], *new_s = to->s[l];
-        if (cell->momentum) {
-            real carry = c->carry[L], kept = c->decay[L];
-#pragma omp simd
-            for (size_t i = 0; i < n; i++) {
-                real old = s[i];
-                new_w[i] = keep * w[i] + carry * old;
-                new_s[i] = kept * old;
-            }
-        } else {
-#pragma omp simd
-            for (size_t i = 0; i < n; i++) new_w[i] = keep * w[i];
-        }
+        const real *x = m->at.x[l], *r = m->rows[l];
+        Blend of_w = {c->keep[L], cell->momentum ? c->carry[L] : 0, at->w[l], cell->momentum ? at->s[l] : 0};
         for (int of_s = 0; of_s <= cell->momentum; of_s++) {
             scaled(N, narrow ? in : out, (of_s ? c->impulse : c->write) + (size_t)L * N, narrow ? x : r, m->spare);
-            product(
-                in, N, out, turned(narrow ? m->spare : x, in), plain(narrow ? r : m->spare, out), of_s ? new_s : new_w, out,
-                -1, m->panel
+            blended(
+                in, N, out, turned(narrow ? m->spare : x, in), plain(narrow ? r : m->spare, out), of_s ? to->s[l] : to->w[l],
+                out, of_s ? (Blend){c->decay[L], 0, at->s[l], 0} : of_w, m->panel
             );
         }
     }
