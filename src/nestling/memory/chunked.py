@@ -51,9 +51,7 @@ T = TypeVar("T")
 TILE = 64  # tokens per product
 STALE_TILE = 128  # where nothing is read but the anchor
 LINK_TILE = 16  # where each token's weights are made, or each channel's decays
-INSIDE = 4  # numbers that a tile keeps for each that goes in or out of a layer
-MAPPED = 10  # and that a map of the momentum keeps for each of its entries
-FEW = 2**18  # numbers of the memories that are taken at once: enough for long products, few enough for a cache
+MAPPED = 10  # numbers that a map of the momentum keeps for each of its entries
 GROUP = 4  # tiles recomputed together in the backward pass, at least
 
 
@@ -409,8 +407,8 @@ def piece(spec: MemorySpec, shape: tuple[int, int, int], tile: int | None, like:
     numbers, rows = sum(i * o for i, o in spec.fast_shapes), sum(i + o for i, o in spec.fast_shapes)
     state = numbers * (2 if spec.rule.momentum else 1)
     unit = min(tile or _tile_size(spec, per_token), *spec.periods)
-    inside = state + INSIDE * unit * (rows + unit) + (unit * numbers if per_token else 0)
-    memories = shape[0] * shape[1] if served else -(-FEW // numbers)
+    inside = state + pieces.INSIDE * unit * (rows + unit) + (unit * numbers if per_token else 0)
+    memories = shape[0] * shape[1] if served else -(-pieces.FEW // numbers)
     if spec.directed is not None:
         inside, memories = inside + MAPPED * numbers * (unit if per_token else 1), 1
     return pieces.fitting(shape, like, unit=unit, state=state, inside=inside, memories=memories)

@@ -32,7 +32,7 @@ from nestling.memory.features.exponential import CAP, Exponential
 from nestling.memory.gates import Factor, Gates, factor
 from nestling.memory.inputs import check_call, check_weights, token_guard, widest
 from nestling.memory.networks import MLP, Matrix
-from nestling.memory.pieces import Size, fitting
+from nestling.memory.pieces import INSIDE, Size, fitting
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Full
 from nestling.memory.rules import Gradient
@@ -256,7 +256,7 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         shape, unit = check_call(self, call), tile or TILE
         width = self.halo + unit
         numbers = self.halo * (self.key_dim + self.value_dim + 1)
-        inside = 4 * width * (width + sum(i + o for i, o in self.fast_shapes))
+        inside = INSIDE * width * (width + sum(i + o for i, o in self.fast_shapes))
         return fitting(shape, call.q, unit=unit, state=numbers, inside=inside, memories=shape[1])
 
     def _prepare(self, call: Call) -> Streams:

@@ -28,7 +28,9 @@ Run = Callable[["Call"], tuple[Tensor, Any]]
 Optional = Sequence[Tensor | None]
 
 
-LEAST = 4  # units of a piece
+LEAST = 2  # units of a piece
+INSIDE = 4  # numbers that a scan keeps inside for each that goes in or out of a layer
+FEW = 2**18  # numbers of the memories that are taken at once: enough for long products, few enough for a cache
 
 
 class Size(NamedTuple):

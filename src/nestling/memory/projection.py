@@ -51,9 +51,9 @@ def project(p: Tensor, q: Tensor, k: Tensor, fresh: Tensor | None, alive: Tensor
         k = torch.where(alive.to(k.device)[:, None, :, None], k, 0.0)
     size = min(TILE, time)
     missing = -time % size
-    q, k = (
-        torch.unflatten(F.pad(x, (0, 0, 0, missing)), 2, (-1, size)) for x in (q, k)
-    )  # [lane, head, tile, place, dim]
+    if missing:
+        q, k = (F.pad(x, (0, 0, 0, missing)) for x in (q, k))
+    q, k = (torch.unflatten(x, 2, (-1, size)) for x in (q, k))  # [lane, head, tile, place, dim]
     score = (q @ k.mT).tril()
     begun = None
     if fresh is not None:

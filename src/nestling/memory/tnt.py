@@ -28,12 +28,14 @@ from nestling.memory.draw import Draw
 from nestling.memory.gates import Gates
 from nestling.memory.inputs import check_call, check_weights, surely, token_guard, widest
 from nestling.memory.named import named
+from nestling.memory.pieces import FEW, INSIDE, Size, fitting
 from nestling.memory.projection import Projecting
 from nestling.memory.protocol import Call, Engines, Example, Memory, Part, Read, TwoEngines
 from nestling.memory.state import Weights
 from nestling.state import leaves, register
 
 GLOBAL_CHUNK = 2048  # in all experiments of the paper
+UNIT = 128  # tokens, of which a piece that is made again has a multiple
 
 
 @register
@@ -279,6 +281,16 @@ class Tnt(TwoEngines[Streams, TntState]):
         from nestling.memory import tnt_chunked, tnt_reference
 
         return tnt_reference.scan, tnt_chunked.scan
+
+    def _piece(self, call: Call, tile: int | None) -> Size | None:
+        """All memories together, so that what they make of a token is made again at once and gradients are summed once."""
+        shape = check_call(self, call)
+        if self.growth == "linear":
+            return None
+        numbers = sum(i * o for i, o in self.shapes)
+        rows = max(sum(i + o for i, o in memory.shapes) for memory in self.memories)
+        inside = 2 * numbers + INSIDE * UNIT * (rows + UNIT)
+        return fitting(shape, call.q, unit=UNIT, state=2 * numbers, inside=inside, memories=-(-FEW // numbers))
 
     def _prepare(self, call: Call) -> Streams:
         lanes, _, _ = check_call(self, call)
