@@ -62,6 +62,19 @@ def test_degrees_of_the_two_read_outs() -> None:
     torch.testing.assert_close(LqDual(4.0).link(2 * a), 2 * LqDual(4.0).link(a))
 
 
+def test_of_a_power_mean_weights_are_as_large_as_their_dual() -> None:
+    """Equal entries are left as they are; among normal ones, for q = 4, a 1 becomes about 1/√3, of a plain norm 1/√(3n)."""
+    even = normal(15, 1, 6, 7).sign()
+    torch.testing.assert_close(LqDual(4.0, mean=True).link(even), even)
+    a = normal(16, 1, 60, 50)
+    a[0, 0, 0] = 1.0
+    kept, lost = (float(LqDual(4.0, mean=mean).link(a)[0, 0, 0]) for mean in (True, False))
+    assert kept == pytest.approx(3**-0.5, rel=0.1)
+    assert lost == pytest.approx(9000**-0.5, rel=0.1)
+    w = normal(17, 2, 5, 4)
+    torch.testing.assert_close(LqDual(mean=True).link(LqDual(mean=True).dual(w)), w)
+
+
 def test_moneta_starts_where_weights_and_dual_agree() -> None:
     spec = nl.memory.named("moneta", key_dim=8)
     for a in spec.init(3, torch.Generator().manual_seed(0)):

@@ -59,27 +59,34 @@ class Lq(Scaled):
 
 @dataclass(frozen=True)
 class LqDual(Retention):
-    """The read-out of degree 1, W = sign(A) ∘ |A|^{q−1} / ‖A‖_q^{q−2}: twice A is twice W. Taken at every token."""
+    """The read-out of degree 1, W = sign(A) ∘ |A|^{q−1} / ‖A‖_q^{q−2}: twice A is twice W. Taken at every token.
+
+    mean    the norm is a power mean, over n^{1/q} for n entries: weights are then about as large as A, and a step of A moves them
+            as far as one of theirs; without it they are smaller by n^{(q−2)/q}
+    """
 
     q: float = 4.0
     floor: float = 1e-3
+    mean: bool = False
 
     def __post_init__(self) -> None:
         _check("LqDual", self.q, self.floor)
 
     def __str__(self) -> str:
-        return (
-            f"decay of a dual, weights its power {self.q - 1:g} over its L{self.q:g} norm to the power {self.q - 2:g}"
-        )
+        norm = f"L{self.q:g} {'power mean' if self.mean else 'norm'}"
+        return f"decay of a dual, weights its power {self.q - 1:g} over its {norm} to the power {self.q - 2:g}"
+
+    def _size(self, x: Tensor) -> Tensor:
+        spread: float = (x.shape[-2] * x.shape[-1]) ** (1 / self.q) if self.mean else 1.0
+        return _norm(x, self.q, self.floor * spread) / spread
 
     def link(self, dual: Tensor) -> Tensor:
-        norm = _norm(dual, self.q, self.floor)
-        return dual * (dual.abs() / norm) ** (self.q - 2)
+        return dual * (dual.abs() / self._size(dual)) ** (self.q - 2)
 
     def dual(self, initial: Tensor) -> Tensor:
-        """The inverse map: |A| ∝ |W|^{1/(q−1)}, so that link(dual(W)) = W (where ‖A‖ is above the floor)."""
-        other = self.q / (self.q - 1)
-        return initial.sign() * initial.abs() ** (1 / (self.q - 1)) * _norm(initial, other, self.floor) ** (2 - other)
+        """The inverse map, so that link(dual(W)) = W (where the norm is above the floor): |A| ∝ |W|^{1/(q−1)}."""
+        root = initial.abs() ** (1 / (self.q - 1))
+        return initial.sign() * root * self._size(root) ** (self.q - 2)
 
 
 def _check(name: str, q: float, floor: float) -> None:
