@@ -22,8 +22,9 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     script = tmp_path / "example.py"
     script.write_text("\n".join(blocks), "utf-8")
     monkeypatch.chdir(tmp_path)
-    registry = import_module("nestling.memory.named")
-    monkeypatch.setattr(registry, "_SYSTEMS", dict(registry._SYSTEMS))  # what a page registers goes with it
+    for room, entries in (("nestling.memory.named", "_SYSTEMS"), ("nestling.models.registry", "_MODELS")):
+        registry = import_module(room)
+        monkeypatch.setattr(registry, entries, dict(getattr(registry, entries)))  # what a page registers goes with it
     runpy.run_path(str(script))
 
 

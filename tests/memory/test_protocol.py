@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import pytest
@@ -178,6 +179,17 @@ def test_a_retention_with_a_link_is_not_linear() -> None:
     assert not any(r.linear for r in (nl.memory.Lq(), nl.memory.LqDual(), nl.memory.Softmax(), nl.memory.ElasticNet()))
 
 
+def test_a_choice_that_is_none_yet_is_refused_in_words() -> None:
+    @dataclass
+    class Loose(nl.memory.Rule):
+        pass
+
+    with pytest.raises(ValueError, match=r"rule is the class Momentum; expected one made of it: Momentum\(\)"):
+        nl.memory.MemorySpec(4, 4, rule=nl.memory.Momentum)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"which has no hash: make its class a @dataclass\(frozen=True\)"):
+        nl.memory.MemorySpec(4, 4, rule=Loose())
+
+
 def test_a_loss_without_its_slope_is_refused_at_once() -> None:
     class Half(nl.memory.Bias):
         def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
@@ -203,3 +215,13 @@ def test_a_memory_without_engines_cannot_be_made() -> None:
 
     with pytest.raises(TypeError, match="_engines"):
         Half()
+
+
+def test_a_name_is_taken_once_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = import_module("nestling.memory.named")
+    monkeypatch.setattr(registry, "_SYSTEMS", dict(registry._SYSTEMS))
+    words = {"equation": "W", "source": "here", "notes": "Ours."}
+    with pytest.raises(ValueError, match="'titans' is registered already: choose another name, or say replace=True"):
+        nl.memory.register("titans", **words)
+    nl.memory.register("titans", replace=True, rule=nl.memory.Gradient(), **words)
+    assert nl.memory.named("titans").rule == nl.memory.Gradient()

@@ -13,7 +13,7 @@ from nestling.memory.gates import Gates
 from nestling.memory.kernel import KernelMemory, KernelState
 from nestling.memory.lattice import Lattice
 from nestling.memory.named import Entry, describe, describe_and_count, entry, named, names, register
-from nestling.memory.networks import MLP, GatedMLP, Matrix, Network, Vector
+from nestling.memory.networks import MLP, GatedMLP, Matrix, Network, Trace, Vector
 from nestling.memory.newton_schulz import newton_schulz
 from nestling.memory.protocol import Engine, Memory, Part
 from nestling.memory.report import Report
@@ -110,6 +110,7 @@ __all__ = [
     "Tail",
     "Tnt",
     "TntState",
+    "Trace",
     "Trellis",
     "Unit",
     "Vector",

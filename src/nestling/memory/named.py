@@ -31,11 +31,12 @@ def register(
     source: str,
     notes: str,
     factory: type[Memory] = MemorySpec,
+    replace: bool = False,
     **choices: Any,
 ) -> None:
-    """Add a named system. `choices` are fields of the dataclass `factory`."""
-    if name in _SYSTEMS:
-        raise ValueError(f"a memory named {name!r} is registered already")
+    """Add a named system. `choices` are fields of the dataclass `factory`; replace: in place of one of the same name."""
+    if name in _SYSTEMS and not replace:
+        raise ValueError(f"a memory named {name!r} is registered already: choose another name, or say replace=True")
     _SYSTEMS[name] = Entry(factory, choices, equation, source, notes)
 
 

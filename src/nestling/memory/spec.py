@@ -58,6 +58,7 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
     def __post_init__(self) -> None:
         whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, chunk=self.chunk)
         read_timing(self.name, self.read)
+        self._check_choices()
         if self.rule.erase != "none" and not self.retention.linear:
             raise ValueError(
                 f"{self.name}: {self.rule!r} erases along the running weights, but {self.retention!r} keeps a dual variable "
@@ -99,6 +100,21 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
             )
         self.shapes  # noqa: B018  refuses dimensions that do not fit
         self._check_inputs()
+
+    def _check_choices(self) -> None:
+        """Refuse what is no choice yet, or one that cannot be told from others of its class."""
+        for field in ("features", "network", "bias", "retention", "rule"):
+            choice = getattr(self, field)
+            if isinstance(choice, type):
+                raise ValueError(
+                    f"{self.name}: {field} is the class {choice.__name__}; expected one made of it: {choice.__name__}()"
+                )
+            try:
+                hash(choice)
+            except TypeError:
+                raise ValueError(
+                    f"{self.name}: {field} is {choice!r}, which has no hash: make its class a @dataclass(frozen=True)"
+                ) from None
 
     def _check_inputs(self) -> None:
         """Refuse what acts along the key where the network's first weights are not read by it."""
