@@ -26,6 +26,8 @@ class Size:
     shard    of TNT: between two resets of its local memories, and the global memory's chunk
     ffn      hidden width of the transformer's feed-forward network, which says how many parameters models of this size have;
              None: 8/3 of the width, so that its three matrices weigh as much as two of width 4
+    narrow   heads of models whose memories' initial weights would leave no room for levels as wide as the model, as these weigh
+             the more the wider a head is; None: as many as the others
     """
 
     dim: int
@@ -36,12 +38,13 @@ class Size:
     window: int
     shard: int
     ffn: int | None = None
+    narrow: int | None = None
 
 
 SIZES = {
     "tiny": Size(32, 2, 4, 4, (4, 8), 6, 8, ffn=128),
-    "small": Size(192, 4, 4, 64, (64, 256), 128, 128),
-    "base": Size(384, 8, 6, 16, (64, 256, 1024), 256, 512),
+    "small": Size(192, 4, 4, 64, (64, 256), 128, 128, narrow=8),
+    "base": Size(384, 8, 6, 16, (64, 256, 1024), 256, 512, narrow=8),
     "340M": Size(1024, 24, 16, 64, (512, 2048, 8192), 1024, 2048),
     "760M": Size(1536, 24, 16, 64, (512, 2048, 8192), 1024, 2048),
     "1.3B": Size(2048, 24, 16, 64, (512, 2048, 8192), 1024, 2048),
@@ -49,6 +52,8 @@ SIZES = {
 """tiny is for tests (its feed-forward network is wider than usual: gates and initial memories weigh more in narrow models),
 small (about 2 M parameters) for a laptop; the large ones are the papers' (Miras, Table 5), their periods and window ours."""
 
+SLACK = 0.01
+"""Share of its parameters that a model may have too many, where its feed-forward networks are then as wide as the model."""
 PERSISTENT = 4
 """Persistent tokens, where a model has them (Titans does not say how many)."""
 
@@ -92,28 +97,33 @@ class Entry:
     block        its blocks, by number
     settings     those it has beside the widths
     levels       how many of the size's periods it has unless told otherwise, the fastest first; None: all
+    narrow       whether it has as many heads as a size has for models of large memories
     """
 
     description: str
     block: Make
     settings: tuple[Setting, ...]
     levels: int | None
+    narrow: bool
 
 
 _MODELS: dict[str, Entry] = {}
 
 
-def register(name: str, description: str, *settings: Setting, levels: int | None = None) -> Callable[[Make], Make]:
+def register(
+    name: str, description: str, *settings: Setting, levels: int | None = None, narrow: bool = False
+) -> Callable[[Make], Make]:
     """Decorator: a function from a config and a block's number to that block becomes a named model.
 
     settings: which the model has beside the widths; the others are None (or empty) in its config.
     levels: how many of the size's periods the model has unless told otherwise, the fastest first; None: all.
+    narrow: it has as many heads as the size has for models of large memories.
     """
 
     def add(block: Make) -> Make:
         if name in _MODELS:
             raise ValueError(f"a model named {name!r} is registered already")
-        _MODELS[name] = Entry(description, block, settings, levels)
+        _MODELS[name] = Entry(description, block, settings, levels, narrow)
         return block
 
     return add
@@ -140,10 +150,11 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
 
     overrides: dim, layers, heads, ffn, and what `settings` says that the model has (see `ModelConfig`). Unless ffn is given it
     is solved for, so that all models of a size have as many parameters as the transformer (to within one hidden unit a
-    feed-forward network), initial memory states included.
+    feed-forward network, or a hundredth where it is then as wide as the model), initial memory states included. Unless told
+    otherwise, every feed-forward network of every model is at least as wide as the model.
 
     Raises ValueError for what cannot be built, and where the feed-forward networks of a block would have to be narrower than
-    the model.
+    the model even side by side.
     """
     entry = _entry(name)
     if size not in SIZES:
@@ -165,7 +176,8 @@ def build(name: str, size: str = "tiny", *, vocab_size: int = 257, **overrides: 
         "adaptive": PROJECTIONS[:2],
         **{setting: choices[0] for setting, choices in CHOICES.items()},
     }
-    numbers: dict[str, Any] = {"dim": given.dim, "layers": given.layers, "heads": given.heads}
+    heads = (given.narrow if entry.narrow and overrides.get("dim", given.dim) == given.dim else None) or given.heads
+    numbers: dict[str, Any] = {"dim": given.dim, "layers": given.layers, "heads": heads}
     numbers |= {setting: own[setting] for setting in entry.settings} | overrides
     others: dict[str, Any] = {setting: _whole(setting, numbers.pop(setting)) for setting in LISTS if setting in numbers}
     others |= {setting: numbers.pop(setting) for setting in CONTINUUM if setting in numbers}
@@ -260,6 +272,8 @@ def _solve(config: ModelConfig, standard: int | None) -> int:
     networks = [len(model.continuum(number).periods) for number in range(config.layers)]
     unit = 3 * config.dim * sum(networks)  # what one hidden unit more in each of them weighs
     ffn = 1 + round((target - _count(model)) / unit)
+    if ffn < config.dim and (config.dim - ffn) * unit <= SLACK * target:
+        ffn = config.dim
     if ffn * min(networks) < config.dim:
         raise ValueError(
             f"{config.name} at size {config.size} would need feed-forward networks of width {ffn}, {ffn * min(networks)} a "

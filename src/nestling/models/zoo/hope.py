@@ -50,6 +50,8 @@ has neither momentum nor an adaptive q."""
     "dgd",
     "momentum",
     "decay",
+    levels=2,
+    narrow=True,
 )
 def hope(c: ModelConfig, _: int) -> Block:
     choices: dict[str, Any] = {
@@ -68,6 +70,7 @@ def hope(c: ModelConfig, _: int) -> Block:
     "hope_attention",
     "Hope-Attention: softmax attention and Hope's continuum (Nested Learning, §8.3).",
     "periods",
+    levels=2,
 )
 def hope_attention(c: ModelConfig, _: int) -> Block:
     return Block(c, Attention(c.dim, c.heads), periods=c.periods)
@@ -78,6 +81,7 @@ def hope_attention(c: ModelConfig, _: int) -> Block:
     "Sliding-window attention and Hope's continuum, so that the state does not grow (after Nested Learning, §8.3).",
     "periods",
     "window",
+    levels=2,
 )
 def hope_swa(c: ModelConfig, _: int) -> Block:
     return Block(c, SlidingAttention(c.dim, c.heads, c.window or 1), periods=c.periods)
