@@ -87,21 +87,18 @@ def fitting(shape: Sequence[int], like: Tensor, *, unit: int, state: float, insi
 
 
 def scan(run: Run, call: Call, size: Size | None) -> tuple[Tensor, Any] | None:
-    """The call in pieces; None where there is nothing to gain: no gradient is asked for, or one piece would do.
+    """The call in pieces; None where one piece would do. With and without gradients, so that both give the same bits.
 
     run   a scan without pieces;  size: of pieces, None: not to be cut
     """
     size = size if size is None else _FORCED.get() or size
     lanes, heads, time = call.q.shape[:3]
-    if size is None or uncut() or not torch.is_grad_enabled() or torch.compiler.is_compiling() or call.q.numel() == 0:
+    if size is None or uncut() or call.q.numel() == 0:
         return None
     if lanes <= size.lanes and heads <= size.heads and time <= size.tokens:
         return None
     work = _Work(run, call, size)
-    given = work.given
-    if not any(x is not None and x.requires_grad for x in given):
-        return None
-    y, *ends = _Pieces.apply(work, *given)  # type: ignore[no-untyped-call]
+    y, *ends = _Pieces.apply(work, *work.given)  # type: ignore[no-untyped-call]
     return y, work.ended.fill(ends)
 
 

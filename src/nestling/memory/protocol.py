@@ -235,7 +235,8 @@ class TwoEngines(Memory, Generic[Inputs, State]):
 
         call = Call(w0, q, k, v, Gates() if gates is None else gates, state, reset, valid)
         cut = None
-        if engine == "chunked" and report is None and torch.is_grad_enabled() and not pieces.uncut():
+        whole = engine == "reference" or report is not None or torch.compiler.is_compiling() or q.shape[2] == 1
+        if not (whole or pieces.uncut()):
             cut = pieces.scan(run, call, self._piece(call, tile))
         return run(call) if cut is None else cut
 
