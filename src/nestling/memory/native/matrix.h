@@ -71,6 +71,16 @@ static inline void transpose(int rows, int columns, const real *from, ptrdiff_t 
         for (int j = 0; j < columns; j++) to[i * width + j] = from[i * row + j * column];
 }
 
+// n reals, at most PANEL: moves of known sizes, which are quicker than a call.
+static inline void copy_part(int n, const real *restrict from, real *restrict to) {
+    for (; n >= LANES; n -= LANES, from += LANES, to += LANES) memcpy(to, from, LANES * sizeof(real));
+    if (n >= LANES / 2) {
+        memcpy(to, from, LANES / 2 * sizeof(real));
+        n -= LANES / 2, from += LANES / 2, to += LANES / 2;
+    }
+    for (int i = 0; i < n; i++) to[i] = from[i];
+}
+
 // One panel of B, `depth` rows of PANEL columns; columns from `live` on are 0.
 static void pack(Operand b, int depth, int live, real *restrict panel) {
     if (b.column == 1 && live == PANEL) {
@@ -79,7 +89,7 @@ static void pack(Operand b, int depth, int live, real *restrict panel) {
     }
     if (live < PANEL) memset(panel, 0, (size_t)depth * PANEL * sizeof(real));
     if (b.column == 1) {
-        for (int k = 0; k < depth; k++) memcpy(panel + (size_t)k * PANEL, b.at + k * b.row, live * sizeof(real));
+        for (int k = 0; k < depth; k++) copy_part(live, b.at + k * b.row, panel + (size_t)k * PANEL);
         return;
     }
     for (int k = 0; k < depth; k += 8)
@@ -149,7 +159,7 @@ static void product(
                 to = edge, step = PANEL;
                 if (sign)
                     for (int i = 0; i < block; i++)
-                        memcpy(edge + i * PANEL, c + (size_t)(m + i) * width + n, live * sizeof(real));
+                        copy_part(live, c + (size_t)(m + i) * width + n, edge + i * PANEL);
             }
             const real *from = a.at + m * a.row;
             if (block == ROWS && narrow) kernel_full_1(from, a.row, a.column, panel, stride, depth, to, step, sign);
@@ -160,7 +170,7 @@ static void product(
                     else kernel_1_2(from, a.row, a.column, panel, stride, depth, to, step, sign);
             if (!whole)
                 for (int i = 0; i < block; i++)
-                    memcpy(c + (size_t)(m + i) * width + n, edge + i * PANEL, live * sizeof(real));
+                    copy_part(live, edge + i * PANEL, c + (size_t)(m + i) * width + n);
         }
     }
 }
