@@ -207,7 +207,8 @@ def test_pairs_that_overflow_go_back_to_the_chunks_start(name: str) -> None:
     _, half = spec.scan(w0, q[:, :, :4], k[:, :, :4], v[:, :, :4], gates[slice(0, 4)])
     for engine in ("chunked", "reference"):
         _, state = spec.scan(w0, q, k, v, gates, engine=engine)
-        assert state.faults.tolist() == [1, 0]
+        assert state.faults[0] > 0
+        assert state.faults[1] == 0
         assert all(bool(torch.isfinite(x).all()) for x in nl.state.leaves(state) if x.is_floating_point())
         count = half.pairs.weight.shape[1]
         assert torch.equal(state.pairs.weight[0, :count], half.pairs.weight[0])

@@ -294,21 +294,25 @@ def test_skips_the_tokens_that_the_guard_refuses(name: str, bad: float, calls: l
 
 @NEEDS
 def test_guards_step_in_as_ever(calls: list[int]) -> None:
-    """Values that overflow on the way, which the inputs do not show."""
+    """Values that overflow on the way, which the inputs do not show: the other lane is still read by the C code."""
     spec = nl.memory.named("titans", key_dim=8, chunk=8)
     w0, (q, k, v), gates = example(spec, 32, 9, torch.float32)
     with torch.no_grad():
+        clean, _ = nl.memory.scan(spec, w0, q, k, v, gates)
+        calls.clear()
         v, lr = v.clone(), gates.lr.clone()
         v[1, 0, 3], lr[1, 0, 3] = 1e18, 1e16
         gates = dataclasses.replace(gates, lr=lr)
         y, state = nl.memory.scan(spec, w0, q, k, v, gates)
-        assert not calls, "the C code must leave these to the guards"
+        assert calls
         with without():
             z, other = nl.memory.scan(spec, w0, q, k, v, gates)
-    assert state.faults.sum() > 0
+    assert state.faults.tolist() == other.faults.tolist()
+    assert state.faults[0] == 0 < state.faults[1]
     assert all(bool(torch.isfinite(w).all()) for w in (*state.anchor, *state.weights, *state.momentum))
-    for one, same in zip([y, *nl.state.leaves(state)], [z, *nl.state.leaves(other)], strict=True):
-        torch.testing.assert_close(one, same, rtol=0.0, atol=0.0, equal_nan=True)
+    assert torch.equal(y[0], clean[0])
+    assert_close([y[1, :, :3]], [z[1, :, :3]])
+    torch.testing.assert_close(y[1], z[1], rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @NEEDS

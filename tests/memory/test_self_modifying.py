@@ -503,11 +503,11 @@ def test_faulty_tokens_leave_finite_outer_gradients() -> None:
         assert torch.isfinite(gradient).all()
 
 
-def test_weights_that_overflow_go_back_to_the_anchor_of_their_bank() -> None:
-    """Steps of 3e38 overflow in two tokens. A lane that reads zeros writes zeros, however large its steps."""
-    spec, w0 = build(10, chunk=4, chunk_others=2, rule=Gradient(), lr_max=3e38)
+def test_weights_that_overflow_go_back_to_their_anchors() -> None:
+    """Steps of 3e38 overflow, and all memories of the lane go back together. A lane that reads zeros writes zeros."""
+    spec, w0 = build(10, chunk=8, chunk_others=4, rule=Gradient(), lr_max=3e38)
     w0 = [w.float() for w in w0]
-    inputs = [x.float() for x in example(spec, time=4)[:3]]
+    inputs = [x.float() for x in example(spec, time=3)[:3]]
     for x in inputs:
         x[1] = 0
         x[0, :, 1:] = x[0, :, :1]
@@ -516,10 +516,10 @@ def test_weights_that_overflow_go_back_to_the_anchor_of_their_bank() -> None:
     for engine in (
         lambda: nl.memory.scan(spec, w0, *inputs, engine="reference"),
         lambda: nl.memory.scan(spec, w0, *inputs),
-        lambda: by_pieces(spec, w0, inputs, [0, 1, 2, 3, 4]),
+        lambda: by_pieces(spec, w0, inputs, [0, 1, 2, 3]),
     ):
         _, state = engine()
-        assert state.faults.tolist() == [3, 0], "the others at tokens 2 and 4, the main memory at token 4"
+        assert state.faults[0] > 0 == state.faults[1]
         for a, b, w in zip(state.anchor, anchor, state.weights, strict=True):
             assert torch.equal(a[0], b[0])
             assert torch.equal(w[0], b[0])

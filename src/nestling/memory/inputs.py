@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from nestling.memory.protocol import Call, Memory
     from nestling.memory.self_modifying import SelfModifying
     from nestling.memory.spec import MemorySpec
+
+
+X = TypeVar("X")
 
 
 class Inputs(NamedTuple):
@@ -45,9 +49,19 @@ class Inputs(NamedTuple):
     valid: Tensor | None
 
 
+def free(x: Tensor) -> bool:
+    """Whether looking at a value is free: never waits for a GPU, never splits a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def surely(mask: Tensor) -> bool:
-    """True if the mask is all true and looking is free: never waits for a GPU, never splits a compiled graph."""
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+    """True if the mask is all true and looking is free."""
+    return free(mask) and bool(mask.all())
+
+
+def all_finite(*parts: Tensor) -> bool:
+    """True if all of these are finite and looking is free. (False too where a sum alone leaves the range.)"""
+    return free(parts[0]) and all(math.isfinite(float(x.detach().sum())) for x in parts)
 
 
 def lanes_where(mask: Tensor, a: Weights, b: Weights) -> Weights:
@@ -205,22 +219,64 @@ def shift_tail(tail: Tail, key: Tensor, value: Tensor, ok: Tensor, keep: Tensor)
 
 
 def border_guard(
-    at: Tensor, anchor: Weights, weights: Weights, momentum: Weights
+    at: Tensor, anchor: Weights, weights: Weights, momentum: Weights, gone: Tensor | None = None
 ) -> tuple[Weights, Weights, Weights, Tensor]:
     """Close the chunk of the lanes in `at` (bool `[lane]`, CPU): move the anchor to the weights, unless a guard steps in.
 
     Returns anchor, weights, momentum and the lanes (bool) whose weights or momentum were not finite: these go back to the
-    old anchor, with momentum 0.
+    old anchor, with momentum 0, at a border or not.
+
+    gone  lanes of which it is known already, see `unharmed`
     """
-    total = sum(x.flatten(1).sum(1) for x in (*weights, *momentum))
-    assert isinstance(total, Tensor)
-    finite = torch.isfinite(total)
-    if surely(finite):
-        return lanes_where(at, weights, anchor), weights, momentum, torch.zeros_like(finite)
-    broken = at.to(finite.device) & ~finite
+    broken = overflowed(weights, momentum) if gone is None else gone
+    if free(broken) and not bool(broken.any()):
+        return (lanes_where(at, weights, anchor) if bool(at.any()) else anchor), weights, momentum, broken
     weights = lanes_where(broken, anchor, weights)
     momentum = lanes_where(broken, tuple(torch.zeros_like(s) for s in momentum), momentum)
     return lanes_where(at, weights, anchor), weights, momentum, broken
+
+
+def overflowed(weights: Weights, momentum: Weights) -> Tensor:
+    """Lanes, bool `[lane]`, whose weights or momentum are not finite."""
+    if all_finite(*weights, *momentum):
+        return torch.zeros(len(weights[0]), dtype=torch.bool)
+    return ~torch.stack([torch.isfinite(x.detach()).flatten(1).all(1) for x in (*weights, *momentum)]).all(0)
+
+
+def unharmed(
+    token: Callable[[X, Tensor | None], tuple[Tensor, MemoryState, Tensor]], x: X, without: Callable[[X, Tensor], X]
+) -> tuple[Tensor, MemoryState]:
+    """A token's answer and the state after it; made again, where it is to be differentiated, without what overflowed in it:
+    derivatives of that are no numbers, and 0 times these neither.
+
+    token    answer, state and lanes that went back to their anchor, bool `[…, lane]`; given those, they go back in any case
+    without  the inputs with the token refused in some lanes
+    """
+    y, state, gone = token(x, None)
+    if torch.is_grad_enabled() and free(gone) and bool(gone.any()):
+        tail = state.tail  # the token stays where windows find it
+        y, state, _ = token(without(x, gone.reshape(-1, gone.shape[-1]).any(0)), gone)
+        state = state._replace(tail=tail)
+    return y, state
+
+
+def refused(x: Inputs, lanes: Tensor, t: int) -> Inputs:
+    """The inputs with token t of some lanes (bool `[lane]`) refused."""
+    at = torch.zeros_like(x.fine)
+    at[:, t] = lanes
+    acts = ~at[:, None]
+
+    def none(gate: Tensor | None) -> Tensor | None:
+        return None if gate is None else torch.where(acts, gate, 0.0)
+
+    def kept(gate: Factor | None) -> Factor | None:
+        return None if gate is None else gate.masked(acts[..., None] if gate.log.dim() > 3 else acts)
+
+    lr = torch.where(acts, x.lr, 0.0)
+    k, v = (torch.where(acts[..., None], u, 0.0) for u in (x.k, x.v))
+    return x._replace(
+        k=k, v=v, lr=lr, erase=none(x.erase), retention=kept(x.retention), momentum=kept(x.momentum), fine=x.fine & ~at
+    )
 
 
 def erase_strength(erase: Tensor, layer: int, square: Tensor) -> Tensor:

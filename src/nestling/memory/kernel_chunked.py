@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nestling.memory.chunked import back, by_groups, carried, gather, gradients, series, surprise_and_update
 from nestling.memory.coefficients import Coefficients, coefficients
-from nestling.memory.inputs import lanes_where
+from nestling.memory.inputs import lanes_where, overflowed, surely
 from nestling.memory.kernel import TILE, KernelMemory, KernelState, Pairs, Streams
 from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import at
@@ -237,8 +237,11 @@ def _tile(
     weights = (weights[0], *moved)
     weight = weight.scatter_add(-1, slot.unsqueeze(1).expand_as(last), last)
     border = cut.border[n]
-    if bool(border.any()):
-        weights, weight, broken = _guarded(border, anchor, weights, still, weight)
+    if cut.size == 1 or bool(border.any()):
+        weights, weight, broken = _guarded(anchor, weights, still, weight)
+        if spec.read == "after" and cut.size == 1 and not surely(~broken):  # they answer as they stand
+            stood = spec.network.apply(at([first, *anchor[1:]]), cell.q)  # type: ignore[list-item]
+            y = torch.where(broken.view(-1, 1, 1, 1), stood, y)
         anchor = lanes_where(border, weights, anchor)
         still = torch.where(border.to(weight.device)[:, None, None], weight, still)
         faults = faults + broken
@@ -248,14 +251,9 @@ def _tile(
     return y, Running(anchor, weights, weight, still, (*keys, k), (*writes, u), faults), note
 
 
-def _guarded(
-    at: Tensor, anchor: Weights, weights: Weights, still: Tensor, weight: Tensor
-) -> tuple[Weights, Tensor, Tensor]:
-    """The border guard: lanes whose weights or pairs are not finite at a chunk's end go back to its start."""
-    total = weight.detach().flatten(1).sum(1)
-    for w in weights:
-        total = total + w.detach().flatten(1).sum(1)
-    broken = at.to(total.device) & ~torch.isfinite(total)
+def _guarded(anchor: Weights, weights: Weights, still: Tensor, weight: Tensor) -> tuple[Weights, Tensor, Tensor]:
+    """The border guard: lanes whose weights or pairs are not finite go back to the start of the chunk."""
+    broken = overflowed((weight, *weights), ())
     weights = lanes_where(broken, anchor, weights)
     return weights, torch.where(broken[:, None, None], still, weight), broken
 

@@ -146,13 +146,14 @@ def _grown(spec: KernelMemory, x: Streams, lane: int, t: int, state: KernelState
                 moved = (w - step[:, None, None] * g[:, -1 - lag] for w, g in zip(weights[1:], later, strict=True))
                 weights = (weights[0], *moved)
 
+    broken = not torch.isfinite(torch.stack([new.sum(), *(w.sum() for w in weights)])).all()
+    if broken:
+        weights, new = anchor, still
     w, a = {"after": (weights, new), "before": before, "boundary": (anchor, still)}[spec.read]
     y = answer(spec, x.theta, w, Sum(key, write, a), x.q[lane, :, t : t + 1])[:, 0]
 
-    position, faults = position + 1, state.faults + (~ok[-1]).long()
+    position, faults = position + 1, state.faults + (~ok[-1] | broken).long()
     if position % spec.chunk == 0:
-        if not torch.isfinite(torch.stack([new.sum(), *(w.sum() for w in weights)])).all():
-            weights, new, faults = anchor, still, faults + 1
         anchor, still = weights, new
     pairs = Pairs(*(part.transpose(0, 1)[None] for part in (key, write, new, still)))
     first, now = (tuple(w[None] for w in side) for side in (anchor, weights))

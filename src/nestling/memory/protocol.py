@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime
 import torch
 from torch import Tensor
 
-from nestling.memory import pieces
+from nestling.memory import overflow, pieces
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Gates
 from nestling.memory.report import Report
@@ -195,6 +195,11 @@ Engines = tuple[Callable[..., tuple[Tensor, State]], Callable[..., tuple[Tensor,
 class TwoEngines(Memory, Generic[Inputs, State]):
     """A memory with a reference and a chunked engine. Both are given the same inputs, checked and in the compute dtype."""
 
+    _guards = True
+    """Whether what overflows is looked for here, and not by the memories that it is made of."""
+    _guards_queries = False
+    """Whether a query that is not finite is one more reason to refuse a token."""
+
     @abstractmethod
     def _prepare(self, call: Call) -> Inputs:
         """Check a call, cast it up to at least float32 (C7), find the tokens the guard must skip (C8)."""
@@ -227,11 +232,16 @@ class TwoEngines(Memory, Generic[Inputs, State]):
             raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
         reference, chunked = self._engines()
 
+        def plain(call: Call, report: Report | None) -> tuple[Tensor, State, Inputs]:
+            x = self._prepare(call)
+            y, new = reference(self, x) if engine == "reference" else chunked(self, x, tile=tile, report=report)
+            return y.to(q.dtype), new, x
+
         def run(call: Call) -> tuple[Tensor, State]:
             with torch.autocast(q.device.type, enabled=False):
-                x = self._prepare(call)
-                y, new = reference(self, x) if engine == "reference" else chunked(self, x, tile=tile, report=report)
-            return y.to(q.dtype), new
+                if self._guards:
+                    return overflow.read(plain, call, report, halve=engine == "chunked", guarded=self._guards_queries)
+                return plain(call, report)[:2]
 
         call = Call(w0, q, k, v, Gates() if gates is None else gates, state, reset, valid)
         cut = None

@@ -10,12 +10,22 @@ y_t = M(q_t; link(Z_t))                          or link(Z_{t−1}), or link(A):
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail, surely
+from nestling.memory.inputs import (
+    Inputs,
+    border_guard,
+    erase_strength,
+    lanes_where,
+    refused,
+    shift_tail,
+    surely,
+    unharmed,
+)
 from nestling.memory.networks.base import Network, at
 from nestling.memory.retentions import linked, per_channel, settled, toward_initial
 from nestling.memory.rules import Leader, Nesterov
@@ -34,7 +44,7 @@ def scan(spec: MemorySpec, inputs: Inputs) -> tuple[Tensor, MemoryState]:
     with torch.enable_grad():
         state, outputs = inputs.state, []
         for t in range(inputs.q.shape[2]):
-            y, state = _token(spec, inputs, state, t)
+            y, state = unharmed(partial(_token, spec, state, t), inputs, partial(refused, t=t))
             outputs.append(y)
         if not outputs:
             return inputs.q.new_zeros(*inputs.q.shape[:3], spec.value_dim), state
@@ -44,7 +54,10 @@ def scan(spec: MemorySpec, inputs: Inputs) -> tuple[Tensor, MemoryState]:
     return y.detach(), detach(state)
 
 
-def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Tensor, MemoryState]:
+def _token(
+    spec: MemorySpec, state: MemoryState, t: int, x: Inputs, gone: Tensor | None
+) -> tuple[Tensor, MemoryState, Tensor]:
+    """See `unharmed`."""
     lanes = x.q.shape[0]
     alive = torch.ones(lanes, dtype=torch.bool) if x.valid is None else x.valid[:, t].cpu()
     if x.reset is not None:
@@ -107,20 +120,21 @@ def _token(spec: MemorySpec, x: Inputs, state: MemoryState, t: int) -> tuple[Ten
             new = new - erasure(x_t, x_t @ seen, strength[..., None, None])
         after.append(torch.where(live, new + step, w))
 
-    after = list(settled(spec.retention, closing, tuple(after), state.anchor))
-    read = {"after": tuple(after), "before": before, "boundary": state.anchor}[spec.read]
+    ends = settled(spec.retention, closing, tuple(after), state.anchor)
+    anchors, weights, moved, broken = border_guard(closing, state.anchor, ends, tuple(momentum), gone)
+    read = {"after": weights, "before": before, "boundary": state.anchor}[spec.read]
     q = x.q[:, :, t, None]
-    stands = lanes_where(closing, tuple(after), state.anchor) if spec.read == "after" else state.anchor
+    stands = anchors if spec.read == "after" else state.anchor
     own = [linked(spec.retention, w, a) for w, a in zip(read, stands, strict=True)]
     y = spec.network.apply(at(own), q)[:, :, 0]
     y = torch.where(alive.to(y.device).view(-1, 1, 1), y, 0.0)
 
-    anchors, weights, moved, broken = border_guard(closing, state.anchor, tuple(after), tuple(momentum))
     tail = state.tail
     if tail is not None:
         tail = shift_tail(tail, x.k[:, :, t, None], x.v[:, :, t, None], fine[:, None], alive)
-    skipped = ~(fine & finite) & alive.to(fine.device)
-    return y, MemoryState(anchors, weights, moved, tail, position, state.faults + broken.long() + skipped.long())
+    skipped = ~(fine & finite | broken) & alive.to(fine.device)
+    faults = state.faults + broken.long() + skipped.long()
+    return y, MemoryState(anchors, weights, moved, tail, position, faults), broken
 
 
 def _gradients(

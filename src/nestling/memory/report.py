@@ -49,6 +49,19 @@ class Report:
                 else:
                     scope.add(**{name: change(value)})
 
+    def merged(self, other: Report, choose: Callable[[Tensor, Tensor], Tensor]) -> Report:
+        """A report of the same entries, each chosen of this one's and the other's."""
+        made = Report()
+        for level in other:
+            scope = made.scope(level) if level else made
+            for name, value in other[level].items():
+                entry = {name: choose(self[level][name], value)}
+                if name in other._counts.get(level, {}):
+                    scope.count(**entry)
+                else:
+                    scope.add(**entry)
+        return made
+
     def __getitem__(self, level: str) -> dict[str, Tensor]:
         series = {name: torch.cat(parts, -1) for name, parts in self._entries.get(level, {}).items()}
         return series | self._counts.get(level, {})

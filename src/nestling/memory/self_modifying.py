@@ -26,7 +26,7 @@ from torch import Tensor
 from nestling.memory.biases import L2, Bias, reads_threshold
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import border_guard, check, check_weights, token_guard, widest
+from nestling.memory.inputs import border_guard, check, check_weights, overflowed, token_guard, widest
 from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Retention, Settled, per_channel, toward_initial
@@ -72,20 +72,31 @@ def close(
     anchor: Weights,
     weights: Weights,
     momentum: Weights,
-    faults: Tensor,
+    gone: Tensor | None = None,
 ) -> tuple[Weights, Weights, Weights, Tensor]:
-    """Close the chunks of each bank in the lanes of its `closing` (bool `[lane]`, CPU), with the border guard."""
-    ends = []
+    """Close the chunks of each bank in the lanes of its `closing` (bool `[lane]`, CPU), with the border guard, by which all
+    memories of a lane go back together.
+
+    Returns anchor, weights, momentum, and which lanes went back.
+    """
+    ends, broken = [], overflowed(weights, momentum) if gone is None else gone
     for bank, at in zip(spec.banks, closing, strict=True):
         parts = [part[bank.layers] for part in (anchor, weights, momentum)]
-        if torch.compiler.is_compiling() or bool(at.any()):
-            if spec.static and bank.names != ("main",):
-                parts[1:] = spec.put_back(at, *parts)
-            *parts, broken = border_guard(at, *parts)
-            faults = faults + broken
-        ends.append(parts)
+        if spec.static and bank.names != ("main",) and (torch.compiler.is_compiling() or bool(at.any())):
+            parts[1:] = spec.put_back(at, *parts)
+        ends.append(border_guard(at, parts[0], parts[1], parts[2], broken)[:3])
     anchor, weights, momentum = (sum(parts, ()) for parts in zip(*ends, strict=True))
-    return anchor, weights, momentum, faults
+    return anchor, weights, momentum, broken
+
+
+def refused(x: Streams, lanes: Tensor, t: int) -> Streams:
+    """The inputs with token t of some lanes (bool `[lane]`) refused."""
+    at = torch.zeros_like(x.fine)
+    at[:, t] = lanes
+    acts = ~at[:, None]
+    k, v = (torch.where(acts[..., None], u, 0.0) for u in (x.k, x.v))
+    momentum = None if x.momentum is None else x.momentum.masked(acts)
+    return x._replace(k=k, v=v, momentum=momentum, fine=x.fine & ~at)
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     unit_values: bool = False
     static: tuple[str, ...] = ()
     name: str = "self_modifying"
+    _guards_queries = True
 
     def __post_init__(self) -> None:
         whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, chunk=self.chunk)

@@ -8,6 +8,7 @@ layer, and one triangular system the first layer of every memory. The generators
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,12 +36,12 @@ from nestling.memory.chunked import (
 )
 from nestling.memory.coefficients import coefficients
 from nestling.memory.gates import Factor
-from nestling.memory.inputs import lanes_where, surely
+from nestling.memory.inputs import lanes_where, surely, unharmed
 from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import at
 from nestling.memory.norm import l2_norm
 from nestling.memory.report import Report
-from nestling.memory.self_modifying import SelfModifying, Streams, close
+from nestling.memory.self_modifying import SelfModifying, Streams, close, refused
 from nestling.memory.state import MemoryState, Weights
 
 
@@ -78,11 +79,28 @@ def ask(spec: SelfModifying, x: Streams) -> Tensor:
     return torch.stack([given[name] for name in spec.generators], 1)
 
 
-def make(spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, asked: Tensor, fine: Tensor) -> Made:
-    """Keys, gates and targets of tokens.
+def made_of(
+    spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, asked: Tensor, fine: Tensor
+) -> tuple[Made, tuple[Factors, ...]]:
+    """Keys, gates and targets of tokens, and the factors of each bank, without those tokens of which something is not finite.
 
     q `[lane, head, time, dim]`, asked `[lane, memory, head, time, dim]`, fine bool `[lane, time]`
     """
+    first = make(spec, x, anchor, q, asked, fine)
+    made, factors = write(spec, anchor, first)
+    lost = fine & ~made.live
+    if lost.device.type == "cpu" and not torch.compiler.is_compiling() and bool(lost.any()):
+        # Made again without them: what overflowed has derivatives that are no numbers, and 0 times these neither.
+        acts = torch.stack([first.live if name == "q" else made.live for name in spec.generators], 1)
+        asked = torch.where(acts[:, :, None, :, None], asked, 0.0)
+        made, factors = write(spec, anchor, make(spec, x, anchor, q, asked, made.live, first.live))
+    return made, factors
+
+
+def make(
+    spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, asked: Tensor, fine: Tensor, asks: Tensor | None = None
+) -> Made:
+    """Keys, gates and targets, as in `made_of`.  asks: tokens whose queries are answered; None: the `fine` ones."""
     generators = spec.banks[0]
     answers = generators.network.apply(at(anchor[generators.layers]), asked)
     answer = dict(zip(generators.names, torch.split(answers, 1, 1), strict=True))
@@ -100,7 +118,8 @@ def make(spec: SelfModifying, x: Streams, anchor: Weights, q: Tensor, asked: Ten
         query = l2_norm(query)
     fine = fine & sound(tuple(whole)).all((1, 2))
     value = l2_norm(value) if spec.unit_values else value
-    query, key, value = only(fine[:, None, None], (query, l2_norm(key), value))
+    (query,) = only((fine if asks is None else asks)[:, None, None], (query,))
+    key, value = only(fine[:, None, None], (l2_norm(key), value))
 
     targets = []
     for bank in spec.banks:
@@ -215,8 +234,7 @@ def _group(
             weights = lanes_where(fresh, x.start.weights, weights)
             momentum = lanes_where(fresh, x.start.momentum, momentum)
         tile = tiles[n]
-        made = make(spec, x, anchor, tile.q, tile.asked, tile.fine)
-        made, factors = write(spec, anchor, made)
+        made, factors = made_of(spec, x, anchor, tile.q, tile.asked, tile.fine)
         erase = made.erase(spec)
         mu, alive = tile.momentum, None
         if mu is not None and not surely(made.live):
@@ -241,7 +259,10 @@ def _group(
             moved.append(advance(c, weights[own], momentum[own], writes))
         outputs.append(y.squeeze(1))
         weights, momentum = (sum(parts, ()) for parts in zip(*moved, strict=True))
-        anchor, weights, momentum, faults = close(spec, cut.borders[:, n].unbind(), anchor, weights, momentum, faults)
+        if bool(cut.borders[:, n].any()):
+            closing = cut.borders[:, n].unbind()
+            anchor, weights, momentum, broken = close(spec, closing, anchor, weights, momentum)
+            faults = faults + broken
         faults = faults + (tile.use & ~made.live).sum(1)
         if noting:
             kept = torch.ones_like(made.lr) if made.retention is None else made.retention.plain()
@@ -252,6 +273,11 @@ def _group(
 
 def step(spec: SelfModifying, x: Streams) -> tuple[Tensor, MemoryState]:
     """A scan of length 1, lanes at any positions: rank-one updates, no tiles, the same work at every position."""
+    return unharmed(partial(_token, spec), x, partial(refused, t=0))
+
+
+def _token(spec: SelfModifying, x: Streams, gone: Tensor | None) -> tuple[Tensor, MemoryState, Tensor]:
+    """See `unharmed`."""
     anchor, weights, momentum, _, position, faults = x.state
     alive = None if x.valid is None else x.valid[:, 0]
     if x.reset is not None:
@@ -261,7 +287,7 @@ def step(spec: SelfModifying, x: Streams) -> tuple[Tensor, MemoryState]:
         momentum = lanes_where(fresh, x.start.momentum, momentum)
         position = torch.where(fresh.cpu(), 0, position)
     fine = x.fine if alive is None else x.fine & alive.to(x.fine.device)[:, None]
-    made, factors = write(spec, anchor, make(spec, x, anchor, x.q, ask(spec, x), fine))
+    made, factors = made_of(spec, x, anchor, x.q, ask(spec, x), fine)
     size = (made.lr * spec.rule.step(spec.key_dim)).unsqueeze(-1)
     retention = None if made.retention is None else made.retention.plain()
     mu = None if x.momentum is None else x.momentum.plain().unsqueeze(1)
@@ -282,18 +308,15 @@ def step(spec: SelfModifying, x: Streams) -> tuple[Tensor, MemoryState]:
         for bank, found in zip(spec.banks, factors, strict=True)
     ]
     after, moved_s = (sum(parts, ()) for parts in zip(*moved, strict=True))
-    served = {"after": after, "before": weights, "boundary": anchor}[spec.read]
+    here = torch.ones_like(position, dtype=torch.bool) if alive is None else alive.cpu()
+    position = torch.where(here, position + 1, position)
+    closing = [here & (position % bank.chunk == 0) for bank in spec.banks]
+    stood, (anchor, ends, moved_s, broken) = anchor, close(spec, closing, anchor, after, moved_s, gone)
+    after = lanes_where(broken, stood, after)
+    served = {"after": after, "before": weights, "boundary": stood}[spec.read]
     y = spec.network.apply(at(served[spec.banks[1].layers]), made.q).squeeze(1)
-    lost = ~made.live
-    if alive is None:
-        position = position + 1
-        here = torch.ones_like(position, dtype=torch.bool)
-    else:
-        here = alive.cpu()
-        position = torch.where(here, position + 1, position)
+    lost = ~(made.live | broken[:, None])
+    if alive is not None:
         lost = lost & alive.to(lost.device)[:, None]
         y = torch.where(alive.to(y.device).view(-1, 1, 1, 1), y, 0.0)
-    faults = faults + lost.sum(1)
-    closing = [here & (position % bank.chunk == 0) for bank in spec.banks]
-    anchor, after, moved_s, faults = close(spec, closing, anchor, after, moved_s, faults)
-    return y, MemoryState(anchor, after, moved_s, None, position, faults)
+    return y, MemoryState(anchor, ends, moved_s, None, position, faults + lost.sum(1) + broken), broken

@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from nestling.memory.inputs import erase_strength, lanes_where
+from nestling.memory.inputs import erase_strength, lanes_where, unharmed
 from nestling.memory.networks import Network
 from nestling.memory.networks.base import at
 from nestling.memory.norm import l2_norm
 from nestling.memory.reference import detach, layer_inputs
-from nestling.memory.self_modifying import SelfModifying, Streams, close
+from nestling.memory.self_modifying import SelfModifying, Streams, close, refused
 from nestling.memory.state import MemoryState, Weights
 
 
@@ -24,13 +26,16 @@ def scan(spec: SelfModifying, x: Streams) -> tuple[Tensor, MemoryState]:
     with torch.enable_grad():
         state, outputs = x.state, []
         for t in range(x.q.shape[2]):
-            y, state = _token(spec, x, state, t)
+            y, state = unharmed(partial(_token, spec, state, t), x, partial(refused, t=t))
             outputs.append(y)
         y = torch.stack(outputs, 2) if outputs else x.q.new_zeros(x.q.shape)
     return (y, state) if outer else (y.detach(), detach(state))
 
 
-def _token(spec: SelfModifying, x: Streams, state: MemoryState, t: int) -> tuple[Tensor, MemoryState]:
+def _token(
+    spec: SelfModifying, state: MemoryState, t: int, x: Streams, gone: Tensor | None
+) -> tuple[Tensor, MemoryState, Tensor]:
+    """See `unharmed`."""
     alive = torch.ones(x.q.shape[0], dtype=torch.bool) if x.valid is None else x.valid[:, t].cpu()
     if x.reset is not None:
         fresh = x.reset[:, t].cpu() & alive
@@ -67,6 +72,12 @@ def _token(spec: SelfModifying, x: Streams, state: MemoryState, t: int) -> tuple
     total = sum(g.sum((1, 2, 3)) for found in gradients.values() for g in found)
     assert isinstance(total, Tensor)
     fine = x.fine[:, t] & sound & torch.isfinite(total)
+    lost = x.fine[:, t] & ~fine
+    if bool(lost.any()):  # made again without it, whose derivatives are no numbers, and 0 times these neither
+        unasked = torch.zeros_like(x.fine)
+        unasked[:, t] = lost & ~sound
+        silent = x._replace(q=torch.where(unasked[:, None, :, None], 0.0, x.q))
+        return _token(spec, state, t, refused(silent, lost, t), gone)
     live = (fine & alive.to(fine.device)).view(-1, 1, 1, 1)
 
     after: dict[str, Weights] = {}
@@ -89,17 +100,18 @@ def _token(spec: SelfModifying, x: Streams, state: MemoryState, t: int) -> tuple
             new.append(torch.where(live, changed, w))
         after[name], momentum[name] = tuple(new), tuple(kept)
 
-    served = {"after": after, "before": running, "boundary": anchor}[spec.read]["main"]
-    y = spec.network.apply(at(served), q)[:, :, 0]
-    y = torch.where(alive.to(y.device).view(-1, 1, 1), y, 0.0)
-
     position = torch.where(alive, state.position + 1, state.position)
     weights = spec.join(after)
     moves = spec.join(momentum) if spec.rule.momentum else ()
-    faults = state.faults + (~fine & alive.to(fine.device)).long()
     closing = [alive & (position % bank.chunk == 0) for bank in spec.banks]
-    anchors, weights, moves, faults = close(spec, closing, state.anchor, weights, moves, faults)
-    return y, MemoryState(anchors, weights, moves, None, position, faults)
+    anchors, ends, moves, broken = close(spec, closing, state.anchor, weights, moves, gone)
+    after = spec.split(lanes_where(broken, state.anchor, weights))
+    faults = state.faults + broken.long() + (~(fine | broken) & alive.to(fine.device)).long()
+
+    served = {"after": after, "before": running, "boundary": anchor}[spec.read]["main"]
+    y = spec.network.apply(at(served), q)[:, :, 0]
+    y = torch.where(alive.to(y.device).view(-1, 1, 1), y, 0.0)
+    return y, MemoryState(anchors, ends, moves, None, position, faults), broken
 
 
 def _gradients(spec: SelfModifying, network: Network, anchor: Weights, k: Tensor, target: Tensor) -> Weights:

@@ -267,6 +267,19 @@ def sound_rows(fine: Tensor, raw: Tensor) -> Tensor:
     return fine & torch.isfinite(raw.detach().square().sum((1, 3)))
 
 
+def refused(x: Streams, lanes: Tensor, t: int) -> Streams:
+    """The inputs with token t of some lanes (bool `[lane]`) refused."""
+    at = torch.zeros_like(x.fine)
+    at[:, t] = lanes
+    acts = ~at[:, None, :, None]
+    return x._replace(
+        tokens=tuple(torch.where(acts, u, 0.0) for u in x.tokens),
+        lr=torch.where(acts, x.lr, 0.0),
+        retention=None if x.retention is None else x.retention.masked(acts),
+        fine=x.fine & ~at,
+    )
+
+
 def harmless(fine: Tensor, x: Tensor) -> Tensor:
     """Rows `[lane, head, time, dim]` of tokens that are not fine made 0."""
     return x if surely(fine) else torch.where(fine[:, None, :, None], x, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 from nestling.memory.chunked import back, by_groups, gather, group_size, series
 from nestling.memory.coefficients import Coefficients, coefficients, each, products
 from nestling.memory.gates import Factor
-from nestling.memory.inputs import border_guard, lanes_where, surely
+from nestling.memory.inputs import border_guard, lanes_where, surely, unharmed
 from nestling.memory.layout import layout
 from nestling.memory.report import Report
-from nestling.memory.slots import SlotMemory, Streams, Tile
+from nestling.memory.slots import SlotMemory, Streams, Tile, refused
 from nestling.memory.state import MemoryState, Weights
 
 TILE = 64  # tokens per product
@@ -132,6 +133,11 @@ def _matrices(spec: SlotMemory, lr: Tensor, retention: Factor | None) -> list[Co
 
 def step(spec: SlotMemory, x: Streams) -> tuple[Tensor, MemoryState]:
     """A scan of length 1, lanes at any positions: the same work at every position."""
+    return unharmed(partial(_token, spec), x, partial(refused, t=0))
+
+
+def _token(spec: SlotMemory, x: Streams, gone: Tensor | None) -> tuple[Tensor, MemoryState, Tensor]:
+    """See `unharmed`."""
     anchor, weights, position = x.state.anchor, x.state.weights, x.state.position
     alive = None if x.valid is None else x.valid[:, 0]
     if x.reset is not None:
@@ -146,7 +152,6 @@ def step(spec: SlotMemory, x: Streams) -> tuple[Tensor, MemoryState]:
     )
     moved = spec.tile(Tile(x.tokens, lr.unbind(-1), [c.each()[0] for c in matrices], anchor, weights, False))
     y, weights = moved.y, moved.weights
-    lost = ~(x.fine & moved.sound)
     if alive is None:
         position = position + 1
         closing = position % spec.chunk == 0
@@ -154,11 +159,14 @@ def step(spec: SlotMemory, x: Streams) -> tuple[Tensor, MemoryState]:
         here = alive.cpu()
         position = torch.where(here, position + 1, position)
         closing = here & (position % spec.chunk == 0)
-        lost = lost & alive.to(lost.device)[:, None]
         y = torch.where(alive.to(y.device).view(-1, 1, 1, 1), y, 0.0)
-    faults = x.state.faults + lost.sum(1)
     if torch.compiler.is_compiling() or bool(closing.any()):
         weights = lanes_where(closing, spec.settle(weights), weights)
-        anchor, weights, _, broken = border_guard(closing, anchor, weights, ())
-        faults = faults + broken
-    return y, MemoryState(anchor, weights, (), None, position, faults)
+    stood, (anchor, weights, _, broken) = anchor, border_guard(closing, anchor, weights, (), gone)
+    if spec.read == "after" and not surely(~broken):  # they answer as they stand
+        y = torch.where(broken.view(-1, 1, 1, 1), spec.answer(x.tokens, stood, stood), y)
+    lost = ~(x.fine & moved.sound | broken[:, None])
+    if alive is not None:
+        lost = lost & alive.to(lost.device)[:, None]
+    faults = x.state.faults + lost.sum(1) + broken
+    return y, MemoryState(anchor, weights, (), None, position, faults), broken

@@ -6,12 +6,14 @@ A   = settle(W)                        at a chunk's end, where W is settled too
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from nestling.memory.inputs import border_guard, lanes_where
+from nestling.memory.inputs import border_guard, lanes_where, unharmed
 from nestling.memory.reference import detach
-from nestling.memory.slots import SlotMemory, Streams
+from nestling.memory.slots import SlotMemory, Streams, refused
 from nestling.memory.state import MemoryState
 
 
@@ -23,13 +25,16 @@ def scan(spec: SlotMemory, x: Streams) -> tuple[Tensor, MemoryState]:
     with torch.enable_grad():
         state, outputs = x.state, []
         for t in range(x.lr.shape[2]):
-            y, state = _token(spec, x, state, t)
+            y, state = unharmed(partial(_token, spec, state, t), x, partial(refused, t=t))
             outputs.append(y)
         y = torch.cat(outputs, 2) if outputs else x.lr.new_zeros(*x.lr.shape[:3], spec.value_dim)
     return (y, state) if outer else (y.detach(), detach(state))
 
 
-def _token(spec: SlotMemory, x: Streams, state: MemoryState, t: int) -> tuple[Tensor, MemoryState]:
+def _token(
+    spec: SlotMemory, state: MemoryState, t: int, x: Streams, gone: Tensor | None
+) -> tuple[Tensor, MemoryState, Tensor]:
+    """See `unharmed`."""
     alive = torch.ones(x.lr.shape[0], dtype=torch.bool) if x.valid is None else x.valid[:, t].cpu()
     if x.reset is not None:
         fresh = x.reset[:, t].cpu() & alive
@@ -56,12 +61,13 @@ def _token(spec: SlotMemory, x: Streams, state: MemoryState, t: int) -> tuple[Te
         kept[:, :, n] * w - lr[:, :, n] * g for n, (w, g) in enumerate(zip(state.weights, gradients, strict=True))
     )
     after = lanes_where(live, after, state.weights)
+    position = torch.where(alive, state.position + 1, state.position)
+    closing = alive & (position % spec.chunk == 0)
+    ends = lanes_where(closing, spec.settle(after), after)
+    anchor, ends, _, broken = border_guard(closing, state.anchor, ends, (), gone)
+    after = lanes_where(broken, state.anchor, after)
     served = {"after": after, "before": state.weights, "boundary": state.anchor}[spec.read]
     y = spec.answer(tokens, state.anchor, served)
     y = torch.where(alive.to(y.device).view(-1, 1, 1, 1), y, 0.0)
-    position = torch.where(alive, state.position + 1, state.position)
-    closing = alive & (position % spec.chunk == 0)
-    after = lanes_where(closing, spec.settle(after), after)
-    anchor, after, _, broken = border_guard(closing, state.anchor, after, ())
-    faults = state.faults + broken.long() + (~fine & alive.to(fine.device)).long()
-    return y, MemoryState(anchor, after, (), None, position, faults)
+    faults = state.faults + broken.long() + (~(fine | broken) & alive.to(fine.device)).long()
+    return y, MemoryState(anchor, ends, (), None, position, faults), broken

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nestling.memory import directed
-from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, shift_tail, surely
+from nestling.memory.inputs import (
+    Inputs,
+    all_finite,
+    border_guard,
+    erase_strength,
+    free,
+    lanes_where,
+    overflowed,
+    refused,
+    shift_tail,
+    surely,
+    unharmed,
+)
 from nestling.memory.networks.base import at
 from nestling.memory.retentions import Scaled, linked, per_channel, settled, toward_initial
 from nestling.memory.rules import Leader, Nesterov
@@ -74,6 +87,11 @@ def returning(weights: Weights, share: Tensor, start: Weights) -> Weights:
 
 def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
     """A scan of length 1, lanes at any positions."""
+    return unharmed(partial(_token, spec), x, partial(refused, t=0))
+
+
+def _token(spec: MemorySpec, x: Inputs, gone: Tensor | None) -> tuple[Tensor, MemoryState, Tensor]:
+    """See `unharmed`."""
     from nestling.memory.chunked import factors
 
     state, alive, tail = x.state, None, x.state.tail
@@ -155,23 +173,25 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
         after = returning(after, retention, x.start.weights)
 
     after = settled(spec.retention, closing, after, anchor)
+    # A read after the write shows what is not finite by itself, without a pass over the weights.
+    shows = gone is None and spec.read == "after" and spec.retention.linear and spec.directed is None
+    shows = shows and free(lr) and not bool(closing.any())
+    known = torch.zeros(len(lr), dtype=torch.bool) if shows else gone
+    stood, (anchor, after, moved_s, broken) = anchor, border_guard(closing, anchor, after, moved_s, known)
 
     if spec.read == "boundary":
         y = spec.network.apply(at(standing), x.q)
     else:
         chosen = after if spec.read == "after" else weights
-        stands = anchor
-        if isinstance(spec.retention, Scaled) and spec.read == "after":
-            stands = lanes_where(closing, after, anchor)
+        stands = anchor if isinstance(spec.retention, Scaled) and spec.read == "after" else stood
         y = spec.network.apply(at([linked(spec.retention, w, a) for w, a in zip(chosen, stands, strict=True)]), x.q)
-    lost = ~(x.fine & found.finite[:, 0, halo:])
+    if shows and not all_finite(y) and bool((harmed := overflowed(after, moved_s)).any()):
+        return _token(spec, x, harmed)
+    lost = ~(x.fine & found.finite[:, 0, halo:] | broken[:, None])
     if alive is not None:
         lost = lost & alive.to(lost.device)[:, None]
         y = torch.where(alive.to(y.device).view(-1, 1, 1, 1), y, 0.0)
-    faults = state.faults + lost.sum(1)
-    if torch.compiler.is_compiling() or bool(closing.any()):
-        anchor, after, moved_s, broken = border_guard(closing, anchor, after, moved_s)
-        faults = faults + broken
+    faults = state.faults + lost.sum(1) + broken
     if tail is not None:
         tail = shift_tail(tail, x.k, x.v, x.fine, keep_tail)
-    return y, MemoryState(anchor, after, moved_s, tail, position, faults)
+    return y, MemoryState(anchor, after, moved_s, tail, position, faults), broken

@@ -103,6 +103,7 @@ class Tnt(TwoEngines[Streams, TntState]):
     projection: Projecting = "normalized"
     steps: tuple[float, ...] | None = None
     name: str = "tnt"
+    _guards = False
 
     def __post_init__(self) -> None:
         for field in ("chunk", "shard", "locals"):

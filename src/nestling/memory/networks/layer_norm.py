@@ -10,7 +10,8 @@ EPS = 1e-6  # inside the root
 def normalize(z: Tensor) -> tuple[Tensor, Tensor]:
     """Normalized z and the scale 1/σ."""
     centered = z - z.mean(-1, keepdim=True)
-    scale = (centered.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    square = centered.square().mean(-1, keepdim=True) + EPS
+    scale = square.sqrt() / square  # 1/∞ would be 0, and what is no number any more look like one
     return centered * scale, scale
 
 
