@@ -338,3 +338,26 @@ def test_a_forget_gate_is_refused_where_retraction_would_undo_it() -> None:
             None,
             nl.memory.named("titans", key_dim=4).start(nl.memory.named("titans", key_dim=4).init(2), 2),
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "allowed"),
+    [
+        ("lattice_decode", 100, 1e-4),
+        ("lattice_similarity", 100, 1e-4),
+        ("lattice_encode", 10, 1e-3),
+        ("lattice_encode", 1000, 1e3),
+    ],
+)
+def test_float32_where_values_are_parallel_to_slots(name: str, size: float, allowed: float) -> None:
+    """What is added and taken away again costs digits, but no norm falls below that of the part along the anchor's slot."""
+    spec = nl.memory.named(name, key_dim=8, value_dim=16, slots=8, chunk=16)
+    w0 = [w.double() for w in spec.init(2, torch.Generator().manual_seed(1))]
+    q, k, _, gates = spec.example(torch.Generator().manual_seed(0), time=64, dtype=torch.float64)
+    which = torch.randint(8, (2, 64), generator=torch.Generator().manual_seed(2))
+    v = size * torch.stack([w0[0][:, n].contiguous() for n in which])
+    exact, _ = nl.memory.scan(spec, w0, q, k, v, gates, engine="reference")
+    single = [w.float() for w in w0], q.float(), k.float(), v.float(), gates.map(lambda gate: gate.float())
+    y, _ = nl.memory.scan(spec, *single)
+    error = (y - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() < allowed

@@ -11,7 +11,14 @@ A token's norms need no state per token: with X_{t,i} = Σ_j D[t,j] ã_{j,i} h_j
     ‖s_{t,i}‖² = c_t²‖w_i‖² − 2c_t (X_{t,i}·w_i − R_{t,i} f_i·w_i) + ‖X_{t,i}‖² − R_{t,i}²
     ‖X_t‖² = (D ∘ D)(Ã ∘ ((2 strictly lower D + I) ∘ HHᵀ) Ã)
 
-where the second term is 0 if w is the anchor, as steps are orthogonal to it.
+where the second term is 0 if w is the anchor, as steps are orthogonal to it. For that reason the norm is never less than
+c_t |f_i·w_i| either, which holds it where the last two terms are large and nearly equal.
+
+Precision: what is parallel to a slot is added and taken away again, so that answers in float32 have errors of about 1e-7 ‖X‖
+beside a slot of norm 1. With unit codes, values of norm 1, 10, 100 and 1000 that are exactly parallel to slots, and chunk 16, the
+largest relative error against float64 is 3e-7, 5e-7, 5e-6 and 2e-4 for decoding and similarity (token by token 4e-7 to 2e-6); for
+encoding, whose X grows with the value's square, 4e-7, 8e-5, 8e-2 and more than 1 (token by token 4e-7, 1e-5, 4e-4 and 9e-2). With
+a tenth of the value in other directions it is at most 4e-6, and 1e-4 for encoding.
 """
 
 from __future__ import annotations
@@ -94,7 +101,7 @@ def _norms(
     begins: bool,
     rows: slice,
 ) -> Tensor:
-    """‖s_{t,i}‖² `[…, token, slot]`, at least 1e-12."""
+    """‖s_{t,i}‖² `[…, token, slot]`, at least 1e-12 and that of the part along the anchor's slot."""
     assert c.running is not None
     d, r = c.running[..., rows, :], r[..., rows, :]
     own = c.running[..., 1:, :]
@@ -102,14 +109,15 @@ def _norms(
     written = a * ((pairs * (h @ h.mT)) @ a)
     first = n.square() if begins else weights.square().sum(-1)
     first = first.unsqueeze(-2)
-    along = None
+    along, least = None, first
     if not begins:
-        along = d @ (a * (h @ weights.mT)) - r * (f * weights).sum(-1).unsqueeze(-2)
+        radial = (f * weights).sum(-1).unsqueeze(-2)
+        along, least = d @ (a * (h @ weights.mT)) - r * radial, radial.square()
     if c.keep is not None:
         keep = c.keep[..., rows].unsqueeze(-1)
-        first = keep.square() * first
+        first, least = keep.square() * first, keep.square() * least
         along = None if along is None else keep * along
     total = first + d.square() @ written - r.square()
     if along is not None:
         total = total - 2 * along
-    return total.clamp_min(EPS**2)
+    return torch.where(total < least, least, total).clamp_min(EPS**2)
