@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
 from nestling.layers.rotary import rotate
-from nestling.layers.stream import Places, advance_position, places
+from nestling.layers.stream import Places, advance_position, kept, places
 from nestling.memory import Report
 from nestling.optim.joined import Joined
 from nestling.state import register
@@ -20,11 +20,13 @@ from nestling.state import register
 
 @partial(register, grows={"key": 1, "value": 1})
 class AttentionState(NamedTuple):
-    """Rotated keys and values of all tokens since the reset, `[lane, capacity, head, head_dim]`; position `[lane]`, CPU."""
+    """Rotated keys and values of all tokens since the reset, `[lane, capacity, head, head_dim]`; position `[lane]`, CPU; tokens
+    left out as not finite, int64 `[lane]`."""
 
     key: Tensor
     value: Tensor
     position: Tensor
+    faults: Tensor
 
 
 class Attention(Layer):
@@ -47,7 +49,8 @@ class Attention(Layer):
 
     def start(self, lanes: int) -> AttentionState:
         empty = self.qkv.weight.new_zeros(lanes, 0, self.heads, self.head_dim)
-        return AttentionState(empty, empty, torch.zeros(lanes, dtype=torch.int64))
+        zeros = torch.zeros(lanes, dtype=torch.int64)
+        return AttentionState(empty, empty, zeros, zeros.to(empty.device))
 
     def forward(
         self,
@@ -63,6 +66,8 @@ class Attention(Layer):
         if time == 0:
             return x, state
         q, k, v = self.qkv(x).view(lanes, time, 3, self.heads, self.head_dim).unbind(2)
+        own = kept((k, v), reset, valid)
+        (k, v), reset, valid = own.rows, own.reset, own.valid
         at = places(reset, valid, lanes, time, x.device)
         before = state.position.to(x.device)[:, None]
         position = torch.where(at.start >= 0, at.rank - at.start, at.rank + before)
@@ -75,11 +80,11 @@ class Attention(Layer):
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, is_causal=mask is None
         )
-        y = self.out(y.transpose(1, 2).reshape(lanes, time, dim))
+        y = own.answered(self.out(y.transpose(1, 2).reshape(lanes, time, dim)))
         moved = advance_position(state.position, at)
         if simple and bool((state.position == state.key.shape[1]).all()):
-            return y, AttentionState(keys, values, moved)
-        return y, self._compact(keys, values, state, at, valid, moved)
+            return y, own.ended(AttentionState(keys, values, moved, state.faults), self.start)
+        return y, own.ended(self._compact(keys, values, state, at, valid, moved), self.start)
 
     def levels(self) -> list[Level]:
         return [
@@ -92,7 +97,7 @@ class Attention(Layer):
                 rule="non-parametric solution",
                 flow="tokens",
                 transfer="direct",
-                state_paths=("key", "value", "position"),
+                state_paths=("key", "value", "position", "faults"),
             )
         ]
 
@@ -125,4 +130,4 @@ class Attention(Layer):
         filled = torch.arange(capacity, device=device) < position.to(device)[:, None]
         rows = torch.arange(keys.shape[0], device=device)[:, None]
         key, value = (torch.where(filled[..., None, None], x[rows, order], 0.0) for x in (keys, values))
-        return AttentionState(key, value, position)
+        return AttentionState(key, value, position, state.faults)

@@ -25,6 +25,7 @@ from nestling.layers.memory import Memory
 from nestling.layers.norm import EPS, rms_norm
 from nestling.layers.pieces import Piece, merge, pieces, place
 from nestling.layers.rotary import rotate
+from nestling.layers.stream import kept
 from nestling.memory import MemorySpec, Report
 from nestling.optim.joined import Joined
 from nestling.state import register
@@ -38,6 +39,7 @@ class ContextState(NamedTuple):
     boundary    the memory's weights at the start of the segment, per weight `[lane, head, in, out]`
     key, value  rotated, of the segment so far: `[lane, 2, segment, head, head_dim]`, of h and of S, zeros behind
     position    tokens read, int64 `[lane]`, CPU
+    faults      tokens left out as not finite, and those of the memory, int64 `[lane]`
     """
 
     memory: Any
@@ -45,6 +47,7 @@ class ContextState(NamedTuple):
     key: Tensor
     value: Tensor
     position: Tensor
+    faults: Tensor
 
 
 class MemoryAsContext(Layer):
@@ -87,7 +90,8 @@ class MemoryAsContext(Layer):
     def start(self, lanes: int) -> ContextState:
         memory = self.memory.start(lanes)
         empty = self.qkv.weight.new_zeros(lanes, 2, self.segment, self.heads, self.head_dim)
-        return ContextState(memory, memory.memory.weights, empty, empty, torch.zeros(lanes, dtype=torch.int64))
+        none = torch.zeros(lanes, dtype=torch.int64)
+        return ContextState(memory, memory.memory.weights, empty, empty, none, none.to(empty.device))
 
     def forward(
         self,
@@ -102,7 +106,8 @@ class MemoryAsContext(Layer):
         state = self.start(lanes) if state is None else state
         if time == 0:
             return x, state
-        qkv, asked = self.qkv(x), self.memory.query(x)
+        own = kept((self.qkv(x), self.memory.query(x)), reset, valid)
+        (qkv, asked), reset, valid = own.rows, own.reset, own.valid
         fixed = self._fixed()
         cut = list(pieces(state.position, time, reset, valid, self.segment))
         outputs, notes = [], []
@@ -116,7 +121,7 @@ class MemoryAsContext(Layer):
         if report is not None:
             merge(report, [note for note in notes if note is not None], cut, time)
         y = place(outputs, cut, (lanes, time), 1) if cut else x.new_zeros(lanes, time, dim)
-        return self.out(y), state
+        return own.answered(self.out(y)), own.ended(state, self.start)
 
     def levels(self) -> list[Level]:
         (memory,) = self.memory.levels()
@@ -129,7 +134,7 @@ class MemoryAsContext(Layer):
             rule="non-parametric solution",
             flow="tokens, and what the memory recalls for them",
             transfer="direct",
-            state_paths=("key", "value", "position"),
+            state_paths=("key", "value", "position", "faults"),
         )
         under = memory.under("memory")
         return [attention, replace(under, name=memory.name, state_paths=(*under.state_paths, "boundary"))]
@@ -178,7 +183,8 @@ class MemoryAsContext(Layer):
         if bool(piece.closing.any()):
             boundary = fast.where(piece.closing, memory.memory.weights, boundary)
             key, value = (fast.where(piece.closing, torch.zeros_like(u), u) for u in (key, value))
-        return o, ContextState(memory, boundary, key, value, state.position + piece.length)
+        faults = state.faults + memory.memory.faults - state.memory.memory.faults
+        return o, ContextState(memory, boundary, key, value, state.position + piece.length, faults)
 
     def _heads(self, x: Tensor) -> list[Tensor]:
         return list(x.view(*x.shape[:2], -1, self.heads, self.head_dim).unbind(2))

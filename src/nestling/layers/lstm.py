@@ -12,17 +12,19 @@ from nestling import state as fast
 from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
 from nestling.layers.pieces import Piece, pieces, place
+from nestling.layers.stream import kept
 from nestling.memory import Report
 from nestling.state import register
 
 
 @register
 class LSTMState(NamedTuple):
-    """Hidden and cell state `[lane, dim]`, and the tokens read, int64 `[lane]`, CPU."""
+    """Hidden and cell state `[lane, dim]`; tokens read, int64 `[lane]`, CPU, and those left out as not finite."""
 
     hidden: Tensor
     cell: Tensor
     position: Tensor
+    faults: Tensor
 
 
 class LSTM(Layer):
@@ -39,7 +41,8 @@ class LSTM(Layer):
         weight = self.cells.weight_hh_l0
         assert isinstance(weight, Tensor)
         zeros = weight.new_zeros(lanes, self.cells.hidden_size)
-        return LSTMState(zeros, zeros, torch.zeros(lanes, dtype=torch.int64))
+        none = torch.zeros(lanes, dtype=torch.int64)
+        return LSTMState(zeros, zeros, none, none.to(zeros.device))
 
     def forward(
         self,
@@ -54,6 +57,8 @@ class LSTM(Layer):
         state = self.start(lanes) if state is None else state
         if time == 0:
             return x, state
+        own = kept((x,), reset, valid)
+        (x,), reset, valid = own.rows, own.reset, own.valid
         cut = list(pieces(torch.zeros_like(state.position), time, reset, valid, time))  # resets alone cut
         outputs = []
         for piece in cut:
@@ -61,7 +66,8 @@ class LSTM(Layer):
                 x.gather(1, piece.at.to(x.device)[..., None].expand(-1, -1, x.shape[2])), state, piece
             )
             outputs.append(y)
-        return place(outputs, cut, (lanes, time), 1) if cut else torch.zeros_like(x), state
+        y = place(outputs, cut, (lanes, time), 1) if cut else torch.zeros_like(x)
+        return own.answered(y), own.ended(state, self.start)
 
     def levels(self) -> list[Level]:
         return [
@@ -74,13 +80,13 @@ class LSTM(Layer):
                 rule="adds a gated candidate",
                 flow="tokens",
                 transfer="direct",
-                state_paths=("hidden", "cell", "position"),
+                state_paths=("hidden", "cell", "position", "faults"),
             )
         ]
 
     def _piece(self, x: Tensor, state: LSTMState, piece: Piece) -> tuple[Tensor, LSTMState]:
         if piece.fresh is not None:
-            state = fast.where(piece.fresh, self.start(len(x)), state)
+            state = fast.where(piece.fresh, self.start(len(x)), state, keep=("faults",))
         lanes = piece.length.nonzero()[:, 0]  # those that have a token
         at = lanes.to(x.device)
         before = tuple(u.index_select(0, at).to(x.dtype)[None] for u in state[:2])
@@ -92,4 +98,4 @@ class LSTM(Layer):
             part, _ = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])
             y = x.new_zeros(x.shape).index_copy(0, at, part)
         hidden, cell = (u.to(v.dtype).index_copy(0, at, v[0]) for u, v in zip(state[:2], after, strict=True))
-        return y, LSTMState(hidden, cell, state.position + piece.length)
+        return y, LSTMState(hidden, cell, state.position + piece.length, state.faults)

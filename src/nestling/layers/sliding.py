@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
 from nestling.layers.rotary import rotate
-from nestling.layers.stream import Places, advance_position, places
+from nestling.layers.stream import Places, advance_position, kept, places
 from nestling.memory import Report
 from nestling.memory.inputs import surely
 from nestling.optim.joined import Joined
@@ -21,11 +21,12 @@ from nestling.state import register
 @register
 class SlidingState(NamedTuple):
     """Rotated keys and values of the last tokens since the reset, `[lane, window − 1, head, head_dim]`, the newest last, zeros
-    where there was none; position `[lane]`, CPU."""
+    where there was none; position `[lane]`, CPU; tokens left out as not finite, int64 `[lane]`."""
 
     key: Tensor
     value: Tensor
     position: Tensor
+    faults: Tensor
 
 
 class SlidingAttention(Layer):
@@ -50,7 +51,8 @@ class SlidingAttention(Layer):
 
     def start(self, lanes: int) -> SlidingState:
         empty = self.qkv.weight.new_zeros(lanes, self.window - 1, self.heads, self.head_dim)
-        return SlidingState(empty, empty, torch.zeros(lanes, dtype=torch.int64))
+        zeros = torch.zeros(lanes, dtype=torch.int64)
+        return SlidingState(empty, empty, zeros, zeros.to(empty.device))
 
     def forward(
         self,
@@ -70,6 +72,8 @@ class SlidingAttention(Layer):
         if valid is not None and surely(valid):
             valid = None
         q, k, v = self._project(x)
+        own = kept((k, v), reset, valid)
+        (k, v), reset, valid = own.rows, own.reset, own.valid
         at = places(reset, valid, lanes, time, x.device)
         before = state.position.to(x.device)[:, None]
         position = torch.where(at.start >= 0, at.rank - at.start, at.rank + before)
@@ -86,7 +90,8 @@ class SlidingAttention(Layer):
             y = y.gather(1, at.rank[..., None].expand(-1, -1, y.shape[2]))
         moved = advance_position(state.position, at)
         key, value = (self._tail(u, at, -before, reset, valid) for u in (keys, values))
-        return y if self.out is None else self.out(y), SlidingState(key, value, moved)
+        y = own.answered(y if self.out is None else self.out(y))
+        return y, own.ended(SlidingState(key, value, moved, state.faults), self.start)
 
     def levels(self) -> list[Level]:
         return [
@@ -99,7 +104,7 @@ class SlidingAttention(Layer):
                 rule="non-parametric solution",
                 flow="tokens",
                 transfer="direct",
-                state_paths=("key", "value", "position"),
+                state_paths=("key", "value", "position", "faults"),
             )
         ]
 

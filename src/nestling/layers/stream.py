@@ -1,11 +1,17 @@
-"""Bookkeeping that convolution and attention share: which earlier tokens a token may see, given resets and invalid tokens."""
+"""Bookkeeping that convolution and attention share: which earlier tokens a token may see, given resets and invalid tokens, and
+those that are refused as they are not finite."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from nestling import state as fast
+
+S = TypeVar("S", bound=Any)
 
 
 class Places(NamedTuple):
@@ -38,3 +44,60 @@ def advance_position(position: Tensor, at: Places) -> Tensor:
     """Position per lane (CPU) after the call."""
     total, last = at.total.cpu(), at.last.cpu()
     return torch.where(last >= 0, total - last, position + total)
+
+
+class Kept(NamedTuple):
+    """What a layer keeps of a call's tokens, the token guard's way: one that is not finite is as if it were not valid.
+
+    rows     what was given, 0 at such tokens
+    reset, valid  without them: a reset there goes to the lane's next token
+    lost     bool `[lane, time]`: these tokens, which are answered with NaN;  None: there is none
+    emptied  bool `[lane]`: lanes that end with such a reset and no token behind it
+    """
+
+    rows: tuple[Tensor, ...]
+    reset: Tensor | None
+    valid: Tensor | None
+    lost: Tensor | None
+    emptied: Tensor | None
+
+    def answered(self, y: Tensor) -> Tensor:
+        """Answers `[lane, time, dim]`, NaN at the tokens that are lost."""
+        return y if self.lost is None else torch.where(self.lost.unsqueeze(-1), torch.nan, y)
+
+    def ended(self, state: S, start: Callable[[int], S]) -> S:
+        """The state after the call, which counts those tokens."""
+        if self.lost is not None:
+            state = state._replace(faults=state.faults + self.lost.sum(1))
+        if self.emptied is not None and bool(self.emptied.any()):
+            state = fast.where(self.emptied, start(len(self.emptied)), state, keep=("faults",))
+        return state
+
+
+def kept(rows: tuple[Tensor, ...], reset: Tensor | None, valid: Tensor | None) -> Kept:
+    """See `Kept`; rows `[lane, time, …]`, whose squares must be finite, as products with them then are. A compiled call
+    does not look: zeros stand for those tokens in its cache."""
+    fine = _fine(rows[0])
+    for x in rows[1:]:
+        fine = fine & _fine(x)
+    if not torch.compiler.is_compiling() and not bool((~fine).any()):
+        return Kept(rows, reset, valid, None, None)
+    rows = tuple(torch.where(fine.view(*fine.shape, *[1] * (x.dim() - 2)), x, 0.0) for x in rows)
+    lost = ~fine if valid is None else ~fine & valid.to(fine.device)
+    if torch.compiler.is_compiling():
+        return Kept(rows, reset, valid, lost, None)
+    acts = fine if valid is None else fine & valid.to(fine.device)
+    if reset is None:
+        return Kept(rows, None, acts, lost, None)
+    fresh = reset.to(fine.device) & (acts | lost)
+    number = torch.arange(fine.shape[1], device=fine.device)
+    begun = torch.where(fresh, number, -1).cummax(1).values  # the last reset so far, and the last token that counts
+    read = torch.where(acts, number, -1).cummax(1).values
+    before = torch.nn.functional.pad(read[:, :-1], (1, 0), value=-1)
+    return Kept(rows, acts & (begun > before), acts, lost, begun[:, -1] > read[:, -1])
+
+
+def _fine(x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size: Tensor = torch.linalg.vector_norm(x.detach().flatten(2), dim=-1, dtype=wide)
+    return size.square().isfinite()
