@@ -337,6 +337,22 @@ def test_logits_that_leap(read: str, calls: list[int]) -> None:
 
 
 @NEEDS
+@pytest.mark.parametrize("place", ["k", "q"])
+def test_a_layer_norm_whose_variance_overflows_is_no_number(place: str) -> None:
+    """Of keys and weights that are large and finite: not a norm of 0, with which a memory would answer and learn on."""
+    spec = nl.memory.named("titans", key_dim=8, chunk=8)
+    w0, (q, k, v), gates = example(spec, 32, 9, torch.float32)
+    with torch.no_grad():
+        given = {"q": q.clone(), "k": k.clone()}
+        given[place][1, 0, 3] = 1e12
+        w0 = [1e6 * w for w in w0]
+        _, state = nl.memory.scan(spec, w0, given["q"], given["k"], v, gates)
+        with without():
+            _, other = nl.memory.scan(spec, w0, given["q"], given["k"], v, gates)
+    assert state.faults.tolist() == other.faults.tolist() == [0, 1]
+
+
+@NEEDS
 def test_a_state_that_was_changed_by_hand_is_read_as_it_is(calls: list[int]) -> None:
     """Where the weights are not the anchor though a chunk begins."""
     spec = nl.memory.named("titans", key_dim=8, chunk=8)

@@ -79,7 +79,8 @@ static void normalize(int rows, int n, real epsilon, const real *restrict z, rea
     for (int i = 0; i < rows; i++, z += n, normed += n) {
         real mean = sum(z, n) / n;
         for (int j = 0; j < n; j++) normed[j] = z[j] - mean;
-        scale[i] = R(1.0) / (real)sqrt(dot(normed, normed, n) / n + epsilon);
+        real square = dot(normed, normed, n) / n + epsilon;
+        scale[i] = (real)sqrt(square) / square;  // 1/∞ would be 0, and what is no number any more look like one
         for (int j = 0; j < n; j++) normed[j] *= scale[i];
     }
 }
