@@ -116,6 +116,23 @@ def test_moneta_under_strong_decay_neither_explodes_nor_dies() -> None:
     assert (after[:, :, 20:] - frozen[:, :, 20:]).abs().max() > 0.1
 
 
+def test_moneta_remembers_at_a_layers_steps_and_not_at_longer_ones() -> None:
+    """12 pairs, shown 20 times with the gates that a layer begins with; recalled by the nearest value, 1/12 is luck."""
+    spec = nl.memory.named("moneta", key_dim=16)
+    w0 = spec.init(4, torch.Generator().manual_seed(1))
+    k, v = (normal(n, 1, 4, 12, 16).float() for n in (2, 3))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    recalled = []
+    for share in (1.0, 1 / spec.retention.largest_step):
+        lr = torch.full((1, 4, 240), share * spec.largest_steps[0] * 0.27)
+        keys, values = (x.repeat(1, 1, 20, 1) for x in (k, v))
+        _, state = spec.scan(w0, keys, keys, values, Gates(lr=lr, retention=torch.full_like(lr, 0.98)))
+        found = torch.cdist(spec.recall(w0, state.weights, k)[0], v[0]).argmin(-1)
+        recalled.append(float((found == torch.arange(12)).double().mean()))
+    assert recalled[0] > 0.9
+    assert recalled[1] < 0.3
+
+
 def test_moneta_with_p_2_and_q_2_is_the_delta_rule_with_twice_the_step() -> None:
     """Miras, eq. 24–25: (p, q) = (2, 2), a matrix memory: W_t = αW − 2η kᵀ(kW − v)."""
     spec = nl.memory.named(

@@ -186,6 +186,11 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         return self.reads_weights
 
     @property
+    def largest_steps(self) -> tuple[float, ...]:
+        """A deep memory's steps of a span add up at its initial weights, as those of a chunk at its anchor."""
+        return super().largest_steps if self.span is None or not self.deep else (self.span**-0.5,)
+
+    @property
     def deep(self) -> bool:
         return self.network.depth > 1
 

@@ -181,6 +181,11 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
         return self.chunk if self.reads_chunk else 1
 
     @property
+    def largest_steps(self) -> tuple[float, ...]:
+        share = getattr(self.retention, "largest_step", 1.0)
+        return tuple(share * step for step in super().largest_steps)
+
+    @property
     def anchored(self) -> bool:
         return self.reads_weights and self.rule.step(self.key_dim) == 1
 

@@ -29,6 +29,11 @@ class Retention(Protocol):
         """Whether link is the identity. Default: where a class has no `link` of its own."""
         return type(self).link is Retention.link
 
+    @property
+    def largest_step(self) -> float:
+        """Share of a layer's usual largest step at which its map still serves. Default: 1."""
+        return 1.0
+
     def link(self, dual: Tensor) -> Tensor:
         """Weights of the dual variable, both `[…, in, out]`. Default: the identity."""
         return dual

@@ -11,6 +11,9 @@ to 0, nor does strong decay let the weights fade. So A starts with norm 1, where
 below, under which W fades with A. Inside a chunk the scale stands at its anchor, as the paper normalizes at the end of chunks
 (§5.4, eq. 29; its last token reads the new scale): A is linear there, and "printed" costs about as much as a plain decay. A is
 what is carried, never W: normalizing W again at every chunk would turn its norm n into 1/n each time.
+
+Steps as long as those of other memories make A so large within a few chunks that nothing is left of W, and nothing is recalled
+(measured; so do those of a dual over a power mean). A layer's largest step is therefore a 25th of the usual (our default).
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import torch
 from torch import Tensor
 
 from nestling.memory.retentions.base import Retention, Scaled
+
+SMALL = 0.04  # of a layer's largest step
 
 
 def _norm(dual: Tensor, q: float, floor: float) -> Tensor:
@@ -50,6 +55,10 @@ class Lq(Scaled):
     def __str__(self) -> str:
         return f"decay of a dual, weights the dual over its L{self.q:g} norm to the power {self.q - 2:g}"
 
+    @property
+    def largest_step(self) -> float:
+        return SMALL if self.q > 2 else 1.0
+
     def scale(self, dual: Tensor) -> Tensor:
         return _norm(dual, self.q, self.floor) ** (2 - self.q)
 
@@ -75,6 +84,10 @@ class LqDual(Retention):
     def __str__(self) -> str:
         norm = f"L{self.q:g} {'power mean' if self.mean else 'norm'}"
         return f"decay of a dual, weights its power {self.q - 1:g} over its {norm} to the power {self.q - 2:g}"
+
+    @property
+    def largest_step(self) -> float:
+        return SMALL if self.mean and self.q > 2 else 1.0
 
     def _size(self, x: Tensor) -> Tensor:
         spread: float = (x.shape[-2] * x.shape[-1]) ** (1 / self.q) if self.mean else 1.0
