@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from nestling import arguments, cli, memory, models
+from nestling import arguments, cli, memory, models, optim
 from nestling import state as fast
 from nestling.learn import checkpoint, load_run, planning
 from nestling.learn.metrics import draw_curve
@@ -571,13 +571,32 @@ def test_levels_take_a_model_by_its_name_or_a_run(nestling, tmp_path, monkeypatc
     assert "model: got 'lstm', but 'gated_deltanet' is named already" in one_message(err)
     code, out, err = nestling("levels", "gated_delta_net")
     assert (code, out) == (2, "")
-    assert "no model and no run named 'gated_delta_net'. Did you mean 'gated_deltanet'" in one_message(err)
+    assert "no model, optimizer or run named 'gated_delta_net'. Did you mean 'gated_deltanet'" in one_message(err)
     monkeypatch.chdir(tmp_path)
     for name in ("lstm", "mine"):
         shutil.copytree(trained, tmp_path / name)
     assert nestling("levels", "mine")[1].startswith("gated_deltanet tiny: ")
     assert nestling("levels", "./lstm")[1].startswith("gated_deltanet tiny: ")
     assert nestling("levels", "lstm")[1].startswith("lstm tiny: ")
+    attention = " ".join(nestling("levels", "transformer")[1].replace("│", " ").split())
+    assert "every token, from all" in attention
+    assert "every every" not in attention
+
+
+@pytest.mark.parametrize("name", optim.names())
+def test_levels_show_an_optimizer_through_the_same_lens(nestling, tmp_path, name):
+    code, out, err = nestling("levels", name)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{name}: ")
+    for words in ("every 1 step", "data: inputs as keys, errors as values", "learns from gradients"):
+        assert words in " ".join(out.replace("│", " ").split())
+    told = json.loads(nestling("levels", name, "--json", "--draw", tmp_path / "nest.svg")[1])
+    assert told["optimizer"] == name
+    assert {"weights"} < {level["name"] for level in told["levels"]}
+    assert (tmp_path / "nest.svg").exists()
+    code, out, err = nestling("levels", name, "--size", "small")
+    assert (code, out) == (2, "")
+    assert f"size: {name} is an optimizer, which is shown alone" in one_message(err)
 
 
 def test_levels_say_choices_in_words(nestling):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from nestling.config import SettingError, did_you_mean
 from nestling.learn.config import Overrides, TrainConfig
 
-Subject = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[MODEL|RUN]", help_behavior_hint="")]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nestling.layers import Level
+
+Subject = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME|RUN]", help_behavior_hint="")]
 Choice = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Drawing = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
@@ -23,7 +29,8 @@ class LevelsConfig:
     """Show every level of a model: what learns, how often, from what, and what its memory is made of."""
 
     run: Subject = None
-    """A model's name (as --model), or a run's folder or one of its checkpoints (./hope for a folder named as a model is)."""
+    """A model's name (as --model) or an optimizer's, which is then shown alone; or a run's folder or one of its checkpoints
+    (./hope for a folder that is named as a model is)."""
     model: Choice = None
     """Which model (default: hope)."""
     size: Choice = None
@@ -46,27 +53,28 @@ class LevelsConfig:
 
 def run(config: LevelsConfig) -> int:
     """Print the table, 0."""
+    from nestling import optim
+
+    if config.run in optim.names():
+        _show_optimizer(config, config.run)
+    else:
+        _show_model(config, _asked(config))
+    return 0
+
+
+def _show_model(config: LevelsConfig, settings: TrainConfig) -> None:
     import torch
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     from nestling import models
     from nestling.learn import planning
     from nestling.learn.optimizer import from_config
     from nestling.learn.run import build_model, parameters
-    from nestling.models import drawing
-    from nestling.models.nest import merge
 
-    settings = _asked(config)
     with torch.device("meta"):  # names and sizes are all that is asked for
         model = build_model(settings)
     levels = models.levels(model, from_config(settings, model))
-    if config.draw is not None:
-        try:
-            drawing.draw(levels, config.draw, f"{settings.model} {settings.size}")
-        except ValueError as error:
-            raise SettingError(str(error)) from error
+    _draw(config, levels, f"{settings.model} {settings.size}")
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     slowest = max((level.period.n for level in levels if level.period.unit == "token"), default=0)
     length = config.length or min(max(slowest, 8), 128)
@@ -83,20 +91,78 @@ def run(config: LevelsConfig) -> int:
         "decode_flops_per_token": found.counts.decode,
     }
     if config.json:
-        rows = [dataclasses.asdict(level) | {"period": str(level.period)} for level in levels]
-        print(json.dumps({"model": settings.model, "size": settings.size} | cost | {"levels": rows}, indent=1))
-        return 0
-    table = Table(
-        title=f"{settings.model} {settings.size}: {parameters(model):,} slow weights, "
-        f"state {'grows with the text' if model.growth == 'linear' else 'of constant size'}",
-        title_justify="left",
-        show_lines=True,
+        print(json.dumps({"model": settings.model, "size": settings.size} | cost | _rows(levels), indent=1))
+        return
+    title = (
+        f"{settings.model} {settings.size}: {parameters(model):,} slow weights, "
+        f"state {'grows with the text' if model.growth == 'linear' else 'of constant size'}"
     )
-    for column in ("level", "what it is", "slow weights"):
+    console = Console()
+    console.print(_table(levels, title, sizes))
+    console.print(
+        f"{found.slow:,} slow parameters, {found.initial:,} of them initial states. After {length} tokens a lane's state has "
+        f"{cost['state_bytes_per_lane']:,} bytes; a token costs {cost['forward_flops_per_token']:,.0f} FLOPs in reading them, "
+        f"{cost['decode_flops_per_token']:,.0f} in decoding one more (matrix products; nestling plan says more).",
+        highlight=False,
+    )
+    console.print(f"Models: {', '.join(models.names())}.\nSizes: {', '.join(models.SIZES)}.", highlight=False)
+
+
+def _show_optimizer(config: LevelsConfig, name: str) -> None:
+    """An optimizer alone, with a linear layer whose weights it moves."""
+    from rich.console import Console
+    from torch import nn
+
+    from nestling import optim
+    from nestling.models import nest
+
+    default = LevelsConfig()
+    for field_, option in (
+        ("model", "model"), ("size", "size"), ("optimizer", "optimizer"), ("overrides", "set"), ("length", "length"),
+    ):  # fmt: skip
+        if getattr(config, field_) != getattr(default, field_):
+            raise SettingError(
+                f"{option}: {name} is an optimizer, which is shown alone: leave it out, or name a model."
+            )
+    layer = nn.Linear(8, 8, bias=False)
+    group = {"params": list(layer.parameters())}
+    levels = nest.of_optimizer(optim.make(name, layer, [group], lr=optim.default_lr(name)))
+    _draw(config, levels, name)
+    if config.json:
+        print(json.dumps({"optimizer": name} | _rows(levels), indent=1))
+        return
+    console = Console()
+    console.print(_table(levels, f"{name}: {optim.describe(name)}", {}))
+    console.print(f"Optimizers: {', '.join(optim.names())}.", highlight=False)
+
+
+def _draw(config: LevelsConfig, levels: list[Level], title: str) -> None:
+    from nestling.models import drawing
+
+    if config.draw is not None:
+        try:
+            drawing.draw(levels, config.draw, title)
+        except ValueError as error:
+            raise SettingError(str(error)) from error
+
+
+def _rows(levels: list[Level]) -> dict[str, Any]:
+    return {"levels": [dataclasses.asdict(level) | {"period": str(level.period)} for level in levels]}
+
+
+def _table(levels: list[Level], title: str, sizes: Mapping[str, int]) -> Table:
+    """What rich prints; sizes: of the slow weights by name, empty where they are not of a model."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from nestling.models.nest import merge
+
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for column in ("level", "what it is", *(["slow weights"] if sizes else [])):
         table.add_column(column, overflow="fold")
     for level, members in merge(levels):
         name = level.name if len(members) == 1 else f"{level.name} ({len(members)} times)"
-        count = sum(sizes[parameter] for member in members for parameter in member.params)
+        count = sum(sizes.get(parameter, 0) for member in members for parameter in member.params)
         states = ("grows with the text" if m.weights is None else f"{m.weights:,} numbers" for m in members)
         what = {
             "network": level.network,
@@ -112,22 +178,13 @@ def run(config: LevelsConfig) -> int:
         lines = Table.grid(padding=(0, 1))
         for word, text in what.items():
             lines.add_row(Text(word, "dim"), Text(text))
-        table.add_row(f"{name}\nevery {level.period}", lines, f"{count:,}" if count else "–")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{found.slow:,} slow parameters, {found.initial:,} of them initial states. After {length} tokens a lane's state has "
-        f"{cost['state_bytes_per_lane']:,} bytes; a token costs {cost['forward_flops_per_token']:,.0f} FLOPs in reading them, "
-        f"{cost['decode_flops_per_token']:,.0f} in decoding one more (matrix products; nestling plan says more).",
-        highlight=False,
-    )
-    console.print(f"Models: {', '.join(models.names())}.\nSizes: {', '.join(models.SIZES)}.", highlight=False)
-    return 0
+        table.add_row(f"{name}\n{level.period.every}", lines, *([f"{count:,}" if count else "–"] if sizes else []))
+    return table
 
 
 def _asked(config: LevelsConfig) -> TrainConfig:
     """The settings of the run that is named, or of the model."""
-    from nestling import models
+    from nestling import models, optim
     from nestling.learn.folder import settings_of
 
     word = config.run
@@ -145,5 +202,6 @@ def _asked(config: LevelsConfig) -> TrainConfig:
             raise SettingError(f"{option}: a run has settings of its own, which are those of {word}: leave it out.")
     path = Path(word)
     if path.name == word and not path.exists():
-        raise SettingError(f"there is no model and no run named {word!r}.{did_you_mean(word, models.names())}")
+        known = [*models.names(), *optim.names()]
+        raise SettingError(f"there is no model, optimizer or run named {word!r}.{did_you_mean(word, known)}")
     return settings_of(path)

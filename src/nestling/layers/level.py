@@ -27,6 +27,11 @@ class Period:
         """Updates per token or step: 1/n, ∞ for n = 0."""
         return 1 / self.n if self.n else float("inf")
 
+    @property
+    def every(self) -> str:
+        """When, in words."""
+        return str(self) if self.n == 0 else f"every {self}"
+
     def __str__(self) -> str:
         if self.n == 0:
             return "every token, from all data"
