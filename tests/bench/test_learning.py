@@ -131,6 +131,36 @@ def test_a_step_size_of_one_turns_the_sign_of_what_is_stored(lr_max):
     torch.testing.assert_close(y[0, 0], powers[:, None] * x[0, 0], rtol=1e-9, atol=1e-9)
 
 
+def test_of_words_ever_more_counts():
+    trial, seen = learning.language("parity", 0, growing=25, quick=True), []
+
+    class Watches(Knows):
+        def forward(self, tokens):
+            seen.append(tokens.shape[1])
+            return super().forward(tokens)
+
+    for _ in range(40):
+        trial.loss(Watches())
+    assert seen[:3] == [4, 4, 6]
+    assert all(width <= max(4, 2 * step) for step, width in enumerate(seen, 1))
+    assert max(seen) > 40
+
+
+@pytest.mark.parametrize("task", ["parity", "aa"])
+def test_hope_begins_formal_languages_where_symbols_turn_signs(task):
+    """Values of 0, nothing forgotten; the step sizes of some heads differ by much between symbols."""
+    torch.manual_seed(0)
+    model = learning.tasks()[task].entries["hope"](4)
+    (mixer,) = model.mixers()
+    spec = mixer.spec
+    assert (spec.chunk, spec.chunk_others, spec.lr_max, spec.retention.decays) == (1, None, 1.0, False)
+    initial = dict(zip(spec.names, mixer.initial, strict=True))
+    assert not initial["v.0"].any()
+    x = torch.nn.functional.normalize(torch.randn(100, 1, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    lr = torch.sigmoid(x[:, None] @ initial["lr.weight"] + initial["lr.bias"]).detach()
+    assert lr.min() < 0.1 < 0.9 < lr.max()
+
+
 @torch.no_grad()
 def test_hope_recalls_in_context_before_anybody_has_trained_it():
     """Its continuum learns key → value from the model's own loss, window by window; the first window is chance."""

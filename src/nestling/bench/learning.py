@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ from nestling import state as fast
 from nestling.bench import formal, sequences
 from nestling.layers import SelfModifying
 from nestling.learn.evaluation import by_position, evaluate, mean_and_error, passages, token_nats
+from nestling.memory import Full
 from nestling.memory.networks import Matrix
+from nestling.memory.self_modifying import READOUT_STD
 from nestling.models import LanguageModel
 from nestling.models.block import Block, ModelConfig
 
@@ -57,18 +59,28 @@ class Task:
 
 
 def alternating(width: int = 32, layers: int = 1, heads: int = 4, lr_max: float = 1.0) -> Make:
-    """Hope as a formal language needs it: one token a chunk, matrix memories, L2, and step sizes up to lr_max.
+    """Hope as a formal language needs it: one token a chunk, matrix memories, L2, nothing forgotten, and step sizes up to lr_max.
 
-    With chunk 1 the inner loss and the rule multiply what is stored at a key by α − 2η (derived). A memory that keeps, α near 1,
-    turns its sign round with η near 1, which the default, η ≤ 0.5, does not allow. The continuum stands still: it would learn to
+    With chunk 1 the inner loss and the rule multiply all memories by αI − η(2k − v)ᵀk from the key's side (derived). So that one
+    symbol turns the sign of what is stored at k for good and another leaves it alone, α has to be 1 and η(2 − ⟨k, v⟩) 2 or 0; the
+    default, η ≤ 0.5, does not allow that. Training finds it from where it is near: values that begin at 0, and read-outs of η
+    that differ from symbol to symbol, with a standard deviation of 2 about 0. The continuum stands still: it would learn to
     foretell the next symbol, and labels are none.
     """
 
     def make(vocabulary: int) -> LanguageModel:
         config = ModelConfig("hope", "", width, layers, heads, vocabulary, 2 * width, chunk=1)
         matrix = Matrix(identity=True)
-        spec = config.memory("self_modifying", unit_values=True, lr_max=lr_max, network=matrix, others=matrix)
-        return LanguageModel(config, [Block(config, SelfModifying(width, heads, spec)) for _ in range(layers)])
+        spec = config.memory("self_modifying", lr_max=lr_max, network=matrix, others=matrix, retention=Full())
+        model = LanguageModel(config, [Block(config, SelfModifying(width, heads, spec)) for _ in range(layers)])
+        with torch.no_grad():
+            for mixer in model.mixers():
+                assert isinstance(mixer, SelfModifying)
+                initial = dict(zip(spec.names, mixer.initial, strict=True))
+                initial["v.0"].zero_()
+                initial["lr.bias"].zero_()
+                initial["lr.weight"].mul_(2 / READOUT_STD)
+        return model
 
     return make
 
@@ -79,14 +91,19 @@ def named(name: str, **settings: object) -> Make:
     return lambda vocabulary: models.build(name, "tiny", vocab_size=vocabulary, **widths | settings)
 
 
-def language(name: str, seed: int, *, size: int = 32, quick: bool = False) -> Trial:
-    """A formal language; the quick look is at 200 words of each bin."""
+def language(name: str, seed: int, *, size: int = 32, growing: int = 150, quick: bool = False) -> Trial:
+    """A formal language; the quick look is at 200 words of each bin.
+
+    growing: steps in which ever more of a word counts, from its first symbols to all of it.
+    """
     asked = formal.LANGUAGES[name]
     words = formal.words(asked, seed, **({"train": 300, "test": 60} if quick else {}))
     reading = formal.batches(asked, words.train, size, seed)
+    steps = count(1)
 
     def loss(model: LanguageModel) -> Tensor:
-        tokens, targets = next(reading)
+        first = max(4, formal.SHORT[1] * next(steps) // growing)
+        tokens, targets = (x[:, :first] for x in next(reading))
         logits = model(tokens)[0][..., :2]  # one for each label
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=formal.UNSCORED)
 
@@ -158,16 +175,16 @@ def tasks(quick: bool = False) -> Mapping[str, Task]:
             corpus.append(stream.standard_library())
         return text(seed, corpus[0], **({"lanes": 2, "length": 32, "document": 256, "documents": 2} if quick else {}))
 
-    def steps(count: int) -> tuple[int, int]:
+    def steps(most: int, every: int = 100) -> tuple[int, int]:
         """Of training, and between two looks."""
-        return (4, 2) if quick else (count, min(count // 5, 100))
+        return (4, 2) if quick else (most, every)
 
     def formal_task(name: str) -> Task:
         entries = {
             "hope": alternating(),
             "transformer": named("transformer", dim=32),
         }
-        title, (most, every) = formal.LANGUAGES[name].title, steps(1500)
+        title, (most, every) = formal.LANGUAGES[name].title, steps(1500, 50)
         make = lambda seed: language(name, seed, quick=quick)  # noqa: E731
         unit = "share of words right at every symbol"
         return Task(title, unit, 4, most, every, (1e-2, 3e-3), entries, make)
