@@ -45,6 +45,16 @@ def test_a_run_goes_on_bit_for_bit_inside_a_period(name, tmp_path):
     assert losses[-1] < 5.6  # it has learned something: an even guess costs log 257 = 5.55
 
 
+def test_a_checkpoint_of_other_groups_is_refused_in_words():
+    config = TrainConfig(model="deltanet", tokens=1, lanes=2, length=16, optimizer="muon")
+    learner = learner_of(config)
+    saved = learner.checkpoint({})
+    groups = saved.optimizer["param_groups"]
+    merged = [{**groups[0], "params": [n for group in groups for n in group["params"]]}]
+    with pytest.raises(nl.learn.checkpoint.CheckpointError, match="step 0: its optimizer has other groups"):
+        learner.restore(dataclasses.replace(saved, optimizer={**saved.optimizer, "param_groups": merged}))
+
+
 def test_the_default_is_adamw_over_the_levels():
     torch.manual_seed(0)
     model = nl.models.build("hope")

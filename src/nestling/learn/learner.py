@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from nestling import optim
 from nestling import state as fast
-from nestling.learn.checkpoint import Checkpoint, load_model, model_tensors, random_state, set_random_state
+from nestling.learn.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_model,
+    model_tensors,
+    random_state,
+    set_random_state,
+)
 from nestling.learn.evaluation import masks, token_nats
 from nestling.stream import Lanes, Parts
 
@@ -186,7 +193,13 @@ class Learner:
         """
         device = self.parameters[0].device
         load_model(self.model, saved.model, f"checkpoint of step {saved.step}")
-        self.optimizer.load_state_dict(saved.optimizer)
+        try:
+            self.optimizer.load_state_dict(saved.optimizer)
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint of step {saved.step}: its optimizer has other groups of parameters than this one ({error}): go on "
+                "with the version, the optimizer and the periods that the run was begun with"
+            ) from error
         self.stream.load_state_dict(saved.numbers["cursor"])
         self.state = None if saved.fast is None else fast.tree_map(_settle, fast.to(saved.fast, device))
         self.progress = Progress(**saved.numbers["progress"])
