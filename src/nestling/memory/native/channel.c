@@ -129,7 +129,8 @@ INLINE void advance_columns(
 
 // `to` = diag(α) W + kᵀ r, and y; `to` may be W.
 static void advance(
-    int in, int wide, int answers, const real *alpha, const real *k, const real *q, const real *r, const real *w, real *to, real *y
+    int in, int wide, int answers, const real *alpha, const real *k, const real *q, const real *r, const real *w, real *to,
+    real *y
 ) {
     if (answers == AFTER) COLUMNS(advance_columns, in, AFTER, alpha, k, q, r, w, to, y);
     else if (answers == BEFORE) COLUMNS(advance_columns, in, BEFORE, alpha, k, q, r, w, to, y);
@@ -137,8 +138,8 @@ static void advance(
 }
 
 INLINE void back_columns(
-    int vectors, int at, int wide, int in, int erases, int before, const real *alpha, const real *k, const real *q, const real *restrict w,
-    const real *r, const real *of_y, const real *of_z, real *restrict g, real *restrict parts
+    int vectors, int at, int wide, int in, int erases, int before, const real *alpha, const real *k, const real *q,
+    const real *restrict w, const real *r, const real *of_y, const real *of_z, real *restrict g, real *restrict parts
 ) {
     vec row[4], of_answer[4], of_read[4];
     size_t next = (size_t)in * LANES;
