@@ -91,6 +91,16 @@ def leaves(state: Any) -> list[Tensor]:
     return [leaf for child in _children(state) or [] for leaf in leaves(child)]
 
 
+def growing(state: Any) -> list[bool]:
+    """For every tensor, in order, whether it grows with the stream (see `register`)."""
+    grows = _GROWS.get(type(state), {})
+    names = getattr(state, "_fields", None) or [""] * len(_children(state) or [])
+    if isinstance(state, Tensor):
+        return [False]
+    parts = zip(names, _children(state) or [], strict=True)
+    return [name in grows or more for name, child in parts for more in growing(child)]
+
+
 def lanes(state: Any) -> int:
     """Number of lanes. Raises StateError where leaves disagree or there is none."""
     counts = {leaf.shape[0] for leaf in leaves(state)}

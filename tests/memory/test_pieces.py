@@ -13,7 +13,7 @@ from nestling import testing
 from nestling.memory import Gates, Memory, pieces
 from nestling.memory.pieces import Size
 
-NAMES = ("atlas", "atlas_plus", "dla", "swla", "swdt", "omeganet", "moneta", "memora", "rwkv7_like", "tnt")
+NAMES = ("atlas", "atlas_plus", "dla", "swla", "swdt", "dot", "deep_transformer", "moneta", "rwkv7_like", "tnt")
 SHORT = {"tnt": {"global_chunk": 7, "shard": 10}}
 
 
@@ -145,3 +145,21 @@ def test_gates_without_gradients_need_none() -> None:
         y, _ = spec.scan(w0, q.requires_grad_(), k, v, fixed)
     (d_q,) = torch.autograd.grad(y.sum(), q)
     assert bool(torch.isfinite(d_q).all())
+
+
+def test_pairs_are_kept_once() -> None:
+    """Those of a state between pieces are a part of the last state's, so that what is kept grows with the text alone."""
+    spec = nl.memory.named("deep_transformer", key_dim=4, chunk=4)
+    generator = torch.Generator().manual_seed(0)
+    w0 = [w.requires_grad_() for w in spec.init(2, generator)]
+    held: set[int] = set()
+
+    def pack(x: Tensor) -> Tensor:
+        if x.shape[2:] == (1, 16):  # what one head wrote
+            held.add(x.untyped_storage().data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), pieces.of(Size(1, 1, 4)):
+        y, state = spec.scan(w0, *spec.example(generator, lanes=2, heads=2, time=16))
+    assert held == {state.pairs.write.untyped_storage().data_ptr()}
+    assert bool(torch.isfinite(torch.autograd.grad(y.sum(), w0[0])[0]).all())

@@ -34,17 +34,17 @@ def read(
     keep None: γ = 1;  s and carry None: no S. All but W may be without some of W's leading dimensions.
     """
     lead = w.shape[:-2]
-    flat = (
-        _flat(lead, h, 2),
-        _flat(lead, w, 2),
-        _flat(lead, keep, 1),
-        _flat(lead, s, 2),
-        _flat(lead, carry, 1),
-        _flat(lead, x, 2),
-        _flat(lead, coefficient, 2),
-        _flat(lead, rows, 2),
+    parts = (
+        flat(lead, h, 2),
+        flat(lead, w, 2),
+        flat(lead, keep, 1),
+        flat(lead, s, 2),
+        flat(lead, carry, 1),
+        flat(lead, x, 2),
+        flat(lead, coefficient, 2),
+        flat(lead, rows, 2),
     )
-    z = _read(*flat) if torch.compiler.is_compiling() else _Read.apply(*flat)  # type: ignore[no-untyped-call]
+    z = _read(*parts) if torch.compiler.is_compiling() else _Read.apply(*parts)  # type: ignore[no-untyped-call]
     return z.view(*lead, *z.shape[-2:])
 
 
@@ -53,20 +53,20 @@ def advance(
 ) -> Tensor:
     """γ W + f S − Σ_i a_i x_iᵀ r_i with γ and f `[…]`, a `[…, i]`; shapes else, and None, as in `read`."""
     lead = w.shape[:-2]
-    flat = (
-        _flat(lead, w, 2),
-        _flat(lead, keep, 0),
-        _flat(lead, s, 2),
-        _flat(lead, carry, 0),
-        _flat(lead, x, 2),
-        _flat(lead, a, 1),
-        _flat(lead, rows, 2),
+    parts = (
+        flat(lead, w, 2),
+        flat(lead, keep, 0),
+        flat(lead, s, 2),
+        flat(lead, carry, 0),
+        flat(lead, x, 2),
+        flat(lead, a, 1),
+        flat(lead, rows, 2),
     )
-    new = _advance(*flat) if torch.compiler.is_compiling() else _Advance.apply(*flat)  # type: ignore[no-untyped-call]
+    new = _advance(*parts) if torch.compiler.is_compiling() else _Advance.apply(*parts)  # type: ignore[no-untyped-call]
     return new.view(w.shape)
 
 
-def _flat(lead: torch.Size, x: Tensor | None, own: int) -> Any:
+def flat(lead: torch.Size, x: Tensor | None, own: int) -> Any:
     """`[…, own dimensions]` → `[batch, own dimensions]`, a view wherever it can be one."""
     if x is None:
         return None
@@ -118,7 +118,7 @@ def _sides(x: Tensor, a: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return x.mT, a.unsqueeze(-1) * rows
 
 
-def _again(formula: Callable[..., Tensor], saved: Parts, grad: Tensor) -> Parts:
+def again(formula: Callable[..., Tensor], saved: Parts, grad: Tensor) -> Parts:
     """Gradients that can be differentiated once more.
 
     To names of their own: where one input was made from another, the way through it is not to be counted here.
@@ -163,7 +163,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Parts:
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_read, saved[:8], grad)
+            return again(_read, saved[:8], grad)
         h, w, keep, s, carry, x, coefficient, rows, at_w, at_s = saved
         grad = grad.contiguous()
         of = grad @ rows.mT  # of −P, where z = … − P r and P = C ∘ h xᵀ
@@ -220,7 +220,7 @@ class _Advance(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Parts:
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_advance, saved, grad)
+            return again(_advance, saved, grad)
         w, keep, s, carry, x, a, rows = saved
         grad = grad.contiguous()
         column = a.unsqueeze(-1)

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from nestling.memory.biases import Bias, DotProduct, reads_threshold
 from nestling.memory.draw import Draw
-from nestling.memory.features.exponential import CAP, Exponential
+from nestling.memory.features.exponential import Exponential
 from nestling.memory.gates import Factor, Gates, factor
 from nestling.memory.inputs import check_call, check_weights, token_guard, widest
+from nestling.memory.kernel_sum import Kind, Sum, summed
 from nestling.memory.networks import MLP, Matrix
-from nestling.memory.pieces import INSIDE, Size, fitting
+from nestling.memory.pieces import INSIDE, Grown, Size, fitting
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Full
 from nestling.memory.rules import Gradient
@@ -235,34 +236,35 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         halo = self.bias.window - 1
         return chunks * (self.chunk + halo) + (place + halo if place else 0)
 
-    def spread(self, x: Tensor, keys: Tensor, writes: Tensor, weight: Tensor, theta: Tensor) -> Tensor:
-        """Σ_j a_j κ(k_j, x) u_j, over its kernels' sum if normalized: x `[…, time, key_dim]`, keys, writes `[…, n, dim]`,
-        weight a `[…, time, n]`."""
-        if keys.shape[-2] == 0:
-            return x.new_zeros(*x.shape[:-1], writes.shape[-1])
-        exponent = self.kernel.exponent(x, keys, theta)
-        if not self.normalized:
-            return (exponent.clamp_max(CAP).exp() * weight) @ writes
-        top = exponent.detach().masked_fill(weight.detach() == 0, -torch.inf).amax(-1, keepdim=True)
-        top = torch.where(torch.isfinite(top), top, 0.0)  # divides out, as softmax does
-        shares = (exponent - top).clamp_max(CAP).exp() * weight
-        total = shares.sum(-1, keepdim=True)
-        return (shares @ writes) / torch.where(total > 0, total, 1.0)
+    def sum(self, x: Tensor, theta: Tensor, share: Tensor | None, old: Sequence[Sum], own: Sequence[Sum]) -> Tensor:
+        """Σ_j a_j κ(k_j, x) u_j, over its kernels' sum if normalized: x `[…, time, key_dim]`.
+
+        old    pairs with weights of their own, of which a `share [..., time, 1]` is left (None: all)
+        own    pairs with weights for each of x's tokens
+        """
+        kind = Kind(self.normalized, self.kernel.unit_peak, len(old))
+        return summed(kind, x, theta, share, [*old, *own])
 
     def _engines(self) -> Engines[KernelState]:
         from nestling.memory import kernel_chunked, kernel_reference
 
         return kernel_reference.scan, kernel_chunked.scan
 
+    @property
+    def _grown(self) -> Grown | None:
+        return None if self.span is not None else lambda state: state.pairs[:2]
+
     def _piece(self, call: Call, tile: int | None) -> Size | None:
-        """By lanes and time where the state does not grow: lanes alone would not be made again at once."""
-        if self.span is None:
-            return None
-        shape, unit = check_call(self, call), tile or TILE
-        width = self.halo + unit
-        numbers = self.halo * (self.key_dim + self.value_dim + 1)
-        inside = INSIDE * width * (width + sum(i + o for i, o in self.fast_shapes))
-        return fitting(shape, call.q, unit=unit, state=numbers, inside=inside, memories=shape[1])
+        shape, unit = check_call(self, call), min(tile or TILE, self.chunk) if self.span is None else tile or TILE
+        rows, width = sum(i + o for i, o in self.fast_shapes), self.halo + unit
+        inside: float = INSIDE * width * (rows + width)
+        if self.span is not None:
+            numbers = self.halo * (self.key_dim + self.value_dim + 1)
+            return fitting(shape, call.q, unit=unit, state=numbers, inside=inside, memories=shape[1])
+        numbers = (
+            sum(i * o for i, o in self.fast_shapes) + 2 * shape[2]
+        )  # of pairs their weights; the rest is kept once
+        return fitting(shape, call.q, unit=unit, state=numbers, inside=inside + numbers, memories=1)
 
     def _prepare(self, call: Call) -> Streams:
         lanes, heads, time = check_call(self, call)

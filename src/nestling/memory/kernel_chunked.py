@@ -12,6 +12,7 @@ a call, with room for a window's in front of each tile, and brought into the sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from nestling.memory.chunked import back, by_groups, carried, gather, gradients,
 from nestling.memory.coefficients import Coefficients, coefficients
 from nestling.memory.inputs import lanes_where, overflowed, surely
 from nestling.memory.kernel import TILE, KernelMemory, KernelState, Pairs, Streams
+from nestling.memory.kernel_sum import Sum
 from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import at
 from nestling.memory.report import Report
@@ -67,13 +69,11 @@ class FirstLayer:
 
     spec: KernelMemory
     learned: Tensor
-    keys: Tensor
-    writes: Tensor
-    weight: Tensor
+    pairs: list[Sum]
     theta: Tensor
 
     def __rmatmul__(self, k: Tensor) -> Tensor:
-        return k @ self.learned + self.spec.spread(k, self.keys, self.writes, self.weight, self.theta)
+        return k @ self.learned + self.spec.sum(k, self.theta, None, self.pairs, [])
 
 
 def scan(
@@ -196,9 +196,8 @@ def _tile(
         weights = lanes_where(fresh, x.start.weights, weights)
         kept = ~fresh.to(weight.device)[:, None, None]
         weight, still = torch.where(kept, weight, 0.0), torch.where(kept, still, 0.0)
-    known, written = torch.cat(keys, 2), torch.cat(writes, 2)
-    now, stood = (a[:, :, None, : known.shape[2]] for a in (weight, still))
-    first = FirstLayer(spec, anchor[0], known, written, stood, x.theta)
+    now, stood = (_sums(keys, writes, a) for a in (weight, still))
+    first = FirstLayer(spec, anchor[0], stood, x.theta)
     found = gradients(spec.network, spec.bias, [first, *anchor[1:]], cell.k, cell.v)  # type: ignore[list-item]
     finite = found.finite.all(1, keepdim=True)
     keep = finite & cell.present
@@ -220,9 +219,7 @@ def _tile(
             z = z if share is None else share * z
             if layer > 0:
                 return z - (columns * (h @ found.inputs[layer].mT)) @ found.errors[layer]
-            a = (now if share is None else share * now).expand(*h.shape[:-1], -1)
-            pairs = torch.cat([known, k], 2), torch.cat([written, u], 2), torch.cat([a, columns], -1)
-            return z + spec.spread(h, *pairs, x.theta)
+            return z + spec.sum(h, x.theta, share, now, [Sum(k, u, columns)])
 
         y = spec.network.apply(linear, cell.q)
 
@@ -249,6 +246,13 @@ def _tile(
     faults = faults + lost.sum(1)
     note = surprise_and_update(found, torch.where(keep[..., halo:], cell.lr, 0.0), halo)
     return y, Running(anchor, weights, weight, still, (*keys, k), (*writes, u), faults), note
+
+
+def _sums(keys: Sequence[Tensor], writes: Sequence[Tensor], weight: Tensor) -> list[Sum]:
+    """The pairs so far, in parts, with weights `[lane, head, room]` of all of them."""
+    sizes = [part.shape[2] for part in keys]
+    weights = torch.split(weight[..., : sum(sizes)].unsqueeze(2), sizes, -1)
+    return [Sum(*part) for part in zip(keys, writes, weights, strict=True)]
 
 
 def _guarded(anchor: Weights, weights: Weights, still: Tensor, weight: Tensor) -> tuple[Weights, Tensor, Tensor]:
@@ -328,7 +332,7 @@ def _spanned(spec: KernelMemory, x: Streams, cut: Layout, cells: Tiles) -> Resul
                 z = h @ x.initial[layer]
                 if layer > 0:
                     return z - (columns * (h @ found.inputs[layer].mT)) @ found.errors[layer]  # noqa: B023
-                return z + spec.spread(h, k, u, columns, x.theta)  # noqa: B023
+                return z + spec.sum(h, x.theta, None, [], [Sum(k, u, columns)])  # noqa: B023
 
             outputs.append(spec.network.apply(linear, cell.q))
             faults = faults + (~finite[:, 0, halo:] & cell.present[:, 0, halo:]).sum(1)

@@ -19,18 +19,22 @@ import torch
 from torch import Tensor
 
 from nestling.memory.gates import Gates
-from nestling.state import leaves, tree_map
+from nestling.state import growing, leaves, tree_map
 
 if TYPE_CHECKING:
     from nestling.memory.protocol import Call
 
 Run = Callable[["Call"], tuple[Tensor, Any]]
+Grown = Callable[[Any], Sequence[Tensor]]
 Optional = Sequence[Tensor | None]
 
 
 LEAST = 2  # units of a piece
+SMALL = 2**22  # numbers inside of a whole call that is not worth cutting
 INSIDE = 4  # numbers that a scan keeps inside for each that goes in or out of a layer
 FEW = 2**18  # numbers of the memories that are taken at once: enough for long products, few enough for a cache
+
+WHOLE = slice(None)
 
 
 class Size(NamedTuple):
@@ -79,6 +83,8 @@ def fitting(shape: Sequence[int], like: Tensor, *, unit: int, state: float, insi
     memories  to be taken at once, at least
     """
     lanes, heads, time = shape
+    if time / unit * lanes * heads * inside < SMALL:
+        return Size(lanes, heads, max(1, time))
     memories = max(memories, torch.get_num_threads()) if like.device.type == "cpu" else lanes * heads
     some_heads = min(heads, memories)
     some_lanes = min(lanes, -(-memories // heads))
@@ -86,10 +92,12 @@ def fitting(shape: Sequence[int], like: Tensor, *, unit: int, state: float, insi
     return Size(some_lanes, some_heads, max(LEAST, round(units)) * unit)
 
 
-def scan(run: Run, call: Call, size: Size | None) -> tuple[Tensor, Any] | None:
+def scan(run: Run, call: Call, size: Size | None, grown: Grown | None = None) -> tuple[Tensor, Any] | None:
     """The call in pieces; None where one piece would do. With and without gradients, so that both give the same bits.
 
-    run   a scan without pieces;  size: of pieces, None: not to be cut
+    run     a scan without pieces;  size: of pieces, None: not to be cut
+    grown   those of a state's tensors `[lane, token, …]` that grow behind and never change: between pieces they are a part of the
+            last state's
     """
     size = size if size is None else _FORCED.get() or size
     lanes, heads, time = call.q.shape[:3]
@@ -97,19 +105,25 @@ def scan(run: Run, call: Call, size: Size | None) -> tuple[Tensor, Any] | None:
         return None
     if lanes <= size.lanes and heads <= size.heads and time <= size.tokens:
         return None
-    work = _Work(run, call, size)
-    y, *ends = _Pieces.apply(work, *work.given)  # type: ignore[no-untyped-call]
+    work = _Work(run, call, size, grown)
+    given = work.given
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in given):
+        y, ends, _ = work.forward(given, keep=False)
+        return y, work.ended.fill(ends)
+    y, *ends = _Pieces.apply(work, *given)  # type: ignore[no-untyped-call]
     return y, work.ended.fill(ends)
 
 
 class _Tree:
-    """A state's structure, and which of its leaves are one and the same tensor."""
+    """A state's structure, which of its leaves are one and the same tensor, and where each of these has its heads."""
 
     def __init__(self, states: Sequence[Any]) -> None:
         columns = list(zip(*(leaves(state) for state in states), strict=True))
         known: dict[tuple[int, ...], int] = {}
         self.places = [known.setdefault(tuple(map(id, column)), len(known)) for column in columns]
         self.count = len(known)
+        place = [2 if grows else 1 for grows in growing(states[0])]  # behind the dimension that grows
+        self.heads = [place[self.places.index(n)] for n in range(self.count)]
         self._empty = tree_map(lambda x: x.new_empty(0), states[0])
 
     def distinct(self, state: Any) -> list[Tensor]:
@@ -126,9 +140,10 @@ class _Tree:
 class _Work:
     """A call, the tensors it is made of in one row, and how it is cut."""
 
-    def __init__(self, run: Run, call: Call, size: Size) -> None:
-        self.size = size
+    def __init__(self, run: Run, call: Call, size: Size, grown: Grown | None) -> None:
         self._run = run
+        self.size = size
+        self._grown = grown if call.reset is None and self.size.lanes == 1 else None  # else there are others in between
         self.shape = tuple(call.q.shape[:3])
         self.names = [name for name, _ in call.gates.items()]
         self.slow = len(call.w0)
@@ -171,11 +186,9 @@ class _Work:
     def parts(self) -> list[tuple[slice, slice]]:
         """Lanes and heads that are taken together."""
         lanes, heads, _ = self.shape
-        return [
-            (slice(lane, min(lane + self.size.lanes, lanes)), slice(head, min(head + self.size.heads, heads)))
-            for lane in range(0, lanes, self.size.lanes)
-            for head in range(0, heads, self.size.heads)
-        ]
+        rows, columns = range(0, lanes, self.size.lanes), range(0, heads, self.size.heads)
+        some = [WHOLE] if len(columns) == 1 else [slice(head, min(head + self.size.heads, heads)) for head in columns]
+        return [(slice(lane, min(lane + self.size.lanes, lanes)), few) for lane in rows for few in some]
 
     def times(self, lanes: slice) -> list[slice]:
         """Cut at multiples of a piece's tokens, counted from the first of the lanes' start."""
@@ -191,50 +204,85 @@ class _Work:
             return x[heads]
         if n < self._states - 2:
             return x[lanes, heads, time]
-        return x[lanes, time] if n < self._states else _part(x, lanes, heads)
+        if n < self._states:
+            return x[lanes, time]
+        assert self.began is not None
+        return _part(x, lanes, heads, self.began.heads[n - self._states])
 
-    def forward(self, given: Optional) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, given: Optional, *, keep: bool = True) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Outputs, the tensors of the last state, and those of the states between pieces."""
         y: Tensor | None = None
-        borders, ends = list[Tensor](), list[Any]()
+        borders, ends, grown = list[Tensor](), list[Any](), list[tuple[int, int, slice, slice]]()
         self.trees = []
-        faults = 0
+        rooms, faults = list[Tensor](), 0
         for lanes, heads in self.parts():
             state = None
             for number, time in enumerate(self.times(lanes)):
                 own = [self.view(n, x, lanes, heads, time) for n, x in enumerate(given)]
                 if number == 0 and self.began is not None:
                     state = self.began.fill([x for x in own[self._states :] if x is not None])
-                elif number:
+                elif number and keep:
                     tree = _Tree([state])
                     self.trees.append(tree)
-                    borders += tree.distinct(state)
+                    own_borders = tree.distinct(state)
+                    for place, x in enumerate([] if self._grown is None else self._grown(state)):
+                        n = next(n for n, u in enumerate(own_borders) if u is x)
+                        grown.append((len(borders) + n, place, lanes, heads))
+                        own_borders[n] = x.new_empty(x.shape[1], 0)
+                    borders += own_borders
                 before = 0 if state is None else state.faults.sum()
                 out, state = self.run(own[: self._states], state)
                 faults = faults + (state.faults.sum() - before)
                 y = out.new_empty(*self.shape, out.shape[-1]) if y is None else y
                 y[lanes, heads, time] = out
-            ends.append(state)
+            ends.append(state if self._grown is None else self._moved(state, rooms, lanes, heads))
         if self.size.heads < self.shape[1] and bool(faults):
             self.size = self.size._replace(heads=self.shape[1])
-            return self.forward(given)
+            return self.forward(given, keep=keep)
         self.ended = _Tree(ends)
         columns = zip(*(self.ended.distinct(end) for end in ends), strict=True)
         assert y is not None
-        return y, [self._joined(column) for column in columns], borders
+        joined = [self._joined(column, at) for column, at in zip(columns, self.ended.heads, strict=True)]
+        if self._grown is not None:
+            for room, left in zip(rooms, self._grown(self.ended.fill(joined)), strict=True):
+                joined[next(n for n, x in enumerate(joined) if x is left)] = room
+            for n, place, lanes, heads in grown:
+                borders[n] = rooms[place][lanes, : borders[n].shape[0], heads]
+        return y, joined, borders
 
-    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+    def _moved(self, state: Any, rooms: list[Tensor], lanes: slice, heads: slice) -> Any:
+        """A part's last state with what grows left out and put into its place in that of the whole, so that it is there once."""
+        assert self._grown is not None
+        found = self._grown(state)
+        for place, x in enumerate(found):
+            if len(rooms) == place:
+                rooms.append(x.new_zeros(self.shape[0], x.shape[1], self.shape[1], *x.shape[3:]))
+            rooms[place] = _long(rooms[place], torch.Size([max(rooms[place].shape[1], x.shape[1])]))
+            rooms[place][lanes, : x.shape[1], heads] = x
+        left = {id(x): x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in found}
+
+        def leave(x: Tensor) -> Tensor:
+            return left.get(id(x), x)
+
+        return tree_map(leave, state)
+
+    def _joined(self, parts: Sequence[Tensor], at: int) -> Tensor:
         """A tensor of the last state from those of its parts."""
         across = -(-self.shape[1] // self.size.heads)
         rows = [parts[n : n + across] for n in range(0, len(parts), across)]
-        return torch.cat([torch.cat(list(row), 1) if row[0].is_floating_point() else row[0] for row in rows])
+        lanes = [torch.cat(list(row), at) if across > 1 and row[0].is_floating_point() else row[0] for row in rows]
+        longest = max(x.shape[1:2] for x in lanes)
+        return torch.cat([_long(x, longest) for x in lanes])
 
     def backward(self, given: Optional, borders: Sequence[Tensor], grads: Optional, needed: Sequence[bool]) -> Optional:
         """Gradients of what was given, where they are needed."""
         found = [torch.zeros_like(x) if w and x is not None else None for x, w in zip(given, needed, strict=True)]
         last, trees, slow = len(borders), list(self.trees), self._states
         for lanes, heads in reversed(self.parts()):
-            back = [None if g is None or not g.is_floating_point() else _part(g, lanes, heads) for g in grads[1:]]
+            back = [
+                None if g is None or not g.is_floating_point() else _part(g, lanes, heads, at)
+                for g, at in zip(grads[1:], self.ended.heads, strict=True)
+            ]
             tree = self.ended
             for number, time in reversed(list(enumerate(self.times(lanes)))):
                 mine = [self.view(n, x, lanes, heads, time) for n, x in enumerate(given)]
@@ -261,7 +309,11 @@ class _Work:
             state = None if before is None else before.fill([x for x in own[self._states :] if x is not None])
             y, end = self.run(own[: self._states], state)
         outputs = zip((y, *tree.distinct(end)), grads, strict=True)
-        pairs = [(x, g) for x, g in outputs if g is not None and x.requires_grad]
+        pairs = [
+            (x, g if g.shape == x.shape else g[:, : x.shape[1]])
+            for x, g in outputs
+            if g is not None and x.requires_grad
+        ]
         wanted = [x for x in own if x is not None and x.requires_grad]
         if not pairs:
             return [None] * len(own)
@@ -271,9 +323,18 @@ class _Work:
         return [next(got) if x is not None and x.requires_grad else None for x in own]
 
 
-def _part(x: Tensor, lanes: slice, heads: slice) -> Tensor:
-    """A state's tensor `[lane, head, …]`, or `[lane, …]` where it is no number of a head's."""
-    return x[lanes, heads] if x.is_floating_point() else x[lanes]
+def _part(x: Tensor, lanes: slice, heads: slice, at: int) -> Tensor:
+    """Of a state's tensor with the heads as its dimension number `at`; what is no number has none."""
+    if not x.is_floating_point() or heads == WHOLE:
+        return x[lanes]
+    return x[lanes, heads] if at == 1 else x[lanes, :, heads]
+
+
+def _long(x: Tensor, size: torch.Size) -> Tensor:
+    """A tensor `[lane, token, …]` of a state that grows with zeros behind, as long as its lanes' longest."""
+    if x.shape[1:2] == size:
+        return x
+    return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 2) + [0, size[0] - x.shape[1]])
 
 
 def _leaf(x: Tensor | None, wanted: bool) -> Tensor | None:

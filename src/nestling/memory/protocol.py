@@ -247,11 +247,16 @@ class TwoEngines(Memory, Generic[Inputs, State]):
         cut = None
         whole = engine == "reference" or report is not None or torch.compiler.is_compiling() or q.shape[2] == 1
         if not (whole or pieces.uncut()):
-            cut = pieces.scan(run, call, self._piece(call, tile))
+            cut = pieces.scan(run, call, self._piece(call, tile), self._grown)
         return run(call) if cut is None else cut
 
+    @property
+    def _grown(self) -> pieces.Grown | None:
+        """Which of a state's tensors grow; see `pieces.scan`. None: none do."""
+        return None
+
     def _piece(self, call: Call, tile: int | None) -> pieces.Size | None:
-        """Size of the pieces in which a checked call is made again for a backward pass. None: it is not cut."""
+        """Size of the pieces of a call, which it checks. None: it is not cut."""
         return None
 
     def example(
