@@ -293,6 +293,32 @@ def test_skips_the_tokens_that_the_guard_refuses(name: str, bad: float, calls: l
 
 
 @NEEDS
+@pytest.mark.parametrize("bad", [(5,), (4,), (3, 5), (3, 4, 5)])
+def test_a_refused_token_keeps_its_place_in_the_window_of_the_next_call(bad: tuple[int, ...], calls: list[int]) -> None:
+    """Where it is not the first of those that the next call's window reads."""
+    spec = cell_of("a window", key_dim=4, chunk=4, bias=Omega(L2(), 4))
+    w0, streams, gates = example(spec, 12, 41, torch.float64)
+    q, k, v = (x.detach().clone() for x in streams)
+    k[0, 1, list(bad)] = torch.nan
+
+    def read(engine: str) -> list[Tensor]:
+        state, outputs = None, []
+        for here in (slice(0, 6), slice(6, 12)):
+            y, state = nl.memory.scan(
+                spec, w0, q[:, :, here], k[:, :, here], v[:, :, here], gates[here], state, engine=engine
+            )
+            outputs.append(y)
+        assert state is not None
+        found = [torch.cat(outputs, 2), *state.weights]
+        inputs = [*w0, gates.lr, gates.window]
+        return [*(x.detach() for x in found), *torch.autograd.grad(sum(x.square().sum() for x in found), inputs)]
+
+    found = read("chunked")
+    assert len(calls) == 2
+    assert_close(found, read("reference"), 1e-8)
+
+
+@NEEDS
 def test_guards_step_in_as_ever(calls: list[int]) -> None:
     """Values that overflow on the way, which the inputs do not show: the other lane is still read by the C code."""
     spec = nl.memory.named("titans", key_dim=8, chunk=8)

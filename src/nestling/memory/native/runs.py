@@ -39,7 +39,7 @@ class Runs(NamedTuple):
 def runs(cut: Layout, time: int, tail: Tensor | None = None) -> Runs | None:
     """The runs of a call of `time` tokens; None where a tile's tokens do not follow one another, as around invalid ones.
 
-    tail   bool `[lane, halo]`: which tokens of a window before the call are there
+    tail   bool `[lane, halo]`: which tokens of a window before the call are there: the last ones
     """
     tokens = cut.tokens.numpy()
     lanes, tiles, width = tokens.shape

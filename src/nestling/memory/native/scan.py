@@ -173,7 +173,9 @@ def scan(
     cell, tail = Cell.of(spec, spec.network), x.state.tail
     if not (serves(cell, x.q) and orderly(x.retention, x.momentum)):
         return None
-    found = runs(cut, x.q.shape[2], None if tail is None else tail.ok)
+    # From the first that is there on; a token behind it that was refused has its place, and is told by `fine`.
+    there = None if tail is None else tail.ok.cumsum(1) > 0
+    found = runs(cut, x.q.shape[2], there)
     if found is None:
         return None
     keys, values = x.k, x.v
@@ -205,7 +207,8 @@ def scan(
             return Ends.of(slow(spec, given))
 
     fine, lr, erase = None, x.lr, x.erase
-    if not bool(x.fine.all()):
+    whole = tail is None or there is None or torch.equal(there, tail.ok)
+    if not (whole and bool(x.fine.all())):
         fine, acts = x.fine.contiguous() if tail is None else torch.cat([tail.ok, x.fine], 1), x.fine[:, None]
         lr = torch.where(acts, lr, 0.0)
         erase = None if erase is None else torch.where(acts, erase, 0.0)
