@@ -237,8 +237,8 @@ def _tile(
     if cut.size == 1 or bool(border.any()):
         weights, weight, broken = _guarded(anchor, weights, still, weight)
         if spec.read == "after" and cut.size == 1 and not surely(~broken):  # they answer as they stand
-            stood = spec.network.apply(at([first, *anchor[1:]]), cell.q)  # type: ignore[list-item]
-            y = torch.where(broken.view(-1, 1, 1, 1), stood, y)
+            left = spec.network.apply(at([first, *anchor[1:]]), cell.q)  # type: ignore[list-item]
+            y = torch.where(broken.view(-1, 1, 1, 1), left, y)
         anchor = lanes_where(border, weights, anchor)
         still = torch.where(border.to(weight.device)[:, None, None], weight, still)
         faults = faults + broken
