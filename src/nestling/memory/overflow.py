@@ -14,7 +14,7 @@ The first is the border guard, which need not wait for the border. A GPU is wait
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 
 Run = Callable[["Call", "Report | None"], tuple[Tensor, Any, Any]]
 """Answers, the new state, and the inputs as they were prepared."""
+Start = Callable[[Sequence[Tensor], int], Any]
+"""The state of so many lanes that have read nothing."""
 
 
-def read(run: Run, call: Call, report: Report | None, *, halve: bool, guarded: bool) -> tuple[Tensor, Any]:
+def read(
+    run: Run, call: Call, report: Report | None, start: Start, *, halve: bool, guarded: bool
+) -> tuple[Tensor, Any]:
     """A call's answers and new state.
 
     halve    False where `run` goes token after token by itself
@@ -42,7 +46,7 @@ def read(run: Run, call: Call, report: Report | None, *, halve: bool, guarded: b
     if not whole:
         asked = torch.isfinite(call.q.detach()).all(-1, keepdim=True)
         call = call._replace(q=torch.where(asked, call.q, 0.0))
-    y, new, x = _read(run, call, report, halve)
+    y, new, x = _read(run, call, report, start, halve)
     if whole and all_finite(y):
         return y, new
     y = y if asked is None else torch.where(asked, y, torch.nan)
@@ -56,7 +60,7 @@ def read(run: Run, call: Call, report: Report | None, *, halve: bool, guarded: b
     return y, new._replace(faults=new.faults + lost)
 
 
-def _read(run: Run, call: Call, report: Report | None, halve: bool) -> tuple[Tensor, Any, Any]:
+def _read(run: Run, call: Call, report: Report | None, start: Start, halve: bool) -> tuple[Tensor, Any, Any]:
     """The same without the faults of answers."""
     if torch.compiler.is_compiling() or not halve:
         return run(call, report)
@@ -66,7 +70,7 @@ def _read(run: Run, call: Call, report: Report | None, halve: bool) -> tuple[Ten
     y, new, x = run(call, note)
     damaged = _damaged(y, new, x)
     if damaged is not None:
-        y, new, note = _again(run, call, report is not None, damaged)
+        y, new, note = _again(run, call, report is not None, damaged, start)
     if report is not None and note is not None:
         note.hand_to(report, lambda series: series)
     return y, new, x
@@ -99,16 +103,16 @@ def _numbers(state: Any) -> Weights:
     return tuple({id(x): x for x in fast.leaves(state) if x.is_floating_point()}.values())
 
 
-def _again(run: Run, call: Call, noting: bool, damaged: Tensor) -> tuple[Tensor, Any, Report | None]:
+def _again(run: Run, call: Call, noting: bool, damaged: Tensor, start: Start) -> tuple[Tensor, Any, Report | None]:
     """The damaged lanes in two halves, and the others as if those had read nothing: in a graph that holds no NaN, and the way
     that a call without damage goes."""
     which = damaged.nonzero()[:, 0]
     note = Report() if noting else None
     if bool(damaged.all()):
-        return (*_halves(run, call, note), note)
+        return (*_halves(run, call, note, start), note)
     whole = Report() if noting else None
-    found, end, _ = run(_silenced(call, damaged), whole)
-    y, new = _halves(run, _take(call, which), note)
+    found, end, _ = run(_silenced(call, damaged, start), whole)
+    y, new = _halves(run, _take(call, which), note, start)
     numbers = torch.arange(len(which), device=which.device)
     place = torch.zeros_like(damaged, dtype=torch.int64).index_put((which,), numbers)
 
@@ -122,11 +126,11 @@ def _again(run: Run, call: Call, noting: bool, damaged: Tensor) -> tuple[Tensor,
     return merged(y, found), fast.where(damaged, fast.tree_map(wide, new), end), both
 
 
-def _halves(run: Run, call: Call, report: Report | None) -> tuple[Tensor, Any]:
+def _halves(run: Run, call: Call, report: Report | None, start: Start) -> tuple[Tensor, Any]:
     time = call.q.shape[2]
     outputs, state = [], call.state
     for part in (slice(0, time // 2), slice(time // 2, time)):
-        y, state, _ = _read(run, _cut(call, part)._replace(state=state), report, True)
+        y, state, _ = _read(run, _cut(call, part)._replace(state=state), report, start, True)
         outputs.append(y)
     return torch.cat(outputs, 2), state
 
@@ -146,7 +150,20 @@ def _take(call: Call, lanes: Tensor) -> Call:
     return call._replace(q=q, k=k, v=v, gates=call.gates.map(lambda g: g[lanes]), state=state, reset=reset, valid=valid)
 
 
-def _silenced(call: Call, lanes: Tensor) -> Call:
-    """The call with every token of some lanes refused."""
+def _silenced(call: Call, lanes: Tensor, start: Start) -> Call:
+    """The call with every token of some lanes refused, which stand as they began: large numbers would be met again."""
     mask = lanes.view(-1, 1, 1, 1)
-    return call._replace(q=torch.where(mask, 0.0, call.q), k=torch.where(mask, torch.nan, call.k))
+    state = call.state
+    if state is not None:
+        began = iter(fast.leaves(start(call.w0, len(lanes))))
+
+        def quiet(leaf: Tensor) -> Tensor:
+            first = next(began)
+            if not leaf.is_floating_point():
+                return leaf
+            none = first.to(leaf.dtype) if first.shape == leaf.shape else torch.zeros_like(leaf)  # a cache has grown
+            return torch.where(lanes.view(-1, *[1] * (leaf.dim() - 1)), none, leaf)
+
+        state = fast.tree_map(quiet, state)
+    q, k = torch.where(mask, 0.0, call.q), torch.where(mask, torch.nan, call.k)
+    return call._replace(q=q, k=k, state=state)

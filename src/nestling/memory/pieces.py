@@ -3,7 +3,7 @@
 Lanes do not meet, a stream may be cut anywhere, and heads meet in the guards alone. So a call of many tokens is a loop over
 lanes and heads, a few at a time, and along the time: the forward pass keeps the states between pieces, and the backward pass goes
 back from piece to piece. Few memories at a time also stay in a core's cache. Should a guard step in where heads were taken
-apart, the call is done once more with the heads together. A second derivative goes through the whole call.
+apart, those lanes are done once more with the heads together. A second derivative goes through the whole call.
 """
 
 from __future__ import annotations
@@ -149,6 +149,8 @@ class _Work:
         self.slow = len(call.w0)
         self.began = None if call.state is None else _Tree([call.state])
         self.ended: Any = None
+        self.together: set[int] = set()
+        """First lanes of parts whose heads are not taken apart."""
         self.trees: list[_Tree] = []
         of_state = [] if self.began is None else self.began.distinct(call.state)
         streams = [call.q, call.k, call.v, *(gate for _, gate in call.gates.items())]
@@ -186,9 +188,12 @@ class _Work:
     def parts(self) -> list[tuple[slice, slice]]:
         """Lanes and heads that are taken together."""
         lanes, heads, _ = self.shape
-        rows, columns = range(0, lanes, self.size.lanes), range(0, heads, self.size.heads)
-        some = [WHOLE] if len(columns) == 1 else [slice(head, min(head + self.size.heads, heads)) for head in columns]
-        return [(slice(lane, min(lane + self.size.lanes, lanes)), few) for lane in rows for few in some]
+        found = []
+        for lane in range(0, lanes, self.size.lanes):
+            some = heads if lane in self.together else self.size.heads
+            few = [WHOLE] if some >= heads else [slice(head, min(head + some, heads)) for head in range(0, heads, some)]
+            found += [(slice(lane, min(lane + self.size.lanes, lanes)), own) for own in few]
+        return found
 
     def times(self, lanes: slice) -> list[slice]:
         """Cut at multiples of a piece's tokens, counted from the first of the lanes' start."""
@@ -214,7 +219,7 @@ class _Work:
         y: Tensor | None = None
         borders, ends, grown = list[Tensor](), list[Any](), list[tuple[int, int, slice, slice]]()
         self.trees = []
-        rooms, faults = list[Tensor](), 0
+        rooms, guarded = list[Tensor](), set[int]()
         for lanes, heads in self.parts():
             state = None
             for number, time in enumerate(self.times(lanes)):
@@ -232,12 +237,13 @@ class _Work:
                     borders += own_borders
                 before = 0 if state is None else state.faults.sum()
                 out, state = self.run(own[: self._states], state)
-                faults = faults + (state.faults.sum() - before)
+                if heads != WHOLE and bool(state.faults.sum() != before):
+                    guarded.add(lanes.start)
                 y = out.new_empty(*self.shape, out.shape[-1]) if y is None else y
                 y[lanes, heads, time] = out
             ends.append(state if self._grown is None else self._moved(state, rooms, lanes, heads))
-        if self.size.heads < self.shape[1] and bool(faults):
-            self.size = self.size._replace(heads=self.shape[1])
+        if guarded:
+            self.together |= guarded
             return self.forward(given, keep=keep)
         self.ended = _Tree(ends)
         columns = zip(*(self.ended.distinct(end) for end in ends), strict=True)
@@ -268,9 +274,10 @@ class _Work:
 
     def _joined(self, parts: Sequence[Tensor], at: int) -> Tensor:
         """A tensor of the last state from those of its parts."""
-        across = -(-self.shape[1] // self.size.heads)
-        rows = [parts[n : n + across] for n in range(0, len(parts), across)]
-        lanes = [torch.cat(list(row), at) if across > 1 and row[0].is_floating_point() else row[0] for row in rows]
+        rows: dict[int, list[Tensor]] = {}
+        for part, (own, _) in zip(parts, self.parts(), strict=True):
+            rows.setdefault(own.start, []).append(part)
+        lanes = [torch.cat(row, at) if len(row) > 1 and row[0].is_floating_point() else row[0] for row in rows.values()]
         longest = max(x.shape[1:2] for x in lanes)
         return torch.cat([_long(x, longest) for x in lanes])
 

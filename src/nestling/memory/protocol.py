@@ -240,7 +240,8 @@ class TwoEngines(Memory, Generic[Inputs, State]):
         def run(call: Call) -> tuple[Tensor, State]:
             with torch.autocast(q.device.type, enabled=False):
                 if self._guards:
-                    return overflow.read(plain, call, report, halve=engine == "chunked", guarded=self._guards_queries)
+                    halve, guarded = engine == "chunked", self._guards_queries
+                    return overflow.read(plain, call, report, self.start, halve=halve, guarded=guarded)
                 return plain(call, report)[:2]
 
         call = Call(w0, q, k, v, Gates() if gates is None else gates, state, reset, valid)
