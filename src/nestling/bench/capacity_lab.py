@@ -107,7 +107,7 @@ def experiments(quick: bool = False) -> dict[str, Experiment]:
             "Features of keys of 8 dimensions", "number of features", long, _features(few, quick), "capacity"
         ),
         "precision": Experiment(
-            f"Rounded at every token, shown {few} times (d = 16)", "pairs", long[2:7], _precision(few, quick)
+            f"Rounded at every token, shown {few} times (d = 16)", "pairs", long[2:8], _precision(few, quick)
         ),
         "floor": Experiment("4 pairs, shown 32 times (d = 16)", "degree", (4,), _floor(quick), "error"),
         "decay": Experiment(
