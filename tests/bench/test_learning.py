@@ -131,6 +131,28 @@ def test_a_step_size_of_one_turns_the_sign_of_what_is_stored(lr_max):
     torch.testing.assert_close(y[0, 0], powers[:, None] * x[0, 0], rtol=1e-9, atol=1e-9)
 
 
+def test_a_token_multiplies_all_memories_by_the_same_matrix():
+    """At chunk 1 by αI − ηkᵀ(2k − v), whose eigenvalue along the key is α − η(2 − ⟨k, v⟩) (derived)."""
+    matrix = Matrix(init_scale=0.3, identity=True)
+    spec = nl.memory.named("self_modifying", key_dim=4, chunk=1, lr_max=1.0, network=matrix, others=matrix)
+    w0 = tuple(w.double() for w in spec.init(1, torch.Generator().manual_seed(0)))
+    q, a, b = (
+        torch.randn(1, 1, 1, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (1, 2, 3)
+    )
+    named = dict(zip(spec.names, (w[0] for w in w0), strict=True))
+    k, v = nn.functional.normalize(a[0, 0] @ named["k.0"], dim=-1), b[0, 0] @ named["v.0"]
+    gate = {
+        g: torch.sigmoid(a[0, 0] @ named[f"{g}.0"] @ named[f"{g}.weight"] + named[f"{g}.bias"])
+        for g in ("lr", "retention")
+    }
+    factor = gate["retention"] * torch.eye(4, dtype=torch.float64) - gate["lr"] * k.T @ (2 * k - v)
+    after = spec.split(spec.scan(w0, q, a, b)[1].weights)
+    for name, (weights,) in after.items():
+        torch.testing.assert_close(weights[0, 0], factor @ named[f"{name}.0"], rtol=1e-9, atol=1e-9)
+    along = gate["retention"] - gate["lr"] * (2 - k @ v.T)
+    torch.testing.assert_close((2 * k - v) @ factor, along * (2 * k - v), rtol=1e-9, atol=1e-9)
+
+
 def test_of_words_ever_more_counts():
     trial, seen = learning.language("parity", 0, growing=25, quick=True), []
 

@@ -61,7 +61,7 @@ class Task:
 def alternating(width: int = 32, layers: int = 1, heads: int = 4, lr_max: float = 1.0) -> Make:
     """Hope as a formal language needs it: one token a chunk, matrix memories, L2, nothing forgotten, and step sizes up to lr_max.
 
-    With chunk 1 the inner loss and the rule multiply all memories by αI − η(2k − v)ᵀk from the key's side (derived). So that one
+    With chunk 1 the inner loss and the rule multiply all memories by αI − ηkᵀ(2k − v) from the key's side (derived). So that one
     symbol turns the sign of what is stored at k for good and another leaves it alone, α has to be 1 and η(2 − ⟨k, v⟩) 2 or 0; the
     default, η ≤ 0.5, does not allow that. Training finds it from where it is near: values that begin at 0, and read-outs of η
     that differ from symbol to symbol, with a standard deviation of 2 about 0. The continuum stands still: it would learn to
