@@ -319,6 +319,19 @@ def test_a_refused_token_keeps_its_place_in_the_window_of_the_next_call(bad: tup
 
 
 @NEEDS
+@pytest.mark.parametrize("name", ["titans", "gla", "self_modifying"])
+def test_reads_gradients_that_are_views_with_another_sign(name: str) -> None:
+    """As a complex number's conjugate leaves them."""
+    spec = cell_of(name, key_dim=4, chunk=4)
+    w0, (q, k, v), gates = example(spec, 8, 43, torch.float64)
+    y, _ = nl.memory.scan(spec, w0, q, k, v, gates)
+    ones = torch.ones_like(y)
+    (found,) = torch.autograd.grad(y, v, ones._neg_view(), retain_graph=True)
+    (expected,) = torch.autograd.grad(y, v, -ones)
+    assert torch.equal(found, expected)
+
+
+@NEEDS
 def test_guards_step_in_as_ever(calls: list[int]) -> None:
     """Values that overflow on the way, which the inputs do not show: the other lane is still read by the C code."""
     spec = nl.memory.named("titans", key_dim=8, chunk=8)

@@ -54,7 +54,7 @@ class _Call(torch.autograd.Function):
             )
         if torch.is_grad_enabled():
             return None, *_by_autograd(work.again, given, grads)
-        return None, *work.backward(_whole(given), kept, tuple(g.contiguous() for g in grads))
+        return None, *work.backward(_whole(given), kept, tuple(g.resolve_neg().contiguous() for g in grads))
 
 
 def _by_autograd(
