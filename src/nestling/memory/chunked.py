@@ -400,15 +400,14 @@ def piece(spec: MemorySpec, shape: tuple[int, int, int], tile: int | None, like:
 
     like   a tensor of the call's device in the compute dtype
     """
-    served = native.serves(native.Cell.of(spec, spec.network), like)
-    if served and spec.features == Identity():
+    if spec.features == Identity() and native.serves(native.Cell.of(spec, spec.network), like):
         return None
     per_token = _per_token(spec, True)
     numbers, rows = sum(i * o for i, o in spec.fast_shapes), sum(i + o for i, o in spec.fast_shapes)
     state = numbers * (2 if spec.rule.momentum else 1)
     unit = min(tile or _tile_size(spec, per_token), *spec.periods)
     inside = state + pieces.INSIDE * unit * (rows + unit) + (unit * numbers if per_token else 0)
-    memories = shape[0] * shape[1] if served else -(-pieces.FEW // numbers)
+    memories = -(-pieces.FEW // numbers)
     if spec.directed is not None:
         inside, memories = inside + MAPPED * numbers * (unit if per_token else 1), 1
     return pieces.fitting(shape, like, unit=unit, state=state, inside=inside, memories=memories)
