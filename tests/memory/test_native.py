@@ -36,7 +36,7 @@ from nestling.memory import (
     native,
 )
 from nestling.memory.native.lanes import Lanes
-from nestling.native import status, without
+from nestling.native import library, status, without
 
 NEEDS = pytest.mark.skipif(not status().startswith("on"), reason=f"the C code is not used here: {status()}")
 HEADS = 2
@@ -562,6 +562,16 @@ def test_is_built_once_and_anew_where_it_was_cut_short(tmp_path: Path) -> None:
     os.truncate(built, 5000)
     assert run(READS, XDG_CACHE_HOME=str(tmp_path)).startswith("on")
     assert built.stat().st_size == whole
+
+
+@NEEDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_part_is_built(dtype: torch.dtype) -> None:
+    """One that is not leaves its work to the framework, and nobody would notice but by the speed."""
+    sources = sorted(Path(nl.__file__).parent.rglob("*.c"))
+    assert len(sources) >= 5
+    for source in sources:
+        assert library(source, dtype) is not None, source
 
 
 def test_what_does_not_load_is_not_kept(tmp_path: Path) -> None:

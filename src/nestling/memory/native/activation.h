@@ -102,6 +102,9 @@ static void activate_with_slope(int kind, int n, const real *restrict z, real *r
     EACH(h[i] = v; slope[i] = g)
 }
 
+// grad *= σ'(z)
+static void back_through(int kind, int n, const real *restrict z, real *restrict grad) { EACH(grad[i] *= g) }
+
 // grad = grad σ'(z) + of_slope σ''(z)
 static void back_through_both(
     int kind, int n, const real *restrict z, const real *restrict slope, const real *restrict of_slope, real *restrict grad

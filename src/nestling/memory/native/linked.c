@@ -115,7 +115,7 @@ static inline void read_token(const Token *t, real *restrict at, real *restrict 
     for (int j = 0; j < out; j++) share[j] = 0, z[j] = 0;
     if (keeps) memset(t->zs, 0, 2 * out * sizeof(real));
     if (write)
-        for (int j = 0; j < out; j++) top[j] = -R(3e38);
+        for (int j = 0; j < out; j++) top[j] = -(real)INFINITY;
     for (int i = 0; i < in; i++) {
         real step = t->lr * t->x[i], weight = t->h[i], keep = t->keep, *restrict row = at + (size_t)i * out;
         real *restrict kept = t->e + (size_t)i * out;
