@@ -35,7 +35,6 @@ from nestling.memory import (
     Omega,
     native,
 )
-from nestling.memory.native.lanes import Lanes
 from nestling.native import library, status, without
 
 NEEDS = pytest.mark.skipif(not status().startswith("on"), reason=f"the C code is not used here: {status()}")
@@ -101,22 +100,6 @@ def cell_of(name: str, **sizes: int) -> Any:
     """The memory of a cell, or of a system's own name."""
     system, choices = CELLS.get(name, (name, {}))
     return nl.memory.named(system, **{**sizes, **choices})
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tiles the C code has read so far, scan after scan."""
-    seen: list[int] = []
-    scan = Lanes.scan
-
-    def counting(self: Lanes, *arguments: object) -> object:
-        found = scan(self, *arguments)
-        if found is not None:
-            seen.append(self.cut.table.shape[1])
-        return found
-
-    monkeypatch.setattr(Lanes, "scan", counting)
-    return seen
 
 
 def example(spec: MemorySpec, time: int, seed: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Gates]:

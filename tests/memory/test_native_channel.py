@@ -33,22 +33,6 @@ RULES = {
 }
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens the C code has read of the lane that has most, scan after scan."""
-    seen: list[int] = []
-    scan = Scan.scan
-
-    def counting(self: Scan, *arguments: object) -> object:
-        found = scan(self, *arguments)
-        if found is not None:
-            seen.append(self.cut.table.shape[1])
-        return found
-
-    monkeypatch.setattr(Scan, "scan", counting)
-    return seen
-
-
 def made(kind: str, **choices: object) -> MemorySpec:
     name, own = RULES[kind]
     return nl.memory.named(name, **{"key_dim": 8, **own, **choices})

@@ -45,19 +45,26 @@ def scanned(spec: Memory, change: Callable[..., None] | None = None, time: int =
     return y, *state.weights, state.faults, *torch.autograd.grad(loss, [*w0, *inputs])
 
 
+def alike(work: Callable[[], tuple[Tensor, ...]], size: Size) -> tuple[Tensor, ...]:
+    """What `work` finds, which must be the same in pieces."""
+    with pieces.whole():
+        expected = work()
+    with pieces.of(size):
+        found = work()
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10, equal_nan=True)
+    return expected
+
+
 def test_a_guard_in_one_head_is_felt_in_the_others() -> None:
     spec = small("dla", chunk=5)
 
     def overflow(q: Tensor, k: Tensor, v: Tensor) -> None:
         v[1, 0, 7] = 1e200  # its square is not finite: a token that is not written in any head
 
-    with pieces.whole():
-        expected = scanned(spec, overflow)
-    with pieces.of(Size(1, 1, 10)):
-        found = scanned(spec, overflow)
+    expected = alike(lambda: scanned(spec, overflow), Size(1, 1, 10))
     assert expected[3].tolist() == [0, 1]
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+    assert all(bool(torch.isfinite(x).all()) for x in expected)
 
 
 def test_an_update_that_overflows_in_one_head_puts_all_heads_back() -> None:
@@ -66,12 +73,7 @@ def test_an_update_that_overflows_in_one_head_puts_all_heads_back() -> None:
     def overflow(q: Tensor, k: Tensor, v: Tensor) -> None:
         v[0, 1, 3] = 1e153
 
-    with pieces.whole():
-        expected = scanned(spec, overflow)
-    with pieces.of(Size(1, 1, 10)):
-        found = scanned(spec, overflow)
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8, equal_nan=True)
+    alike(lambda: scanned(spec, overflow), Size(1, 1, 10))
 
 
 def test_a_second_derivative_goes_through_pieces() -> None:
@@ -85,12 +87,7 @@ def test_a_second_derivative_goes_through_pieces() -> None:
         first = torch.autograd.grad(y.square().sum(), [*w0, q, k], create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), [*w0, q, k])
 
-    with pieces.whole():
-        expected = second()
-    with pieces.of(Size(1, 1, 5)):
-        found = second()
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+    assert all(bool(torch.isfinite(x).all()) for x in alike(second, Size(1, 1, 5)))
 
 
 @pytest.mark.parametrize("name", ["atlas", "swla"])
@@ -127,12 +124,7 @@ def test_the_last_state_alone_has_gradients_too() -> None:
         _, state = spec.scan(w0, q, k.requires_grad_(), v, gates)
         return torch.autograd.grad(state.weights[0].square().sum(), [*w0[:2], k])
 
-    with pieces.whole():
-        expected = gradients()
-    with pieces.of(Size(1, 2, 4)):
-        found = gradients()
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+    assert all(bool(torch.isfinite(x).all()) for x in alike(gradients, Size(1, 2, 4)))
 
 
 def test_gates_without_gradients_need_none() -> None:

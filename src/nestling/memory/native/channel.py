@@ -17,12 +17,12 @@ from nestling.memory.native import fields
 from nestling.memory.native.call import Given
 from nestling.memory.native.lanes import Again, Ends, Lanes, Stand, stand, states
 from nestling.memory.native.runs import Runs, tokens
-from nestling.memory.native.scan import Cell
+from nestling.memory.native.scan import Cell, runs_here
 from nestling.memory.networks import Matrix
 from nestling.memory.retentions import Decay
 from nestling.memory.rules import DeltaGradient, Gradient, Implicit
 from nestling.memory.state import MemoryState
-from nestling.native import DEFINES, HEADERS, library, without
+from nestling.native import HEADERS, without
 
 if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
@@ -34,13 +34,7 @@ SCRATCH = 2**20  # bytes of weights that are made again at a time, to stay in a 
 
 def serves(cell: Cell, x: Tensor) -> bool:
     """Whether there is C code for these choices and for such tensors, on this machine."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype in DEFINES
-        and _known(cell)
-        and library(SOURCE, x.dtype) is not None
-    )
+    return _known(cell) and runs_here(SOURCE, x)
 
 
 @lru_cache

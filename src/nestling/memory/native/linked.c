@@ -5,7 +5,7 @@
 // with x and δ at the linked anchor, as in tile.h. No rank-one form survives a link, so a layer's Z, which a core's cache holds, is
 // written and read in one pass over it per token. The link is the softmax over each output's inputs.
 
-#include "scan.h"
+#include "passes.h"
 
 // What a thread has in hand. states: Z before the tiles of a group; walked: Z as it goes on; the rest by layer, of every token.
 typedef struct {
@@ -168,9 +168,9 @@ static void walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, int keep
     const Cell *cell = &s->cell;
     const Network *n = &cell->network;
     Space *p = &h->space;
-    int L = t->tokens, D = n->depth, last = n->width[D];
+    int L = t->tokens;
     p->h[0] = (real *)t->q;
-    for (int l = 0; l < D; l++) {
+    for (int l = 0; l < n->depth; l++) {
         int out = n->width[l + 1];
         tops(n->width[l], out, m->w[l], h->top[l]);
         for (int i = 0; i < L; i++) {
@@ -182,17 +182,9 @@ static void walk(const Scan *s, Hand *h, const Tile *t, const Stand *m, int keep
                 any_token(&token, m->w[l], top, 0, 0, keeps);
             }
         }
-        if (l < D - 1 && !keeps) activate(n->activation, L * out, p->ahead[l], p->h[l + 1]);
-        else if (l < D - 1) activate_with_slope(n->activation, L * out, p->ahead[l], p->h[l + 1], p->rise[l]);
+        activate_asked(n, p, L, l, keeps);
     }
-    const real *z = p->ahead[D - 1];
-    if (n->norm) {
-        normalize(L, last, (real)n->epsilon, z, p->normed, p->scale);
-        z = p->normed;
-    }
-    if (!y) return;
-    memcpy(y, z, (size_t)L * last * sizeof(real));
-    if (n->residual) add_part(L, last, t->q, n->width[0], y, last);
+    finish(n, p, t, y);
 }
 
 // What only writes: Z_L = γ Z_0 − Xᵀ diag(η γ_L/γ) Δ.
@@ -294,70 +286,48 @@ static void back_walk(
 
 // ---- a memory ------------------------------------------------------------------------------------------------------
 
-static void forward(const void *task, int memory, real *space) {
-    const Scan *s = task;
+static int ahead(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m) {
+    Hand *h = hand;
+    Tile t = tile_of(s, h, memory, &runs[n]);
+    Stand at = standing(s, h, m, 0);
+    gradients(&s->cell, &h->space, &t, &at);
+    walk(s, h, &t, m, 0, answers_at(s, s->y, memory, &runs[n]));
+    return sound(&s->cell, &h->space, &t, m);
+}
+
+static void onward(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m, const Stand *after) {
+    Hand *h = hand;
+    Tile t = tile_of(s, h, memory, &runs[n]);
+    Stand at = standing(s, h, m, 0);
+    gradients(&s->cell, &h->space, &t, &at);
+    write_tile(s, h, &t, m, after);
+}
+
+static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m, const Stand *g) {
     const Cell *cell = &s->cell;
+    Hand *h = hand;
+    Tile t = tile_of(s, h, memory, &runs[n]);
+    Stand at = standing(s, h, m, 1), after;
+    gradients(cell, &h->space, &t, &at);
+    stand(cell, s->apart, &after, h->walked);
+    for (int l = 0; l < cell->network.depth; l++) memcpy(after.w[l], m->w[l], size_of(cell, l) * sizeof(real));
+    walk(s, h, &t, &after, 1, 0);
+    OfTile of = of_tile_at(s, &h->of_gates, memory, &runs[n]);
+    back_walk(s, h, &t, &after, &at, answers_at(s, (real *)s->of_y, memory, &runs[n]), g, &of);
+}
+
+static const Engine ENGINE = {ahead, onward, behind};
+
+static void forward(const void *task, int memory, real *space) {
     Hand h;
-    Stand m;
-    lay(s, 0, &h, space);
-    stand(cell, s->apart, &m, h.states);
-    load(cell, s->apart, &s->store, memory, 0, &m);
-    const Run *runs = s->runs + (size_t)(memory / s->heads) * s->tiles;
-    for (int n = 0; n < s->tiles && runs[n].tokens; n++) {
-        if (s->kept && n % s->group == 0)
-            memcpy(kept_at(s, n, memory), h.states, numbers(cell, s->apart) * sizeof(real));
-        if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
-        Tile t = tile_of(s, &h, memory, &runs[n]);
-        Stand at = standing(s, &h, &m, 0);
-        gradients(cell, &h.space, &t, &at);
-        walk(s, &h, &t, &m, 0, answers_at(s, s->y, memory, &runs[n]));
-        if (!sound(cell, &h.space, &t, &m)) {
-            s->broken[memory] = 1;
-            return;
-        }
-        if (runs[n].flags & CLOSES) close_chunk(cell, s->apart, &m);
-    }
-    unload(cell, s->apart, &s->store, memory, &m);
+    lay(task, 0, &h, space);
+    go_ahead(task, memory, ENGINE, &h, h.states);
 }
 
 static void backward(const void *task, int memory, real *space) {
-    const Scan *s = task;
-    const Cell *cell = &s->cell;
     Hand h;
-    lay(s, 1, &h, space);
-    Stand m, after, g;
-    gradients_of(cell, s->apart, &s->store, memory, &g);
-    size_t size = numbers(cell, s->apart);
-    const Run *runs = s->runs + (size_t)(memory / s->heads) * s->tiles;
-    int count = tiles_of(s, runs);
-    for (int first = (count - 1) / s->group * s->group; first >= 0 && count; first -= s->group) {
-        int end = first + s->group < count ? first + s->group : count;
-        memcpy(h.states, kept_at(s, first, memory), size * sizeof(real));
-        for (int n = first; n < end; n++) {  // what stands before each tile of the group
-            stand(cell, s->apart, &m, h.states + (n - first) * size);
-            if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
-            if (n == end - 1) break;
-            stand(cell, s->apart, &after, h.states + (n - first + 1) * size);
-            Tile t = tile_of(s, &h, memory, &runs[n]);
-            Stand at = standing(s, &h, &m, 0);
-            gradients(cell, &h.space, &t, &at);
-            write_tile(s, &h, &t, &m, &after);
-            next_anchor(cell, s->apart, runs[n].flags & CLOSES, &m, &after);
-        }
-        for (int n = end - 1; n >= first; n--) {
-            stand(cell, s->apart, &m, h.states + (n - first) * size);
-            Tile t = tile_of(s, &h, memory, &runs[n]);
-            Stand at = standing(s, &h, &m, 1);
-            gradients(cell, &h.space, &t, &at);
-            stand(cell, s->apart, &after, h.walked);
-            memcpy(h.walked, h.states + (n - first) * size, size * sizeof(real));
-            walk(s, &h, &t, &after, 1, 0);
-            if (runs[n].flags & CLOSES) back_close(cell, s->apart, &g);
-            OfTile of = of_tile_at(s, &h.of_gates, memory, &runs[n]);
-            back_walk(s, &h, &t, &after, &at, answers_at(s, (real *)s->of_y, memory, &runs[n]), &g, &of);
-            if (runs[n].flags & FRESH) back_fresh(cell, s->apart, &s->store, memory, &g);
-        }
-    }
+    lay(task, 1, &h, space);
+    go_back(task, memory, ENGINE, &h, h.states);
 }
 
 // Returns 0, or 1 if there was no memory for it.

@@ -83,13 +83,13 @@ class Cell:
 
 def serves(cell: Cell, x: Tensor) -> bool:
     """Whether there is C code for these choices and for such tensors, on this machine."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype in DEFINES
-        and _known(cell)
-        and library(_source(cell), x.dtype) is not None
-    )
+    return _known(cell) and runs_here(_source(cell), x)
+
+
+def runs_here(source: Path, x: Tensor) -> bool:
+    """Whether this C code can be had for such tensors, on this machine."""
+    plain = not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype in DEFINES
+    return plain and library(source, x.dtype) is not None
 
 
 def _source(cell: Cell) -> Path:

@@ -160,10 +160,31 @@ static void gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at
         for (int l = 0; l < D; l++) erased(cell, m, t, at, l);
 }
 
+// h of the next layer from ẑ_l; keeps: σ'(ẑ_l) too, for the way back.
+static void activate_asked(const Network *n, Space *m, int tokens, int l, int keeps) {
+    int size = tokens * n->width[l + 1];
+    if (l == n->depth - 1) return;
+    if (keeps) activate_with_slope(n->activation, size, m->ahead[l], m->h[l + 1], m->rise[l]);
+    else activate(n->activation, size, m->ahead[l], m->h[l + 1]);
+}
+
+// Answers from ẑ_D: norm, and what the residual adds. y null: not wanted.
+static void finish(const Network *n, Space *m, const Tile *t, real *y) {
+    int L = t->tokens, last = n->width[n->depth];
+    const real *z = m->ahead[n->depth - 1];
+    if (n->norm) {
+        normalize(L, last, (real)n->epsilon, z, m->normed, m->scale);
+        z = m->normed;
+    }
+    if (!y) return;
+    memcpy(y, z, (size_t)L * last * sizeof(real));
+    if (n->residual) add_part(L, last, t->q, n->width[0], y, last);
+}
+
 // Answers to the tile's queries; y null: what the way back needs instead.
 static void answers(const Cell *cell, Space *m, const Tile *t, const Stand *at, real *y) {
     const Network *n = &cell->network;
-    int L = t->tokens, N = t->rows, D = n->depth, first = cell->before ? 0 : 1, last = n->width[D];
+    int L = t->tokens, N = t->rows, D = n->depth, first = cell->before ? 0 : 1;
     const real *keep = t->c->keep + first, *carry = cell->momentum ? t->c->carry + first : 0;
     m->h[0] = (real *)t->q;
     for (int l = 0; l < D; l++) {
@@ -186,17 +207,9 @@ static void answers(const Cell *cell, Space *m, const Tile *t, const Stand *at, 
         for (int i = 0; i < L * N; i++) m->mixed[i] = m->gram[i] * C[i];
         product(L, N, out, plain(m->mixed, N), plain(m->rows[l], out), z, out, -1, m->panel);
         if (t->scale) scaled(L, out, t->scale[l], z, z);
-        if (l < D - 1 && y) activate(n->activation, L * out, z, m->h[l + 1]);
-        else if (l < D - 1) activate_with_slope(n->activation, L * out, z, m->h[l + 1], m->rise[l]);
+        activate_asked(n, m, L, l, !y);
     }
-    const real *z = m->ahead[D - 1];
-    if (n->norm) {
-        normalize(L, last, (real)n->epsilon, z, m->normed, m->scale);
-        z = m->normed;
-    }
-    if (!y) return;
-    memcpy(y, z, (size_t)L * last * sizeof(real));
-    if (n->residual) add_part(L, last, t->q, n->width[0], y, last);
+    finish(n, m, t, y);
 }
 
 // Weights and momentum after the tile; `to` may be `at`.
