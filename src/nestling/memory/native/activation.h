@@ -10,9 +10,11 @@
 
 enum { GELU, GELU_TANH, SILU };
 
+#define INVERSE_ROOT_TWO R(0.70710678118654752440)
+
 #ifdef DOUBLE
 static inline real exponential(real x) { return exp(x); }
-static inline real error_function(real x) { return erf(x); }
+static inline real below_minus(real z, real e) { return (void)e, R(0.5) * erfc(z * INVERSE_ROOT_TWO); }
 #else
 static inline real exponential(real x) {
     x = x < -R(87.0) ? -R(87.0) : x > R(88.0) ? R(88.0) : x;
@@ -29,24 +31,18 @@ static inline real exponential(real x) {
     return (p * r * r + r + R(1.0)) * two.f;
 }
 
-// erf to about one unit in the last place: a polynomial near 0, 1 − exp(polynomial) beyond.
-static inline real error_function(real x) {
-    real t = x < 0 ? -x : x, s = x * x;
-    real far = -R(1.72853470e-5) * t + R(3.83197126e-4);
-    far = far * s + (-R(3.88396438e-3) * t + R(2.42546219e-2));
-    far = far * t - R(1.06777877e-1);
-    far = far * t - R(6.34846687e-1);
-    far = far * t - R(1.28717512e-1);
-    far = R(1.0) - exponential(far * t - t);
-    far = x < 0 ? -far : far;
-    real near = -R(5.96761703e-4);
-    near = near * s + R(4.99119423e-3);
-    near = near * s - R(2.67681349e-2);
-    near = near * s + R(1.12819925e-1);
-    near = near * s - R(3.76125336e-1);
-    near = near * s + R(1.28379166e-1);
-    near = near * x + x;
-    return t > R(0.927734375) ? far : near;
+// Φ(−z) for z ≥ 0, given e = exp(−z²/2): e times a polynomial in 1/(1 + 0.35 z), right to 3e-8 of its value (fitted).
+static inline real below_minus(real z, real e) {
+    real t = R(1.0) / (R(1.0) + R(0.35) * z), p = -R(2.915787470e-2);
+    p = p * t + R(1.440308665e-1);
+    p = p * t - R(2.558388961e-1);
+    p = p * t + R(1.593195747e-1);
+    p = p * t - R(2.321227238e-2);
+    p = p * t + R(1.055524689e-1);
+    p = p * t + R(1.198212958e-1);
+    p = p * t + R(1.398635144e-1);
+    p = p * t + R(1.396213069e-1);
+    return e * p * t;
 }
 
 #endif
@@ -59,13 +55,12 @@ static inline real sigmoid(real x) { return R(1.0) / (R(1.0) + exponential(-x));
 // z², at most: beyond, slopes are 0 or 1 and curvatures 0, but higher powers would overflow, and ∞ · 0 is no number.
 static inline real square(real z) { return z * z < R(1e4) ? z * z : R(1e4); }
 
-#define INVERSE_ROOT_TWO R(0.70710678118654752440)
 #define DENSITY R(0.39894228040143267794)  // 1/√(2π)
 
 // Each: value, slope and curvature; what a caller does not use is not computed.
 static inline void gelu(real z, real *value, real *slope, real *curve) {
-    real s = square(z), below = R(0.5) + R(0.5) * error_function(z * INVERSE_ROOT_TWO);
-    real density = DENSITY * exponential(-R(0.5) * s);
+    real s = square(z), e = exponential(-R(0.5) * s), density = DENSITY * e, far = below_minus(z < 0 ? -z : z, e);
+    real below = z < 0 ? far : R(1.0) - far;
     *value = z * below;
     *slope = below + z * density;
     *curve = density * (R(2.0) - s);

@@ -12,17 +12,31 @@ typedef struct {
     Space space;
     Gates gates;
     OfGates of_gates;
+    real *made;
+    size_t apiece;  // numbers of `made` for each tile
+    Tile tile;      // the one that was made last
     real *states, *standing[DEPTH], *turned[DEPTH], *of_standing[DEPTH];
     real *top[DEPTH], *share[DEPTH], *e[DEPTH], *zs[DEPTH], *walked;
     real *alpha, *column, *row;
 } Hand;
+
+// Takes in hand what is made of a group's tile.
+static size_t hold(const Scan *s, Hand *h, int place) {
+    Room room = {h->made ? h->made + place * h->apiece : 0, 0};
+    lay_made(&s->cell, s->longest, &h->space, &room);
+    h->alpha = take(&room, s->longest);
+    return room.used;
+}
 
 static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     const Cell *cell = &s->cell;
     const Network *n = &cell->network;
     int L = s->longest, most = widest(n);
     Room room = {space, 0};
-    lay_space(cell, L, L, &h->space, &room);
+    h->made = 0;
+    h->apiece = hold(s, h, 0);
+    h->made = take(&room, h->apiece * (backward ? s->group : 1));
+    lay_step(cell, L, L, &h->space, &room);
     for (int l = 0; l < n->depth; l++) {
         size_t size = size_of(cell, l), rows = (size_t)(L + 1) * n->width[l + 1];
         h->standing[l] = take(&room, size);
@@ -32,7 +46,6 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
         h->top[l] = take(&room, rows);
         h->share[l] = take(&room, rows);
     }
-    h->alpha = take(&room, L);
     h->walked = take(&room, backward ? numbers(cell, s->apart) : 0);
     h->column = take(&room, 2 * (most > L ? most : L));
     h->row = take(&room, most);
@@ -85,12 +98,6 @@ static Stand standing(const Scan *s, Hand *h, const Stand *m, int with_turned) {
     }
     if (with_turned) turn(&s->cell, &at, h->turned);
     return at;
-}
-
-static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *run) {
-    Tile t = tile_at(s, &h->gates, memory, run, 1);
-    for (int i = 0; i < t.tokens; i++) h->alpha[i] = h->gates.retention ? (real)exp(h->gates.retention[i]) : 1;
-    return t;
 }
 
 // ---- one token, one layer ------------------------------------------------------------------------------------------
@@ -286,29 +293,33 @@ static void back_walk(
 
 // ---- a memory ------------------------------------------------------------------------------------------------------
 
-static int ahead(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m) {
+static void make(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *m) {
     Hand *h = hand;
-    Tile t = tile_of(s, h, memory, &runs[n]);
+    hold(s, h, place);
+    Tile t = h->tile = tile_at(s, &h->gates, memory, &runs[n], 1);
+    for (int i = 0; i < t.tokens; i++) h->alpha[i] = h->gates.retention ? (real)exp(h->gates.retention[i]) : 1;
     Stand at = standing(s, h, m, 0);
     gradients(&s->cell, &h->space, &t, &at);
-    walk(s, h, &t, m, 0, answers_at(s, s->y, memory, &runs[n]));
-    return sound(&s->cell, &h->space, &t, m);
+}
+
+static int ahead(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m) {
+    Hand *h = hand;
+    walk(s, h, &h->tile, m, 0, answers_at(s, s->y, memory, &runs[n]));
+    return sound(&s->cell, &h->space, &h->tile, m);
 }
 
 static void onward(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m, const Stand *after) {
     Hand *h = hand;
-    Tile t = tile_of(s, h, memory, &runs[n]);
-    Stand at = standing(s, h, m, 0);
-    gradients(&s->cell, &h->space, &t, &at);
-    write_tile(s, h, &t, m, after);
+    write_tile(s, h, &h->tile, m, after);
 }
 
-static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m, const Stand *g) {
+static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *m, const Stand *g) {
     const Cell *cell = &s->cell;
     Hand *h = hand;
-    Tile t = tile_of(s, h, memory, &runs[n]);
+    hold(s, h, place);
+    Tile t = tile_at(s, &h->gates, memory, &runs[n], 1);
+    h->space.at.x[0] = (real *)t.k;
     Stand at = standing(s, h, m, 1), after;
-    gradients(cell, &h->space, &t, &at);
     stand(cell, s->apart, &after, h->walked);
     for (int l = 0; l < cell->network.depth; l++) memcpy(after.w[l], m->w[l], size_of(cell, l) * sizeof(real));
     walk(s, h, &t, &after, 1, 0);
@@ -316,7 +327,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     back_walk(s, h, &t, &after, &at, answers_at(s, (real *)s->of_y, memory, &runs[n]), g, &of);
 }
 
-static const Engine ENGINE = {ahead, onward, behind};
+static const Engine ENGINE = {make, ahead, onward, behind};
 
 static void forward(const void *task, int memory, real *space) {
     Hand h;

@@ -1,5 +1,6 @@
-// A memory's tiles in order, and back. The backward pass starts from what was kept every few tiles and makes the rest again. A value
-// that is not finite raises a flag; the caller then leaves all to `chunked`, whose guards know what to do.
+// A memory's tiles in order, and back. The backward pass goes by groups of tiles: it starts from what was kept before the group, makes
+// what stands before each of its tiles, and holds on to what it made of them on the way for when it comes back. A value that is not
+// finite raises a flag; the caller then leaves all to `chunked`, whose guards know what to do.
 
 #ifndef NESTLING_PASSES_H
 #define NESTLING_PASSES_H
@@ -8,12 +9,14 @@
 
 // What is done at a tile, number n of the runs; m: what stands before it.
 typedef struct {
-    // Reads the tile and goes on in m. Returns whether all is finite.
+    // Its gradients at the anchor, into the hand's room number `place`; the next call of `ahead` or `onward` is for this tile.
+    void (*make)(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *m);
+    // Answers its queries and goes on in m. Returns whether all is finite.
     int (*ahead)(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m);
     // What stands after it, anchors apart.
     void (*onward)(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m, const Stand *after);
     // From the gradients of what stands after it, a chunk that it closes seen to, to those of what stands before.
-    void (*behind)(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m, const Stand *g);
+    void (*behind)(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *m, const Stand *g);
 } Engine;
 
 static const Run *runs_of(const Scan *s, int memory) { return s->runs + (size_t)(memory / s->heads) * s->tiles; }
@@ -28,6 +31,7 @@ static inline void go_ahead(const Scan *s, int memory, Engine engine, void *hand
         if (s->kept && n % s->group == 0)
             memcpy(kept_at(s, n, memory), state, numbers(cell, s->apart) * sizeof(real));
         if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
+        engine.make(s, hand, memory, runs, n, 0, &m);
         if (!engine.ahead(s, hand, memory, runs, n, &m)) {
             s->broken[memory] = 1;
             return;
@@ -50,6 +54,7 @@ static inline void go_back(const Scan *s, int memory, Engine engine, void *hand,
         for (int n = first; n < end; n++) {  // what stands before each tile of the group
             stand(cell, s->apart, &m, states + (n - first) * size);
             if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
+            engine.make(s, hand, memory, runs, n, n - first, &m);
             if (n == end - 1) break;
             stand(cell, s->apart, &after, states + (n - first + 1) * size);
             engine.onward(s, hand, memory, runs, n, &m, &after);
@@ -58,7 +63,7 @@ static inline void go_back(const Scan *s, int memory, Engine engine, void *hand,
         for (int n = end - 1; n >= first; n--) {
             stand(cell, s->apart, &m, states + (n - first) * size);
             if (runs[n].flags & CLOSES) back_close(cell, s->apart, &g);
-            engine.behind(s, hand, memory, runs, n, &m, &g);
+            engine.behind(s, hand, memory, runs, n, n - first, &m, &g);
             if (runs[n].flags & FRESH) back_fresh(cell, s->apart, &s->store, memory, &g);
         }
     }

@@ -9,42 +9,63 @@ typedef struct {
     Gates gates;
     OfGates of_gates;
     Coefficients c, of_c;
-    real *of_c_begin, *of_c_end;
+    real *made, *of_c_begin, *of_c_end;
+    size_t apiece;  // numbers of `made` for each tile
     real *states, *turned[DEPTH];
     Scaled scaled;  // where there is a link
+    Tile tile;      // the one that was made last
+    Stand at;       // and what it was made at
 } Hand;
+
+static int rows_of(const Scan *s) { return s->longest + s->cell.window - 1; }
+
+// Takes in hand what is made of a group's tile.
+static size_t hold(const Scan *s, Hand *h, int place) {
+    Room room = {h->made ? h->made + place * h->apiece : 0, 0};
+    lay_made(&s->cell, rows_of(s), &h->space, &room);
+    lay_coefficients(s->longest, rows_of(s), s->cell.momentum, &h->c, &room);
+    return room.used;
+}
 
 static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     const Cell *cell = &s->cell;
-    int rows = s->longest + cell->window - 1;
+    int tiles = backward ? s->group : 1;
     Room room = {space, 0};
-    lay_space(cell, s->longest, rows, &h->space, &room);
-    lay_coefficients(s->longest, rows, cell->momentum, &h->c, &room);
+    h->made = 0;
+    h->apiece = hold(s, h, 0);
+    h->made = take(&room, h->apiece * tiles);
+    lay_step(cell, s->longest, rows_of(s), &h->space, &room);
     h->of_c_begin = take(&room, 0);
-    if (backward) lay_coefficients(s->longest, rows, cell->momentum, &h->of_c, &room);
+    if (backward) lay_coefficients(s->longest, rows_of(s), cell->momentum, &h->of_c, &room);
     h->of_c_end = take(&room, 0);
-    h->states = take(&room, numbers(cell, s->apart) * (backward ? s->group : 1));
+    h->states = take(&room, numbers(cell, s->apart) * tiles);
     if (backward) lay_turned(cell, h->turned, &room);
     if (s->link.kind) lay_scaled(cell, s->longest, backward, &h->scaled, &room);
     return room.used;
 }
 
-// The tile of a run, with its coefficients.
-static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *run, int begun) {
-    Tile t = tile_at(s, &h->gates, memory, run, begun);
+// The tile of a run, and in h->at what its gradients are taken at. Where those are not the weights that are read, no tile is begun.
+static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *runs, int n, const Stand *m) {
+    Tile t = tile_at(s, &h->gates, memory, &runs[n], !s->link.kind && begins(s->apart, runs, n, 0));
     t.c = &h->c;
-    coefficients(t.tokens, t.rows, s->cell.window, s->cell.erases, &h->gates, &h->c);
+    h->at = s->link.kind ? standing(s, &h->scaled, m) : *m;
     return t;
+}
+
+static void make(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *m) {
+    Hand *h = hand;
+    hold(s, h, place);
+    Tile t = h->tile = tile_of(s, h, memory, runs, n, m);
+    coefficients(t.tokens, t.rows, s->cell.window, s->cell.erases, &h->gates, &h->c);
+    gradients(&s->cell, &h->space, &t, &h->at);
 }
 
 static int ahead(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m) {
     const Cell *cell = &s->cell;
     Hand *h = hand;
-    Tile t = tile_of(s, h, memory, &runs[n], begins(s->apart, runs, n, 0));
-    Stand at = s->link.kind ? standing(s, &h->scaled, m) : *m;
-    gradients(cell, &h->space, &t, &at);
-    if (s->link.kind) write_scaled(s, &h->scaled, &h->space, &t, &at, &runs[n]);
-    if (t.q) answers(cell, &h->space, &t, &at, answers_at(s, s->y, memory, &runs[n]));
+    Tile t = h->tile;
+    if (s->link.kind) write_scaled(s, &h->scaled, &h->space, &t, &h->at, &runs[n]);
+    if (t.q) answers(cell, &h->space, &t, &h->at, answers_at(s, s->y, memory, &runs[n]));
     if (s->link.kind)
         for (int l = 0; l < cell->network.depth; l++) memcpy(m->w[l], h->scaled.after[l], size_of(cell, l) * sizeof(real));
     else advance(cell, &h->space, &t, m, m);
@@ -53,33 +74,29 @@ static int ahead(const Scan *s, void *hand, int memory, const Run *runs, int n, 
 
 static void onward(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m, const Stand *after) {
     Hand *h = hand;
-    Tile t = tile_of(s, h, memory, &runs[n], begins(s->apart, runs, n, 0));
-    Stand at = s->link.kind ? standing(s, &h->scaled, m) : *m;
-    gradients(&s->cell, &h->space, &t, &at);
-    advance(&s->cell, &h->space, &t, &at, after);
+    advance(&s->cell, &h->space, &h->tile, &h->at, after);
 }
 
-static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m, const Stand *g) {
+static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *m, const Stand *g) {
     const Cell *cell = &s->cell;
     const Run *run = &runs[n];
     Hand *h = hand;
-    Stand at = s->link.kind ? standing(s, &h->scaled, m) : *m;
-    turn(cell, &at, h->turned);
-    // Where the anchor's weights are not those that are read, no tile is begun.
-    Tile t = tile_of(s, h, memory, run, !s->link.kind && begins(s->apart, runs, n, 0));
-    gradients(cell, &h->space, &t, &at);
-    if (s->link.kind) write_scaled(s, &h->scaled, &h->space, &t, &at, run);
-    if (t.q) answers(cell, &h->space, &t, &at, 0);
+    hold(s, h, place);
+    Tile t = tile_of(s, h, memory, runs, n, m);
+    h->space.at.x[0] = (real *)t.k;
+    turn(cell, &h->at, h->turned);
+    if (s->link.kind) write_scaled(s, &h->scaled, &h->space, &t, &h->at, run);
+    if (t.q) answers(cell, &h->space, &t, &h->at, 0);
     OfTile of = of_tile_at(s, &h->of_gates, memory, run);
     of.c = &h->of_c;
     memset(h->of_c_begin, 0, (h->of_c_end - h->of_c_begin) * sizeof(real));
     const real *of_y = answers_at(s, (real *)s->of_y, memory, run);
-    if (s->link.kind) back_scaled(s, &h->scaled, &h->space, &t, m, &at, run, of_y, g, &of);
-    else back_tile(cell, &h->space, &t, &at, of_y, g, &of);
+    if (s->link.kind) back_scaled(s, &h->scaled, &h->space, &t, m, &h->at, run, of_y, g, &of);
+    else back_tile(cell, &h->space, &t, &h->at, of_y, g, &of);
     back_coefficients(t.tokens, t.rows, cell->window, cell->erases, &h->gates, &h->c, &h->of_c, &h->of_gates);
 }
 
-static const Engine ENGINE = {ahead, onward, behind};
+static const Engine ENGINE = {make, ahead, onward, behind};
 
 static void forward(const void *task, int memory, real *space) {
     Hand h;

@@ -62,7 +62,8 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     for (int bank = 0; bank < 2; bank++) {
         const Network *n = &s->cells[bank].network;
         most = widest(n) > most ? widest(n) : most;
-        lay_space(&s->cells[bank], L, L, &h->spaces[bank], &room);
+        lay_made(&s->cells[bank], L, &h->spaces[bank], &room);
+        lay_step(&s->cells[bank], L, L, &h->spaces[bank], &room);
         lay_trace(n, L, &h->aimed[bank], &room);
         for (int l = 0; l < n->depth; l++) h->of_x[bank][l] = take(&room, (size_t)L * n->width[l]);
     }

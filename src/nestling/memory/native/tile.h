@@ -48,25 +48,40 @@ typedef struct {
     real *const *scale;
 } OfTile;
 
-// What a tile makes.
+// What a tile makes: first what `gradients` does, which the way back may find again, then what lasts for a step of it.
 typedef struct {
     Trace at;
     real *up[DEPTH], *delta[DEPTH], *error, *misfit;
-    real *h[DEPTH], *at_w[DEPTH], *at_s[DEPTH], *ahead[DEPTH], *rise[DEPTH], *normed, *scale;  // rise: σ'(ẑ)
     real *rows[DEPTH], *read[DEPTH], *system[DEPTH], *strength[DEPTH];  // r, x W, x xᵀ and the damped ε; rows are delta where nothing is erased
+    real *h[DEPTH], *at_w[DEPTH], *at_s[DEPTH], *ahead[DEPTH], *rise[DEPTH], *normed, *scale;  // rise: σ'(ẑ)
     real *gram, *mixed, *panel, *spare, *other;
     real *of_x[DEPTH], *of_delta[DEPTH], *of_slope[DEPTH], *of_read[DEPTH], *of_h, *of_z;
 } Space;
 
-// Lays out room for tiles of so many tokens; rows: with their halo.
-static void lay_space(const Cell *cell, int tokens, int rows, Space *m, Room *room) {
+// Lays out room for the first of it. rows: of a tile with its halo.
+static void lay_made(const Cell *cell, int rows, Space *m, Room *room) {
     const Network *n = &cell->network;
-    int most = widest(n) > rows ? widest(n) : rows;
+    int last = n->width[n->depth];
     lay_trace(n, rows, &m->at, room);
     for (int l = 0; l < n->depth; l++) {
-        int in = n->width[l], out = n->width[l + 1];
-        m->up[l] = take(room, (size_t)rows * out);
+        int out = n->width[l + 1];
+        m->up[l] = take(room, l < n->depth - 1 ? (size_t)rows * out : 0);
         m->delta[l] = take(room, (size_t)rows * out);
+        m->rows[l] = cell->erases ? take(room, (size_t)rows * out) : m->delta[l];
+        m->read[l] = take(room, cell->erases ? (size_t)rows * out : 0);
+        m->system[l] = take(room, cell->erases ? (size_t)rows * rows : 0);
+        m->strength[l] = take(room, cell->erases ? rows : 0);
+    }
+    m->error = take(room, (size_t)rows * last);
+    m->misfit = take(room, bends(&cell->bias) ? (size_t)rows * last : 0);
+}
+
+// Lays out room for the rest, for tiles of so many tokens.
+static void lay_step(const Cell *cell, int tokens, int rows, Space *m, Room *room) {
+    const Network *n = &cell->network;
+    int most = widest(n) > rows ? widest(n) : rows, last = n->width[n->depth];
+    for (int l = 0; l < n->depth; l++) {
+        int in = n->width[l], out = n->width[l + 1];
         m->h[l] = take(room, l ? (size_t)tokens * in : 0);
         m->at_w[l] = take(room, (size_t)tokens * out);
         m->at_s[l] = take(room, cell->momentum ? (size_t)tokens * out : 0);
@@ -75,15 +90,8 @@ static void lay_space(const Cell *cell, int tokens, int rows, Space *m, Room *ro
         m->of_x[l] = take(room, (size_t)rows * in);
         m->of_delta[l] = take(room, (size_t)rows * out);
         m->of_slope[l] = take(room, (size_t)rows * out);
-        m->rows[l] = cell->erases ? take(room, (size_t)rows * out) : m->delta[l];
-        m->read[l] = take(room, cell->erases ? (size_t)rows * out : 0);
         m->of_read[l] = take(room, cell->erases ? (size_t)rows * out : 0);
-        m->system[l] = take(room, cell->erases ? (size_t)rows * rows : 0);
-        m->strength[l] = take(room, cell->erases ? rows : 0);
     }
-    int last = n->width[n->depth];
-    m->error = take(room, (size_t)rows * last);
-    m->misfit = take(room, bends(&cell->bias) ? (size_t)rows * last : 0);
     m->normed = take(room, (size_t)tokens * last);
     m->scale = take(room, tokens);
     m->gram = take(room, (size_t)rows * rows);
