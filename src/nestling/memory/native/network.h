@@ -32,11 +32,17 @@ static int widest(const Network *n) {
     return most;
 }
 
-static void lay_trace(const Network *n, int rows, Trace *t, Room *room) {
+static void lay_reads(const Network *n, int rows, real **z, Room *room) {
+    for (int l = 0; l < n->depth; l++) z[l] = take(room, (size_t)rows * n->width[l + 1]);
+}
+
+// z: room for it where no more is asked of it than the answer, or null: its own.
+static void lay_trace(const Network *n, int rows, real *const *z, Trace *t, Room *room) {
+    if (!z) lay_reads(n, rows, t->z, room);
     for (int l = 0; l < n->depth; l++) {
         int inner = l < n->depth - 1;
+        if (z) t->z[l] = z[l];
         t->x[l] = take(room, l ? (size_t)rows * n->width[l] : 0);
-        t->z[l] = take(room, (size_t)rows * n->width[l + 1]);
         t->slope[l] = take(room, inner ? (size_t)rows * n->width[l + 1] : 0);
     }
     t->normed = take(room, n->norm ? (size_t)rows * n->width[n->depth] : 0);

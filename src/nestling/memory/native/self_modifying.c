@@ -32,15 +32,18 @@ typedef struct {
     real *of_weight[2], *of_bias[2];  // `[lane, head, …]`, summed by the caller
 } Scan;
 
-// What a thread has in hand.
+// What a thread has in hand: first what is made of a tile, which the way back may find again.
 typedef struct {
-    Space spaces[2];
-    Trace asked[MOST], aimed[2];  // of what the generators are asked, and of a memory's targets
-    real *answers[MOST], *target;
+    Space spaces[MOST + 1];
+    Trace asked[MOST], aimed[MOST + 1];  // of what the generators are asked, and of every memory's targets
+    real *answers[MOST], *target[MOST + 1];
     real *key, *value, *query, *key_scale, *value_scale, *query_scale, *gram;
     real *sigmoid, *lr, *log_retention, *retention, *erase;
-    Gates gates;
     Coefficients c, of_c;
+    real *reads[2][DEPTH], *spoken, *meant;  // z, answers and targets that are not asked for again
+    real *made;
+    size_t apiece;  // numbers of `made` for each tile
+    Gates gates;
     real *of_begin, *of_end;
     real *of_key, *of_value, *of_query, *of_lr, *of_log_retention, *of_erase, *of_target, *of_answer, *of_logit;
     real *of_x[2][DEPTH], *of_z, *spare, *panel;
@@ -56,31 +59,54 @@ static size_t numbers_of(const Scan *s) {
     return s->generators * numbers(&s->cells[OTHERS], s->apart) + numbers(&s->cells[MAIN], s->apart);
 }
 
-static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
-    int L = s->longest, d = s->cells[MAIN].network.width[0], most = L;
-    Room room = {space, 0};
-    for (int bank = 0; bank < 2; bank++) {
-        const Network *n = &s->cells[bank].network;
-        most = widest(n) > most ? widest(n) : most;
-        lay_made(&s->cells[bank], L, &h->spaces[bank], &room);
-        lay_step(&s->cells[bank], L, L, &h->spaces[bank], &room);
-        lay_trace(n, L, &h->aimed[bank], &room);
-        for (int l = 0; l < n->depth; l++) h->of_x[bank][l] = take(&room, (size_t)L * n->width[l]);
+static int bank_of(const Scan *s, int i) { return i < s->generators ? OTHERS : MAIN; }
+
+// Takes in hand what is made of a group's tile.
+static size_t hold(const Scan *s, Hand *h, int place) {
+    int L = s->longest, d = s->cells[MAIN].network.width[0];
+    Room room = {h->made ? h->made + place * h->apiece : 0, 0};
+    for (int i = 0; i <= s->generators; i++) {
+        const Cell *cell = &s->cells[bank_of(s, i)];
+        lay_made(cell, L, &h->spaces[i], &room);
+        lay_trace(&cell->network, L, h->reads[bank_of(s, i)], &h->aimed[i], &room);
+        h->target[i] = bends(&cell->bias) ? take(&room, (size_t)L * d) : h->meant;
     }
     for (int g = 0; g < s->generators; g++) {
-        lay_trace(&s->cells[OTHERS].network, L, &h->asked[g], &room);
-        h->answers[g] = take(&room, (size_t)L * d);
+        lay_trace(&s->cells[OTHERS].network, L, h->reads[OTHERS], &h->asked[g], &room);
+        h->answers[g] = g == s->gate[LR] || g == s->gate[RETENTION] ? take(&room, (size_t)L * d) : h->spoken;
     }
-    real **wide[] = {&h->target, &h->key, &h->value, &h->query, &h->of_answer};
+    real **wide[] = {&h->key, &h->value, &h->query};
     real **flat[] = {&h->key_scale, &h->value_scale, &h->query_scale, &h->sigmoid, &h->lr, &h->log_retention,
-                     &h->retention, &h->erase, &h->of_logit};
+                     &h->retention, &h->erase};
     for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) *wide[i] = take(&room, (size_t)L * d);
     for (size_t i = 0; i < sizeof flat / sizeof *flat; i++) *flat[i] = take(&room, L);
     h->gram = take(&room, (size_t)L * L);
+    lay_coefficients(L, L, s->cells[MAIN].momentum, &h->c, &room);
+    return room.used;
+}
+
+static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
+    int L = s->longest, d = s->cells[MAIN].network.width[0], most = L, tiles = backward ? s->group : 1;
+    Room room = {space, 0};
+    *h = (Hand){0};
+    h->apiece = hold(s, h, 0);
+    h->made = take(&room, h->apiece * tiles);
+    for (int bank = 0; bank < 2; bank++) {
+        const Network *n = &s->cells[bank].network;
+        Space step;
+        lay_reads(n, L, h->reads[bank], &room);
+        lay_step(&s->cells[bank], L, L, &step, &room);
+        for (int i = 0; i <= s->generators; i++)
+            if (bank_of(s, i) == bank) h->spaces[i] = step;
+        most = widest(n) > most ? widest(n) : most;
+        for (int l = 0; l < n->depth; l++) h->of_x[bank][l] = take(&room, (size_t)L * n->width[l]);
+    }
+    real **wide[] = {&h->spoken, &h->meant, &h->of_answer};
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) *wide[i] = take(&room, (size_t)L * d);
+    h->of_logit = take(&room, L);
     h->of_z = take(&room, (size_t)L * most);
     h->spare = take(&room, (size_t)L * most);
     h->panel = take(&room, (size_t)most * PANEL);
-    lay_coefficients(L, L, s->cells[MAIN].momentum, &h->c, &room);
     h->of_begin = take(&room, 0);
     if (backward) {
         real **grads[] = {&h->of_key, &h->of_value, &h->of_query};
@@ -91,9 +117,9 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     }
     h->of_end = take(&room, 0);
     h->of_target = take(&room, backward ? (size_t)L * d : 0);
-    h->states = take(&room, numbers_of(s) * (backward ? s->group : 1));
-    for (int i = 0; i <= s->generators && backward; i++)
-        lay_turned(&s->cells[i < s->generators ? OTHERS : MAIN], h->turned[i], &room);
+    h->states = take(&room, numbers_of(s) * tiles);
+    for (int i = 0; i <= s->generators && backward; i++) lay_turned(&s->cells[bank_of(s, i)], h->turned[i], &room);
+    hold(s, h, 0);
     return room.used;
 }
 
@@ -137,31 +163,40 @@ static size_t asked_at(const Scan *s, int memory, const Run *run) {
 
 static const real *question(const Scan *s, int g) { return g == s->value ? s->v : g == s->query ? s->q : s->k; }
 
+// What does not act says so by its gates.
+static const unsigned char *fine_at(const Scan *s, int memory, const Run *run) {
+    return s->fine ? s->fine + (size_t)(memory / s->heads) * s->time + run->first : 0;
+}
+
+static Gates gates_at(const Scan *s, const Hand *h, int memory, const Run *run) {
+    return (Gates){
+        h->lr, s->gate[RETENTION] < 0 ? 0 : h->log_retention,
+        s->momentum ? s->momentum + (size_t)memory * s->time + run->first : 0, s->cells[MAIN].erases ? h->erase : 0, 0,
+        fine_at(s, memory, run)
+    };
+}
+
 // Keys, values, queries, gates and coefficients of a run. Returns whether all of them are finite.
 static int make(const Scan *s, Hand *h, int memory, const Run *run, const Memories *m) {
     const Network *n = &s->cells[OTHERS].network;
     int L = run->tokens, d = n->width[0], head = memory % s->heads;
     size_t at = asked_at(s, memory, run);
+    real total = 0;
     for (int g = 0; g < s->generators; g++) {
+        real *made = g == s->key ? h->key : g == s->value ? h->value : g == s->query ? h->query : 0;
+        real *scale = g == s->key ? h->key_scale : g == s->value ? h->value_scale : h->query_scale;
         trace(n, L, question(s, g) + at, m->others[g].a, 1, &h->asked[g], h->panel);
         answer(n, L, &h->asked[g], h->answers[g]);
+        if (!made) continue;
+        if (g != s->value || s->unit_values) {
+            unit_rows(L, d, (real)s->epsilon, h->answers[g], made, scale);
+            for (int i = 0; i < L; i++) total += R(1.0) / scale[i];
+        } else {
+            memcpy(made, h->answers[g], (size_t)L * d * sizeof(real));
+            total += sum(made, (size_t)L * d);
+        }
     }
-    real total = 0;
-    unit_rows(L, d, (real)s->epsilon, h->answers[s->key], h->key, h->key_scale);
-    for (int i = 0; i < L; i++) total += R(1.0) / h->key_scale[i];
-    if (s->unit_values) {
-        unit_rows(L, d, (real)s->epsilon, h->answers[s->value], h->value, h->value_scale);
-        for (int i = 0; i < L; i++) total += R(1.0) / h->value_scale[i];
-    } else {
-        memcpy(h->value, h->answers[s->value], (size_t)L * d * sizeof(real));
-        total += sum(h->value, (size_t)L * d);
-    }
-    if (s->query >= 0) {
-        unit_rows(L, d, (real)s->epsilon, h->answers[s->query], h->query, h->query_scale);
-        for (int i = 0; i < L; i++) total += R(1.0) / h->query_scale[i];
-    } else {
-        memcpy(h->query, s->q + at, (size_t)L * d * sizeof(real));
-    }
+    if (s->query < 0) memcpy(h->query, s->q + at, (size_t)L * d * sizeof(real));
     for (int gate = 0; gate < 2; gate++) {
         if (s->gate[gate] < 0) continue;
         const real *rows = h->answers[s->gate[gate]];
@@ -179,29 +214,33 @@ static int make(const Scan *s, Hand *h, int memory, const Run *run, const Memori
             }
         }
     }
-    const unsigned char *fine = s->fine ? s->fine + (size_t)(memory / s->heads) * s->time + run->first : 0;
+    const unsigned char *fine = fine_at(s, memory, run);
     for (int i = 0; i < L && fine; i++)
         if (!fine[i]) h->sigmoid[i] = h->lr[i] = h->erase[i] = h->log_retention[i] = 0, h->retention[i] = 1;
     int erases = s->cells[MAIN].erases;
-    h->gates = (Gates){
-        h->lr, s->gate[RETENTION] < 0 ? 0 : h->log_retention,
-        s->momentum ? s->momentum + (size_t)memory * s->time + run->first : 0, erases ? h->erase : 0, 0, fine
-    };
+    h->gates = gates_at(s, h, memory, run);
     coefficients(L, L, 1, erases, &h->gates, &h->c);
     if (erases) product(L, d, L, plain(h->key, d), turned(h->key, d), h->gram, L, 0, h->panel);
     return total - total == 0;
 }
 
-// Keys, gates and the targets of one memory, as its tile.
-static Tile tile_of(Hand *h, const Member *member, const Run *run, int begun) {
+// Keys, gates and the targets of memory number i, as its tile.
+static Tile tile_of(Hand *h, const Member *member, int i, const Run *run, int begun) {
     const Cell *cell = member->cell;
-    Trace *aimed = &h->aimed[member->bank];
-    trace(&cell->network, run->tokens, h->value, member->stand->a, 1, aimed, h->panel);
-    answer(&cell->network, run->tokens, aimed, h->target);
     return (Tile){
         .tokens = run->tokens, .rows = run->tokens, .begun = begun, .q = member->bank == MAIN ? h->query : 0, .k = h->key,
-        .v = h->target, .gram = cell->erases ? h->gram : 0, .gates = &h->gates, .c = &h->c
+        .v = h->target[i], .gram = cell->erases ? h->gram : 0, .gates = &h->gates, .c = &h->c
     };
+}
+
+// The same with its targets and gradients made.
+static Tile write_of(Hand *h, const Member *member, int i, const Run *run, int begun) {
+    const Cell *cell = member->cell;
+    Tile t = tile_of(h, member, i, run, begun);
+    trace(&cell->network, run->tokens, h->value, member->stand->a, 1, &h->aimed[i], h->panel);
+    answer(&cell->network, run->tokens, &h->aimed[i], h->target[i]);
+    gradients(cell, &h->spaces[i], &t, member->stand);
+    return t;
 }
 
 static void forward(const void *task, int memory, real *space) {
@@ -222,9 +261,8 @@ static void forward(const void *task, int memory, real *space) {
         int fine = make(s, &h, memory, &runs[n], &m);
         for (int i = 0; i < count && fine; i++) {
             const Member *one = &all[i];
-            Space *room = &h.spaces[one->bank];
-            Tile t = tile_of(&h, one, &runs[n], begins(s->apart, runs, n, one->bank));
-            gradients(one->cell, room, &t, one->stand);
+            Space *room = &h.spaces[i];
+            Tile t = write_of(&h, one, i, &runs[n], begins(s->apart, runs, n, one->bank));
             if (t.q) answers(one->cell, room, &t, one->stand, s->y + asked_at(s, memory, &runs[n]));
             advance(one->cell, room, &t, one->stand, one->stand);
             fine = sound(one->cell, room, &t, one->stand);
@@ -258,6 +296,7 @@ static void back_make(const Scan *s, Hand *h, int memory, const Run *run, const 
         }
     }
     for (int one = 0; one < s->generators; one++) {
+        h->asked[one].x[0] = (real *)question(s, one) + at;
         const real *of_answer = one == s->key ? h->of_key : one == s->value ? h->of_value : h->of_query;
         for (int gate = 0; gate < 2; gate++) {
             if (one != s->gate[gate]) continue;
@@ -300,13 +339,13 @@ static void backward(const void *task, int memory, real *space) {
         for (int n = first; n < end; n++) {  // what stands before each tile of the group
             stand_all(s, all, h.states + (n - first) * size);
             if (runs[n].flags & FRESH) load_all(s, all, 1);
-            if (n == end - 1) break;
-            stand_all(s, next, h.states + (n - first + 1) * size);
+            hold(s, &h, n - first);
             make(s, &h, memory, &runs[n], &m);
+            if (n < end - 1) stand_all(s, next, h.states + (n - first + 1) * size);
             for (int i = 0; i < count; i++) {
-                Tile t = tile_of(&h, &all[i], &runs[n], begins(s->apart, runs, n, all[i].bank));
-                gradients(all[i].cell, &h.spaces[all[i].bank], &t, all[i].stand);
-                advance(all[i].cell, &h.spaces[all[i].bank], &t, all[i].stand, next[i].stand);
+                Tile t = write_of(&h, &all[i], i, &runs[n], begins(s->apart, runs, n, all[i].bank));
+                if (n == end - 1) continue;
+                advance(all[i].cell, &h.spaces[i], &t, all[i].stand, next[i].stand);
                 next_anchor(all[i].cell, s->apart, runs[n].flags & CLOSES << all[i].bank, all[i].stand, next[i].stand);
             }
         }
@@ -314,7 +353,8 @@ static void backward(const void *task, int memory, real *space) {
             const Run *run = &runs[n];
             stand_all(s, all, h.states + (n - first) * size);
             for (int i = 0; i < count; i++) turn(all[i].cell, all[i].stand, h.turned[i]);
-            make(s, &h, memory, run, &m);
+            hold(s, &h, n - first);
+            h.gates = gates_at(s, &h, memory, run);
             memset(h.of_begin, 0, (h.of_end - h.of_begin) * sizeof(real));
             size_t token = (size_t)memory * s->time + run->first;
             h.of_gates = (OfGates){
@@ -324,16 +364,16 @@ static void backward(const void *task, int memory, real *space) {
             for (int i = 0; i < count; i++) {
                 const Member *one = &all[i];
                 const Network *net = &one->cell->network;
-                Space *room = &h.spaces[one->bank];
-                Tile t = tile_of(&h, one, run, begins(s->apart, runs, n, one->bank));
-                gradients(one->cell, room, &t, one->stand);
+                Space *room = &h.spaces[i];
+                Tile t = tile_of(&h, one, i, run, begins(s->apart, runs, n, one->bank));
+                room->at.x[0] = h.key, h.aimed[i].x[0] = h.value;
                 if (t.q) answers(one->cell, room, &t, one->stand, 0);
                 if (run->flags & CLOSES << one->bank) back_close(one->cell, s->apart, &g[i]);
                 memset(h.of_target, 0, (size_t)t.tokens * net->width[0] * sizeof(real));
                 OfTile of = {h.of_query, h.of_key, h.of_target, &h.of_c, &h.of_gates, 0};
                 back_tile(one->cell, room, &t, one->stand, s->of_y + asked_at(s, memory, run), &g[i], &of);
                 back_answer(
-                    net, t.tokens, &h.aimed[one->bank], one->stand->a, one->stand->turned, h.of_target, h.of_value, h.of_x[one->bank], g[i].a,
+                    net, t.tokens, &h.aimed[i], one->stand->a, one->stand->turned, h.of_target, h.of_value, h.of_x[one->bank], g[i].a,
                     h.of_z, h.spare, h.panel
                 );
             }

@@ -62,7 +62,7 @@ typedef struct {
 static void lay_made(const Cell *cell, int rows, Space *m, Room *room) {
     const Network *n = &cell->network;
     int last = n->width[n->depth];
-    lay_trace(n, rows, &m->at, room);
+    lay_trace(n, rows, 0, &m->at, room);
     for (int l = 0; l < n->depth; l++) {
         int out = n->width[l + 1];
         m->up[l] = take(room, l < n->depth - 1 ? (size_t)rows * out : 0);
