@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.gates import Gates
+from nestling.memory.wanted import wanted
 from nestling.state import growing, leaves, tree_map
 
 if TYPE_CHECKING:
@@ -366,7 +367,7 @@ class _Pieces(torch.autograd.Function):
         given, borders = saved[: ctx.count], saved[ctx.count :]
         if torch.is_grad_enabled():
             return None, *_by_autograd(work.again, given, grads)
-        return None, *work.backward(given, borders, grads, ctx.needs_input_grad[1:])
+        return None, *work.backward(given, borders, grads, wanted(ctx)[1:])
 
 
 def _by_autograd(again: Callable[[Optional], tuple[Tensor, ...]], given: Optional, grads: Optional) -> Optional:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nestling.memory.wanted import wanted
+
 Given = tuple[Tensor | None, ...]
 
 
@@ -20,8 +22,8 @@ class Pass(Protocol):
         """Outputs, and what `backward` needs besides what was given, if it is to `keep` that."""
         ...
 
-    def backward(self, given: Given, kept: Tensor, grads: tuple[Tensor, ...]) -> Given:
-        """Gradients of what was given from whole ones of the outputs."""
+    def backward(self, given: Given, kept: Tensor, grads: Given, wanted: Sequence[bool]) -> Given:
+        """Gradients of what was given, at least of what is `wanted`, from whole ones of the outputs; None: all 0."""
         ...
 
     def again(self, given: Given) -> tuple[Tensor, ...]:
@@ -39,12 +41,13 @@ class _Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: Pass, *given: Tensor | None) -> tuple[Tensor, ...]:
         outputs, kept = work.forward(_whole(given), any(ctx.needs_input_grad))
+        ctx.set_materialize_grads(False)
         ctx.work, ctx.kinds = work, _kinds((*given, kept))
         ctx.save_for_backward(*given, kept)  # as given: a second derivative goes through them
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         work: Pass = ctx.work
         *given, kept = ctx.saved_tensors
         if _kinds((*given, kept)) != ctx.kinds:  # C code would read beyond their ends
@@ -54,15 +57,17 @@ class _Call(torch.autograd.Function):
             )
         if torch.is_grad_enabled():
             return None, *_by_autograd(work.again, given, grads)
-        return None, *work.backward(_whole(given), kept, tuple(g.resolve_neg().contiguous() for g in grads))
+        return None, *work.backward(_whole(given), kept, _whole(grads), wanted(ctx)[1:])
 
 
 def _by_autograd(
-    again: Callable[[Given], tuple[Tensor, ...]], given: Sequence[Tensor | None], grads: Sequence[Tensor]
+    again: Callable[[Given], tuple[Tensor, ...]], given: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> Given:
     # Their own names: where one of them was made from another, the way through it is not to be counted here.
     given = tuple(x.view_as(x) if x is not None and x.requires_grad else x for x in given)
-    pairs = [pair for pair in zip(again(given), grads, strict=True) if pair[0].requires_grad]
+    pairs = [(y, g) for y, g in zip(again(given), grads, strict=True) if y.requires_grad and g is not None]
+    if not pairs:
+        return (None,) * len(given)
     outputs, of_outputs = zip(*pairs, strict=True)
     wanted = [x for x in given if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, of_outputs, create_graph=True, allow_unused=True))

@@ -35,7 +35,7 @@ typedef struct {
     // `[memory, time, …]`, memory = lane · heads + head; null: nothing is erased, all is kept
     const real *q, *k, *v, *lr, *retention, *erase;
     real *y;
-    real *kept;   // weights before each group of tokens, `[group, memory, in, out]`; null: not kept
+    real *kept;   // weights before each group of tokens but the first, `[group, memory, in, out]`; null: not kept
     int *broken;  // whether something was not finite, one per memory
     const real *of_y;
     real *of_q, *of_k, *of_v, *of_lr, *of_retention, *of_erase;
@@ -50,6 +50,7 @@ typedef struct {
     real *seen;                  // α ∘ k
     real *y, *g;                 // an answer, or its gradient;  G
     real *of_r, *of_z;
+    real *spare;                 // the gradient of the anchor, where nobody asks for it
     real *parts, *sums;          // three numbers of each row, Σ ∂y W, ∂k and ∂α: registers to be summed, and the sums
 } Hand;
 
@@ -65,6 +66,7 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     h->seen = take(&room, s->in);
     h->y = take(&room, h->wide);
     h->g = take(&room, backward ? h->size : 0);
+    h->spare = take(&room, backward && s->apart ? (size_t)s->in * s->out : 0);
     h->of_r = take(&room, h->wide);
     h->of_z = take(&room, h->wide);
     h->parts = take(&room, backward ? (size_t)3 * s->in * LANES : 0);
@@ -264,7 +266,8 @@ static void forward(const void *task, int memory, real *space) {
     pad(s->in, s->out, h.wide, s->store.w[0] + own, w);
     if (anchor) memcpy(anchor, s->store.a[0] + own, size * sizeof(real));
     for (int n = 0; n < s->tiles && runs[n].tokens; n++) {
-        if (s->kept && n % s->group == 0) unpad(s->in, s->out, h.wide, w, s->kept + (n / s->group * memories + memory) * size);
+        if (s->kept && n && n % s->group == 0)
+            unpad(s->in, s->out, h.wide, w, s->kept + ((n / s->group - 1) * memories + memory) * size);
         if (runs[n].flags & FRESH) {
             const real *start = s->store.start[0] + own;
             total += sum(w, h.size);  // what was not finite stays so until here
@@ -320,17 +323,22 @@ static void backward(const void *task, int memory, real *space) {
     lay(s, 1, &h, space);
     const Run *runs = s->runs + (size_t)(memory / s->heads) * s->tiles;
     size_t size = (size_t)s->in * s->out, own = memory * size, memories = (size_t)s->lanes * s->heads;
-    real *of_w = s->store.of_w[0] + own, *of_a = s->apart ? s->store.of_a[0] + own : 0;
+    const Store *store = &s->store;
+    real *of_a = !s->apart ? 0 : store->of_a[0] ? store->of_a[0] + own : h.spare;
     int count = 0;
     while (count < s->tiles && runs[count].tokens) count++;
-    pad(s->in, s->out, h.wide, of_w, h.g);
+    if (store->from_w[0]) pad(s->in, s->out, h.wide, store->from_w[0] + own, h.g);
+    else memset(h.g, 0, h.size * sizeof(real));
+    if (of_a && store->from_a[0]) memcpy(of_a, store->from_a[0] + own, size * sizeof(real));
+    else if (of_a) memset(of_a, 0, size * sizeof(real));
     for (int first = (count - 1) / s->group * s->group; first >= 0 && count; first -= s->group) {
         int end = first + s->group < count ? first + s->group : count;
-        pad(s->in, s->out, h.wide, s->kept + (first / s->group * memories + memory) * size, h.states);
+        const real *before = first ? s->kept + ((first / s->group - 1) * memories + memory) * size : store->w[0] + own;
+        pad(s->in, s->out, h.wide, before, h.states);
         for (int n = first; n < end; n++) {  // what stands before each token of the group
             size_t row = (size_t)(n - first) * h.wide;
             real *w = h.states + (n - first) * h.size, *alpha = h.alpha + (size_t)(n - first) * s->in;
-            if (runs[n].flags & FRESH) pad(s->in, s->out, h.wide, s->store.start[0] + own, w);
+            if (runs[n].flags & FRESH) pad(s->in, s->out, h.wide, store->start[0] + own, w);
             Token t = token_of(s, memory, runs[n].first);
             shares(s, &t, alpha);
             written(s, &h, &t, alpha, w, h.r + row, h.z + row);
@@ -346,15 +354,15 @@ static void backward(const void *task, int memory, real *space) {
             const real *alpha = h.alpha + (size_t)(n - first) * s->in;
             back_token(s, &h, &t, alpha, h.states + (n - first) * h.size, h.r + row, h.z + row);
             if (runs[n].flags & FRESH) {
-                hand_on(s, &h, h.g, s->store.of_start[0] + own);
+                hand_on(s, &h, h.g, store->of_start[0] + own);
                 if (of_a) {
-                    add(size, of_a, s->store.of_start[0] + own);
+                    add(size, of_a, store->of_start[0] + own);
                     memset(of_a, 0, size * sizeof(real));
                 }
             }
         }
     }
-    unpad(s->in, s->out, h.wide, h.g, of_w);
+    if (store->of_w[0]) unpad(s->in, s->out, h.wide, h.g, store->of_w[0] + own);
 }
 
 // Returns 0, or 1 if there was no memory for it.

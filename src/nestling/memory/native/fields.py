@@ -50,7 +50,8 @@ class Store(ctypes.Structure):
 
     _fields_ = [
         (name, POINTER * DEPTH)
-        for name in ("w", "s", "a", "start", "w_end", "s_end", "a_end", "of_w", "of_s", "of_a", "of_start")
+        for group in ("w s a start", "w_end s_end a_end", "from_w from_s from_a", "of_w of_s of_a of_start")
+        for name in group.split()
     ]
 
 

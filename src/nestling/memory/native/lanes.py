@@ -6,7 +6,7 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class Ends(NamedTuple):
 
 
 Again = Callable[[Given, Stand], Ends]
+T = TypeVar("T")
 
 
 def stand(state: MemoryState, start: MemoryState, cut: Runs) -> Stand:
@@ -130,21 +131,31 @@ class Lanes(ABC):
         ends = tuple(tuple(torch.empty_like(w) for w in group) for group in stand[:3])
         kept = None
         if keep:
-            kept = like.new_empty(-(-c.tiles // c.group) * self.keeps(stand))
+            groups = -(-c.tiles // c.group) - 1  # the first begins with what is given
+            kept = like.new_empty(groups * self.keeps(stand))
         self.broken = torch.zeros(c.lanes * c.heads, dtype=torch.int32)
         fields.point(c, {"y": y, "kept": kept, "broken": self.broken})
         self._point(c, ("w_end", "s_end", "a_end"), ends)
         self._call(c, like.dtype, False)
         return (y, *(w for group in ends for w in group)), kept
 
-    def backward(self, given: Given, kept: Tensor, grads: tuple[Tensor, ...]) -> Given:
+    def backward(self, given: Given, kept: Tensor, grads: Given, wanted: Sequence[bool]) -> Given:
         streams, stand = self._split(given)
         c = self._filled(streams, stand)
         named = zip(self.names, streams, strict=True)
         of_streams = tuple(None if x is None else self.like(name, x, c.lanes) for name, x in named)
-        of = Stand(*self._groups(tuple(g.clone() for g in grads[1:]))[:3], tuple(map(torch.zeros_like, stand.start)))
-        fields.point(c, {"kept": kept, "of_y": grads[0]})
+        *given_first, _ = self._groups(wanted[len(streams) :])
+        firsts = zip(stand[:3], given_first, strict=True)
+        of_first = tuple(
+            tuple(torch.empty_like(w) if asked else None for w, asked in zip(group, own, strict=True))
+            for group, own in firsts
+        )
+        of = (*of_first, tuple(map(torch.zeros_like, stand.start)))
+        like = stand.weights[-1]
+        of_y = like.new_zeros(c.lanes, c.heads, c.time, like.shape[-1]) if grads[0] is None else grads[0]
+        fields.point(c, {"kept": kept, "of_y": of_y})
         fields.point(c, {f"of_{name}": x for name, x in zip(self.names, of_streams, strict=True)})
+        self._point(c, ("from_w", "from_s", "from_a"), self._groups(grads[1:])[:3])
         self._point(c, ("of_w", "of_s", "of_a", "of_start"), of)
         self._call(c, kept.dtype, True)
         found = zip(streams, of_streams, strict=True)
@@ -156,7 +167,7 @@ class Lanes(ABC):
         ends = self._again(streams, stand)
         return (ends.y, *ends.weights, *ends.momentum, *(ends.anchor if stand.anchor else ()))
 
-    def _groups(self, tensors: Sequence[Tensor]) -> tuple[Weights, Weights, Weights, Weights]:
+    def _groups(self, tensors: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
         found, first = [], 0
         for count in self._counts:
             found.append(tuple(tensors[first : first + count]))
@@ -176,11 +187,11 @@ class Lanes(ABC):
         self._point(c, ("w", "s", "a", "start"), stand)
         return c
 
-    def _point(self, c: Any, names: Sequence[str], groups: Sequence[Weights]) -> None:
+    def _point(self, c: Any, names: Sequence[str], groups: Sequence[Given]) -> None:
         for store, layers in self.stores(c):
             for name, group in zip(names, groups, strict=True):
                 own = group[layers]
-                getattr(store, name)[: len(own)] = [w.data_ptr() for w in own]
+                getattr(store, name)[: len(own)] = [None if w is None else w.data_ptr() for w in own]
 
     def _call(self, c: Any, dtype: torch.dtype, backward: bool) -> None:
         self._code = self._code or library(self.source, dtype)  # a backward pass goes the way the forward pass went

@@ -7,7 +7,7 @@
 
 #include "passes.h"
 
-// What a thread has in hand. states: Z before the tiles of a group; walked: Z as it goes on; the rest by layer, of every token.
+// What a thread has in hand. states: Z before the tiles of a group, and gradients; walked: Z as it goes on; the rest by layer, of every token.
 typedef struct {
     Space space;
     Gates gates;
@@ -49,7 +49,7 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     h->walked = take(&room, backward ? numbers(cell, s->apart) : 0);
     h->column = take(&room, 2 * (most > L ? most : L));
     h->row = take(&room, most);
-    h->states = take(&room, numbers(cell, s->apart) * (backward ? s->group : 1));
+    h->states = take(&room, numbers(cell, s->apart) * (backward ? s->group + 1 : 1));
     if (backward) lay_turned(cell, h->turned, &room);
     return room.used;
 }

@@ -28,7 +28,7 @@ static inline void go_ahead(const Scan *s, int memory, Engine engine, void *hand
     stand(cell, s->apart, &m, state);
     load(cell, s->apart, &s->store, memory, 0, &m);
     for (int n = 0; n < s->tiles && runs[n].tokens; n++) {
-        if (s->kept && n % s->group == 0)
+        if (s->kept && n && n % s->group == 0)
             memcpy(kept_at(s, n, memory), state, numbers(cell, s->apart) * sizeof(real));
         if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
         engine.make(s, hand, memory, runs, n, 0, &m);
@@ -47,10 +47,12 @@ static inline void go_back(const Scan *s, int memory, Engine engine, void *hand,
     size_t size = numbers(cell, s->apart);
     int count = tiles_of(s, runs);
     Stand m, after, g;
-    gradients_of(cell, s->apart, &s->store, memory, &g);
+    gradients_of(cell, s->apart, &s->store, memory, states + s->group * size, &g);
     for (int first = (count - 1) / s->group * s->group; first >= 0 && count; first -= s->group) {
         int end = first + s->group < count ? first + s->group : count;
-        memcpy(states, kept_at(s, first, memory), size * sizeof(real));
+        stand(cell, s->apart, &m, states);
+        if (first) memcpy(states, kept_at(s, first, memory), size * sizeof(real));
+        else load(cell, s->apart, &s->store, memory, 0, &m);
         for (int n = first; n < end; n++) {  // what stands before each tile of the group
             stand(cell, s->apart, &m, states + (n - first) * size);
             if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);

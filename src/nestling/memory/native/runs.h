@@ -62,13 +62,29 @@ static void unload(const Cell *c, int apart, const Store *store, size_t memory, 
     }
 }
 
-static void gradients_of(const Cell *c, int apart, const Store *store, size_t memory, Stand *g) {
+static void come(size_t n, const real *from, size_t memory, real *to) {
+    if (from) memcpy(to, from + memory * n, n * sizeof(real));
+    else memset(to, 0, n * sizeof(real));
+}
+
+// Let g be the gradients of the end where those of the start go, or in `spare` if nobody asks for these. Returns what is behind it.
+static real *gradients_of(const Cell *c, int apart, const Store *store, size_t memory, real *spare, Stand *g) {
+    real *behind = stand(c, apart, g, spare);
     for (int l = 0; l < c->network.depth; l++) {
         size_t n = size_of(c, l);
-        g->w[l] = store->of_w[l] + memory * n;
-        g->s[l] = c->momentum ? store->of_s[l] + memory * n : 0;
-        g->a[l] = apart ? store->of_a[l] + memory * n : g->w[l];
+        if (store->of_w[l]) g->w[l] = store->of_w[l] + memory * n;
+        come(n, store->from_w[l], memory, g->w[l]);
+        if (c->momentum) {
+            if (store->of_s[l]) g->s[l] = store->of_s[l] + memory * n;
+            come(n, store->from_s[l], memory, g->s[l]);
+        }
+        if (!apart) g->a[l] = g->w[l];
+        else {
+            if (store->of_a[l]) g->a[l] = store->of_a[l] + memory * n;
+            come(n, store->from_a[l], memory, g->a[l]);
+        }
     }
+    return behind;
 }
 
 // The anchor behind a tile, of what stands after it; m: what stood before.

@@ -29,7 +29,7 @@ typedef struct {
     // `[memory, time, …]`, memory = lane · heads + head; q null where nothing is asked, k and v with the tail before them
     const real *q, *k, *v, *lr, *retention, *momentum, *erase, *window;
     real *y;
-    real *kept;   // what stands before each group of tiles, `[group, memory, numbers]`; null: not kept
+    real *kept;   // what stands before each group of tiles but the first, `[group, memory, numbers]`; null: not kept
     int *broken;  // whether something was not finite, one per memory
     const real *of_y;
     real *of_q, *of_k, *of_v, *of_lr, *of_retention, *of_momentum, *of_erase, *of_window;
@@ -44,10 +44,10 @@ static int tiles_of(const Scan *s, const Run *runs) {
     return count;
 }
 
-// Where weights are kept of the group of tiles that begins with tile n.
+// Where weights are kept of the group of tiles that begins with tile n > 0.
 static real *kept_at(const Scan *s, int n, int memory) {
     size_t memories = (size_t)s->lanes * s->heads;
-    return s->kept + ((size_t)(n / s->group) * memories + memory) * numbers(&s->cell, s->apart);
+    return s->kept + ((size_t)(n / s->group - 1) * memories + memory) * numbers(&s->cell, s->apart);
 }
 
 static real *answers_at(const Scan *s, real *y, int memory, const Run *run) {

@@ -117,7 +117,7 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     }
     h->of_end = take(&room, 0);
     h->of_target = take(&room, backward ? (size_t)L * d : 0);
-    h->states = take(&room, numbers_of(s) * tiles);
+    h->states = take(&room, numbers_of(s) * (backward ? s->group + 1 : 1));
     for (int i = 0; i <= s->generators && backward; i++) lay_turned(&s->cells[bank_of(s, i)], h->turned[i], &room);
     hold(s, h, 0);
     return room.used;
@@ -255,8 +255,8 @@ static void forward(const void *task, int memory, real *space) {
     size_t size = numbers_of(s);
     const Run *runs = s->runs + (size_t)(memory / s->heads) * s->tiles;
     for (int n = 0; n < s->tiles && runs[n].tokens; n++) {
-        if (s->kept && n % s->group == 0)
-            memcpy(s->kept + ((size_t)(n / s->group) * memories + memory) * size, h.states, size * sizeof(real));
+        if (s->kept && n && n % s->group == 0)
+            memcpy(s->kept + ((size_t)(n / s->group - 1) * memories + memory) * size, h.states, size * sizeof(real));
         if (runs[n].flags & FRESH) load_all(s, all, 1);
         int fine = make(s, &h, memory, &runs[n], &m);
         for (int i = 0; i < count && fine; i++) {
@@ -329,13 +329,18 @@ static void backward(const void *task, int memory, real *space) {
     lay(s, 1, &h, space);
     int count = members(s, memory, &m, all), memories = s->lanes * s->heads, tiles = 0;
     members(s, memory, &ahead, next);
-    for (int i = 0; i < count; i++) gradients_of(all[i].cell, s->apart, all[i].store, all[i].number, &g[i]);
     size_t size = numbers_of(s);
+    real *spare = h.states + s->group * size;
+    for (int i = 0; i < count; i++)
+        spare = gradients_of(all[i].cell, s->apart, all[i].store, all[i].number, spare, &g[i]);
     const Run *runs = s->runs + (size_t)(memory / s->heads) * s->tiles;
     while (tiles < s->tiles && runs[tiles].tokens) tiles++;
     for (int first = (tiles - 1) / s->group * s->group; first >= 0 && tiles; first -= s->group) {
         int end = first + s->group < tiles ? first + s->group : tiles;
-        memcpy(h.states, s->kept + ((size_t)(first / s->group) * memories + memory) * size, size * sizeof(real));
+        stand_all(s, all, h.states);
+        if (first)
+            memcpy(h.states, s->kept + ((size_t)(first / s->group - 1) * memories + memory) * size, size * sizeof(real));
+        else load_all(s, all, 0);
         for (int n = first; n < end; n++) {  // what stands before each tile of the group
             stand_all(s, all, h.states + (n - first) * size);
             if (runs[n].flags & FRESH) load_all(s, all, 1);

@@ -13,10 +13,12 @@ typedef struct {
 } Run;
 
 // Of all memories, each `[memory, in, out]` by layer; as given, as they end, and gradients: those of the end come in, those of
-// the start leave. start: what a lane begins anew with.  Null: not there.
+// the start leave. start: what a lane begins anew with.  Null: not there; of `from`, it is 0; of `of_w`, `of_s` and `of_a`, nobody
+// asks for it.
 typedef struct {
     const real *w[DEPTH], *s[DEPTH], *a[DEPTH], *start[DEPTH];
     real *w_end[DEPTH], *s_end[DEPTH], *a_end[DEPTH];
+    const real *from_w[DEPTH], *from_s[DEPTH], *from_a[DEPTH];
     real *of_w[DEPTH], *of_s[DEPTH], *of_a[DEPTH], *of_start[DEPTH];
 } Store;
 
