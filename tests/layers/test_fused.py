@@ -47,6 +47,18 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("case", [case for case in CASES if case != "heads"])
+def test_one_gradient_alone_is_as_among_all(case: str) -> None:
+    torch.manual_seed(0)
+    fast, _, shapes = CASES[case]
+    inputs = tuple(normal(*shape) for shape in shapes)
+    y = fast(*(x * 1 for x in inputs)).square().sum()
+    for x, of_x in zip(inputs, torch.autograd.grad(y, inputs, retain_graph=True), strict=True):
+        (alone,) = torch.autograd.grad(y, [x], retain_graph=True)
+        assert torch.equal(alone, of_x)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_formula(case: str) -> None:
     torch.manual_seed(0)

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.layers import descent, local
-from nestling.layers.descent import ContinuumState, Gradients, Moved, Outer, Signal, Window
+from nestling.layers.descent import ContinuumState, Gradients, Moved, Outer, Signal, Used, Window
 from nestling.layers.level import Level, Period
-from nestling.layers.low_rank import Kept, LowRank, zeros
+from nestling.layers.low_rank import Kept, LowRank, Whole, used, zeros
 from nestling.layers.mlp import SwiGLU
 from nestling.memory import L2, Bias
 from nestling.memory.biases import reads_threshold
@@ -53,17 +53,17 @@ class FeedForward(nn.Module):
             self.rate = nn.Parameter(torch.tensor([rate + math.log(-math.expm1(-rate))]))
         self.value = nn.Parameter(torch.full((dim,), local.FIRST_GAIN)) if values else None
 
-    def forward(self, u: Tensor, moved: tuple[Tensor, ...] = ()) -> Tensor:
-        """MLP(RMSNorm(u)), u `[lane, time, dim]`; moved: what each lane adds to the weights of the MLP."""
+    def forward(self, u: Tensor, moved: tuple[Kept | Whole, ...] = ()) -> Tensor:
+        """MLP(RMSNorm(u)), u `[lane, time, dim]`; moved: what each lane adds to the weights of the MLP, or uses instead."""
         y: Tensor = self.mlp(self.norm(u), moved)
         return y
 
-    def said(self, u: Tensor, moved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def said(self, u: Tensor, moved: tuple[Kept | Whole, ...]) -> tuple[Tensor, ...]:
         """What each weight matrix would lose if it forgot all that it says to its inputs: Σ_t (W x_t)x_tᵀ/‖x_t‖² `[lane, out,
         in]`. u and moved as in `forward`.
         """
         with torch.autocast(u.device.type, enabled=False):
-            up, down = (w + d for w, d in zip(self.weights(), moved, strict=True))
+            up, down = (used(w, d) for w, d in zip(self.weights(), moved, strict=True))
             x = self.norm(u.to(self.norm.weight.dtype)).to(up.dtype)
             first = x @ up.mT
             gate, value = first.chunk(2, -1)
@@ -219,11 +219,11 @@ class Continuum(nn.Module):
 
         return tuple(tuple(shape(w) for w in level) for field in state[:4] for level in field)
 
-    def forward(self, u: Tensor, delta: Moved | None = None) -> Tensor:
-        """u `[lane, time, dim]` → the same; delta: the lanes' Δ of every level, None: all levels at θ₀."""
+    def forward(self, u: Tensor, delta: Used | None = None) -> Tensor:
+        """u `[lane, time, dim]` → the same; delta: the lanes' Δ of every level, or θ₀ + Δ; None: all levels at θ₀."""
         return self.chain(u, delta)[0]
 
-    def chain(self, u: Tensor, delta: Moved | None = None) -> tuple[Tensor, list[Tensor]]:
+    def chain(self, u: Tensor, delta: Used | None = None) -> tuple[Tensor, list[Tensor]]:
         """`forward`, and what every level was given."""
         x, inputs = u, list[Tensor]()
         for number, (_, level) in enumerate(self.each()):

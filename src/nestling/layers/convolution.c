@@ -13,7 +13,7 @@ typedef struct {
     const real *x, *tail, *weight;  // `[lane, time, channel]`, `[lane, width − 1, channel]` before it, `[width, channel]`
     real *y;
     const real *of_y;  // null: forward
-    real *of_x, *of_tail, *of_weight;  // of_weight `[lane, width, channel]`, summed by the caller
+    real *of_x, *of_tail, *of_weight;  // of_weight `[lane, width, channel]`, summed by the caller; null: not asked for
 } Convolution;
 
 // The token `back` before t, which may lie in the tail.
@@ -56,10 +56,13 @@ static void backward(const Convolution *c, int lane, int first, int n) {
         for (int j = 0; j < c->width; j++) {
             const real *restrict x = before(c, lane, t - j, first), *restrict w = c->weight + (size_t)j * c->channels + first;
             real *restrict of_x = place(c, lane, t - j, first), *restrict of_w = of_weight[j];
-            for (int i = 0; i < n; i++) of_w[i] += of_z[i] * x[i], of_x[i] += of_z[i] * w[i];
+            if (c->of_weight)
+                for (int i = 0; i < n; i++) of_w[i] += of_z[i] * x[i], of_x[i] += of_z[i] * w[i];
+            else
+                for (int i = 0; i < n; i++) of_x[i] += of_z[i] * w[i];
         }
     }
-    for (int j = 0; j < c->width; j++)
+    for (int j = 0; j < c->width && c->of_weight; j++)
         memcpy(c->of_weight + ((size_t)lane * c->width + j) * c->channels + first, of_weight[j], n * sizeof(real));
 }
 

@@ -10,14 +10,14 @@ What the outer loop sees of an update (the paper does not say) is a setting, `ou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nestling import state as fast
-from nestling.layers.low_rank import Kept, full, like
+from nestling.layers.low_rank import Kept, Whole, full, like
 from nestling.memory.inputs import surely
 from nestling.state import register
 
@@ -35,6 +35,8 @@ Gradients = tuple[Matrices, ...]
 """Per level, per weight matrix, `[lane, out, in]`; a level that does not learn from tokens has no matrices here."""
 Moved = tuple[tuple[Kept, ...], ...]
 """The same, some of them as products of low rank."""
+Used = tuple[tuple[Kept | Whole, ...], ...]
+"""The same, or the weights with them."""
 
 
 @register
@@ -122,7 +124,7 @@ def note(report: Report, before: ContinuumState, after: ContinuumState, piece: P
 def _bounded(own: Continuum, found: Matrices, window: Window) -> tuple[Matrices, Tensor, Tensor]:
     """The gradients of a level, zeros in lanes that are not to use them; the share of them that the clipping leaves `[lane]`;
     and in which lanes they were not finite."""
-    square = torch.stack([g.square().sum((1, 2)) for g in found]).sum(0)
+    square = torch.stack([_square(own, g) for g in found]).sum(0)
     size = torch.where(square == 0, 1.0, square).sqrt()  # at 0 the root has no slope
     if own.mean:
         size = size / window.targets
@@ -146,7 +148,7 @@ def _take_in(
     tokens = own.window - own.alone  # without the model's loss, a level is not asked at the last
     use = whole & window.closing.to(whole.device)
     said = tuple(torch.where(_lanes(use, x), x, 0.0) for x in said)
-    steps = _steps(own, said, use.to(said[0].dtype), period, window._replace(targets=tokens))
+    steps = _scaled(_size(own, use.to(said[0].dtype), period, window._replace(targets=tokens)), said)
     kept = tuple((m[0] + s, *m[1:]) for m, s in zip(state.memory[number], steps, strict=True))
     return state._replace(memory=_put(state.memory, number, kept))
 
@@ -164,27 +166,35 @@ def _descend(
     period = own.periods[number]
     assert period is not None
     remembers = bool(state.memory)
+    slow = period != own.window
     # A rule with a memory scales what it answers.
-    steps = _steps(own, found, scale if remembers else rate * scale, period, window)
-    if period != own.window:
-        steps = tuple(full(p) + s for p, s in zip(state.pending[number], steps, strict=True))
+    size = _size(own, scale if remembers else rate * scale, period, window)
+    steps: Matrices = ()
+    if slow:
+        steps = _moved(state.pending[number], size, found)
+    elif remembers:
+        steps = _scaled(size, found)
     due = window.due(period)
     if bool(due.any()):
-        moves, memory = steps, state.memory
+        memory, old = state.memory, state.delta[number]
         kept: tuple[Matrices, ...] = ()
         if remembers:
             answers = [own.rule.step(s, m) for s, m in zip(steps, memory[number], strict=True)]
-            size = own.rule.size(rate)
-            moves, kept = tuple(size * d for d, _ in answers), tuple(m for _, m in answers)
-        delta, broken = _update(own, state.delta[number], moves, due)
+            share = own.rule.size(rate)
+            new = tuple(full(x) - share * d for x, (d, _) in zip(old, answers, strict=True))
+            kept = tuple(m for _, m in answers)
+        else:
+            new = _less(old, steps) if slow else _moved(old, -size, found)
+        delta, broken = _update(own, old, new, due)
         if remembers:
             take = due.to(broken.device) & (~broken | own.rule.erases)  # sums of a chunk end with it in any case
             kept = tuple(where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
             memory = _put(memory, number, tuple(_cut(own, m, period, window) for m in kept))
         delta = _cut(own, delta, period, window)
         state = state._replace(delta=_put(state.delta, number, delta), memory=memory, faults=state.faults + broken)
-        steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
-    if period != own.window:
+        if slow:
+            steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
+    if slow:
         held = _hold(own, window.closing, steps, state.pending[number])
         state = state._replace(pending=_put(state.pending, number, held))
     return state
@@ -197,11 +207,11 @@ def _move_base(
     order), and puts it back to them."""
     period, mover = own.each()[own.slower[number]]
     assert period is not None
-    steps = _steps(own, found, F.softplus(mover.rate.to(scale.dtype)) * scale, period, window)
-    steps = tuple(full(p) + s for p, s in zip(state.moving[number], steps, strict=True))
+    size = _size(own, F.softplus(mover.rate.to(scale.dtype)) * scale, period, window)
+    steps = _moved(state.moving[number], size, found)
     due = window.due(period)
     if bool(due.any()):
-        base, broken = _update(own, state.base[number], steps, due)
+        base, broken = _update(own, state.base[number], _less(state.base[number], steps), due)
         base = _cut(own, base, period, window)
         steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
         delta = where(due, base, state.delta[number])
@@ -220,12 +230,48 @@ def _move_base(
     return state._replace(moving=_put(state.moving, number, held))
 
 
-def _steps(own: Continuum, gradients: Matrices, scale: Tensor, period: int, window: Window) -> Matrices:
-    """The gradients of a window, scaled `[lane]`, as a level of this period takes them."""
+def _size(own: Continuum, scale: Tensor, period: int, window: Window) -> Tensor:
+    """By what a level of this period takes the gradients of a window `[lane]`, of their scale."""
     assert own.window is not None
-    if own.mean:
-        scale = scale / (window.targets * period / own.window)
-    return tuple(_lanes(scale, g) * g for g in gradients)
+    return scale / (window.targets * period / own.window) if own.mean else scale
+
+
+def _scaled(size: Tensor, gradients: Matrices) -> Matrices:
+    """size · g in every lane."""
+    return tuple(_lanes(size, g) * g for g in gradients)
+
+
+def _moved(old: tuple[Kept, ...], size: Tensor, gradients: Matrices) -> Matrices:
+    """old + size · g in every lane."""
+    return tuple(_Step.apply(full(x), size, g) for x, g in zip(old, gradients, strict=True))  # type: ignore[no-untyped-call]
+
+
+class _Step(torch.autograd.Function):
+    """x + size · g; a gradient g that is a constant is multiplied once on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(size, g)
+        return torch.addcmul(x, _lanes(size, g), g)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        size, g = ctx.saved_tensors
+        _, sized, moving = ctx.needs_input_grad
+        return grad, (grad * g).sum((1, 2)) if sized else None, _lanes(size, g) * grad if moving else None
+
+
+def _less(old: tuple[Kept, ...], steps: Matrices) -> Matrices:
+    """old − steps."""
+    return tuple(full(x) - s for x, s in zip(old, steps, strict=True))
+
+
+def _square(own: Continuum, g: Tensor) -> Tensor:
+    """Sum of the squares in every lane."""
+    if own.outer != "first_order":
+        return g.square().sum((1, 2))  # differentiated in some modes, and the same in all
+    size: Tensor = torch.linalg.vector_norm(g, dim=(1, 2))  # in one pass
+    return size.square()
 
 
 def _cut(own: Continuum, x: Held, period: int, window: Window) -> Held:
@@ -236,9 +282,8 @@ def _cut(own: Continuum, x: Held, period: int, window: Window) -> Held:
     return where(ends, fast.detach(x), x) if bool(ends.any()) else x
 
 
-def _update(own: Continuum, old: tuple[Kept, ...], steps: Matrices, due: Tensor) -> tuple[tuple[Kept, ...], Tensor]:
-    """old − steps in lanes that are due, unless that is not finite; and in which lanes it was not."""
-    new = tuple(full(d) - s for d, s in zip(old, steps, strict=True))
+def _update(own: Continuum, old: tuple[Kept, ...], new: Matrices, due: Tensor) -> tuple[tuple[Kept, ...], Tensor]:
+    """New matrices in lanes that are due, unless they are not finite; and in which lanes they were not."""
     total = sum(d.sum((1, 2)) for d in new)
     assert isinstance(total, Tensor)
     broken = due.to(total.device) & ~total.isfinite()

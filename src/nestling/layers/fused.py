@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.layers.norm import EPS, l2_norm
+from nestling.memory.wanted import wanted
 from nestling.native import DEFINES, library, threads
 
 CONVOLUTION = Path(__file__).parent / "convolution.c"
@@ -96,9 +97,9 @@ class _Convolution(torch.autograd.Function):
         halo, time = tail.shape[1], x.shape[1]
         d_x, d_tail, d_weight = torch.empty_like(x), torch.zeros_like(tail), torch.zeros_like(weight)
         whole = x.contiguous(), tail.contiguous(), weight.contiguous()
-        per_lane = weight.new_empty(x.shape[0], *weight.shape)
+        per_lane = weight.new_empty(x.shape[0], *weight.shape) if wanted(ctx)[2] else None
         if _run_in_c(*whole, of_y=grad.contiguous(), of_x=d_x, of_tail=d_tail, of_weight=per_lane):
-            return d_x, d_tail, per_lane.sum(0)
+            return d_x, d_tail, None if per_lane is None else per_lane.sum(0)
         # The gradient of the taps of a block, and behind it the first ones of the next block: a token is also a later tap.
         after = x.new_zeros(x.shape[0], halo, x.shape[2])
         scratch = x.new_empty(x.shape[0], min(BLOCK, time), x.shape[2])
@@ -129,9 +130,9 @@ class _InC(ctypes.Structure):
     ]
 
 
-def _run_in_c(x: Tensor, tail: Tensor, weight: Tensor, **others: Tensor) -> bool:
+def _run_in_c(x: Tensor, tail: Tensor, weight: Tensor, **others: Tensor | None) -> bool:
     """The convolution by the C code; False where it does not serve."""
-    given = {"x": x, "tail": tail, "weight": weight, **others}
+    given = {"x": x, "tail": tail, "weight": weight, **{name: u for name, u in others.items() if u is not None}}
     if x.device.type != "cpu" or x.dtype not in DEFINES or weight.shape[0] > MOST_TAPS or x.numel() == 0:
         return False
     code = library(CONVOLUTION, x.dtype)
@@ -204,7 +205,7 @@ class _GatedNorm(torch.autograd.Function):
         normed = normed.transpose(1, 2)
         d_normed = _heads(F.silu(gate) * grad, y)
         product = d_normed * normed
-        d_weight = product.sum((0, 1, 2))
+        d_weight = product.sum((0, 1, 2)) if wanted(ctx)[1] else None
         along = product.mul_(weight).mean(-1, keepdim=True)
         d_normed.mul_(weight).addcmul_(normed, along, value=-1).mul_(scale.transpose(1, 2))
         d_silu = torch.mul(_heads(grad, y), normed, out=product).mul_(weight).flatten(2)

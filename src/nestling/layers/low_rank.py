@@ -36,6 +36,17 @@ Kept = Tensor | LowRank
 """A matrix per lane, `[lane, out, in]`, in full or as a product."""
 
 
+class Whole(NamedTuple):
+    """A matrix per lane `[lane, out, in]` that stands in the place of the weight, not beside it."""
+
+    matrix: Tensor
+
+
+def used(weight: Tensor, moved: Kept | Whole) -> Tensor:
+    """The matrix that a lane uses, in full."""
+    return moved.matrix if isinstance(moved, Whole) else weight + full(moved)
+
+
 def pays(shape: torch.Size | tuple[int, ...], rank: int | None) -> bool:
     """Whether a product of this rank is smaller than the matrix `[…, out, in]`."""
     return rank is not None and rank * (shape[-2] + shape[-1]) < shape[-2] * shape[-1]

@@ -127,8 +127,12 @@ class Memory(Layer):
         report: Report | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
         state = self.start(x.shape[0]) if state is None else state
-        if torch.is_grad_enabled() and self.spec.deep:
-            # Beside a deep memory one product more is cheap, and keeping what the convolution reads is not.
+        if (
+            torch.is_grad_enabled()
+            and self.spec.deep
+            and x[0].numel() > sum(w[0].numel() for w in leaves(state.memory))
+        ):
+            # Beside a deep memory one product more is cheap, and keeping what the convolution reads of many tokens is not.
             mixed, tail = checkpoint(
                 self._mix,
                 x,

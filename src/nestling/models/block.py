@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nestling import memory
 from nestling.layers import Continuum, Layer, Level, local
 from nestling.layers.continuum import Arrangement
-from nestling.layers.descent import Moved, Outer, Signal
+from nestling.layers.descent import Outer, Signal, Used
 from nestling.layers.local import LocalState
 from nestling.memory import Report
 from nestling.optim import inner
@@ -111,7 +111,7 @@ class Block(nn.Module):
         return BlockState(mixer, local.start(self.ffn, lanes)) if self.ffn.alone else mixer
 
     def forward(
-        self, x: Tensor, state: Any, delta: Moved | None = None, *, report: Report | None = None, **masks: Any
+        self, x: Tensor, state: Any, delta: Used | None = None, *, report: Report | None = None, **masks: Any
     ) -> tuple[Tensor, Any]:
         """As a layer's; delta: what the lanes' own learning adds to the feed-forward weights."""
         mixer = state.mixer if self.ffn.alone else state

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nestling import state as fast
 from nestling.layers import Continuum, ContinuumState, Layer, Level, Period
-from nestling.layers.descent import Moved
+from nestling.layers.descent import Used
 from nestling.memory import Report
 from nestling.models import windows
 from nestling.models.block import Block, ModelConfig
@@ -126,11 +126,12 @@ class LanguageModel(nn.Module):
         return logits, ModelState(blocks, _advance(state.position, reset, valid, tokens.shape[1]))
 
     def read(
-        self, tokens: Tensor, blocks: Sequence[Any], deltas: Sequence[Moved] | None = None, **masks: Any
+        self, tokens: Tensor, blocks: Sequence[Any], deltas: Sequence[Used] | None = None, **masks: Any
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Logits and the sequence layers' new states, the feed-forward weights standing still.
 
-        deltas: what the lanes' own learning adds to the weights, one entry per block in `learning`; None: nothing.
+        deltas: what the lanes' own learning adds to the weights, or these with it, one entry per block in `learning`; None:
+        nothing.
         """
         report: Report | None = masks.pop("report", None)
         moved = {} if deltas is None else dict(zip(self.learning, deltas, strict=True))

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling import state as fast
-from nestling.layers.descent import Gradients, Moved, dense, note
+from nestling.layers.descent import Gradients, Moved, Used, dense, note
+from nestling.layers.low_rank import Whole
 from nestling.layers.pieces import Piece, merge, pieces, place, write
 from nestling.memory import Report
 from nestling.state import register
@@ -57,10 +58,10 @@ def read(
     """`LanguageModel.forward` piece by piece."""
     time = tokens.shape[1]
     cut = list(pieces(state.position, time, reset, valid, model.window or time))
-    outputs, notes = [], []
+    outputs, notes, served = [], [], Served()
     for piece in cut:
         note = None if report is None else Report()
-        logits, state = _piece(model, tokens.gather(1, piece.at.to(tokens.device)), state, piece, note)
+        logits, state = _piece(model, tokens.gather(1, piece.at.to(tokens.device)), state, piece, served, note)
         outputs.append(logits)
         notes.append(note)
     if not cut:  # no valid token at all
@@ -74,9 +75,9 @@ def read(
 
 
 def _piece(
-    model: LanguageModel, tokens: Tensor, state: ModelState, piece: Piece, report: Report | None
+    model: LanguageModel, tokens: Tensor, state: ModelState, piece: Piece, served: Served, report: Report | None
 ) -> tuple[Tensor, ModelState]:
-    """Read one piece, and learn where a window ends with it. tokens `[lane, n]`."""
+    """Read one piece, and learn where a window ends with it. tokens `[lane, n]`; served: for all pieces of the call."""
     assert model.window is not None
     if piece.fresh is not None:
         state = fast.where(piece.fresh, model.start(len(tokens)), state, keep=("faults",))
@@ -89,9 +90,9 @@ def _piece(
     if bool(whole.any()):
         with _differentiating() as copied:
             blocks, delta, own = copied(state.blocks), copied(_dense(state)), copied(tokens)
-            leaves = [_leaves(d) for d in delta]
+            leaves = [_leaves(w) for w in served.at(model, delta)]
             with _watching(model) as seen:
-                logits, blocks = _logits(model, own, blocks, leaves, valid=copied(valid), report=report)
+                logits, blocks = _logits(model, own, blocks, _whole(leaves), valid=copied(valid), report=report)
             gradients = _said(model, _gradients(model, logits, own, leaves, whole, keep=outer), seen, keep=outer)
         if not outer:
             logits, blocks = logits.detach(), fast.detach(blocks)
@@ -132,9 +133,9 @@ def _read_again(
     with _differentiating() as copied:
         text = copied(tokens)[lanes.to(tokens.device)]
         blocks = fast.take(copied(since), lanes)
-        leaves = [_leaves(fast.take(copied(d), lanes)) for d in delta]
+        leaves = [_leaves(w) for w in Served().at(model, [fast.take(copied(d), lanes) for d in delta])]
         with _watching(model) as seen:
-            logits, _ = _logits(model, text, blocks, leaves)
+            logits, _ = _logits(model, text, blocks, _whole(leaves))
         found = _gradients(model, logits, text, leaves, torch.ones(len(lanes), dtype=torch.bool), keep=keep)
         found = _said(model, found, seen, keep=keep)
     if bool(again.all()):
@@ -157,7 +158,7 @@ def _logits(model: LanguageModel, *arguments: Any, **options: Any) -> tuple[Tens
 def _gradients(
     model: LanguageModel, logits: Tensor, tokens: Tensor, leaves: Sequence[Gradients], lanes: Tensor, *, keep: bool
 ) -> list[Gradients]:
-    """∂(Σ_t L_t)/∂Δ per lane, over the targets inside the window; zeros in lanes that are not asked for.
+    """∂(Σ_t L_t)/∂θ = ∂(Σ_t L_t)/∂Δ per lane, over the targets inside the window; zeros in lanes that are not asked for.
 
     keep: the forward's graph is needed later; with it stays that of the gradients, where they are to be differentiated.
     """
@@ -216,6 +217,38 @@ def _said(model: LanguageModel, gradients: list[Gradients], seen: Seen, *, keep:
     return found
 
 
+class Served:
+    """θ₀ + Δ, made anew where a level has moved: the slower ones serve for several windows."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def at(self, model: LanguageModel, delta: Sequence[Gradients]) -> list[Gradients]:
+        """The weights that the lanes use, of every learning block."""
+        found = []
+        for number, own in zip(model.learning, delta, strict=True):
+            pairs = zip(own, model.continuum(number).each(), strict=True)
+            found.append(
+                tuple(
+                    tuple(
+                        self._sum((number, which, n), weight, moved)
+                        for n, (weight, moved) in enumerate(zip(level.weights(), matrices, strict=False))
+                    )
+                    for which, (matrices, (_, level)) in enumerate(pairs)
+                )
+            )
+        return found
+
+    def _sum(self, key: tuple[int, int, int], weight: Tensor, moved: Tensor) -> Tensor:
+        if key not in self._known or self._known[key][0] is not moved:
+            self._known[key] = moved, weight + moved
+        return self._known[key][1]
+
+
+def _whole(weights: Sequence[Gradients]) -> list[Used]:
+    return [tuple(tuple(Whole(w) for w in level) for level in own) for own in weights]
+
+
 class _Leaf(torch.autograd.Function):
     """The identity; what comes out can be differentiated by, also where nothing behind it asks for a gradient."""
 
@@ -232,10 +265,10 @@ class _Leaf(torch.autograd.Function):
         return gradient if ctx.needs_input_grad[0] else None, None
 
 
-def _leaves(delta: Gradients) -> Gradients:
+def _leaves(weights: Gradients) -> Gradients:
     """Fresh aliases, so that the gradient stops at the window's start: earlier windows used others."""
     asking = torch.zeros((), requires_grad=True)
-    return tuple(tuple(_Leaf.apply(d, asking) for d in level) for level in delta)  # type: ignore[no-untyped-call]
+    return tuple(tuple(_Leaf.apply(w, asking) for w in level) for level in weights)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
