@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nestling.memory import native
 from nestling.memory.chunked import back, by_groups, gather, group_size, series
 from nestling.memory.coefficients import Coefficients, coefficients, each, products
 from nestling.memory.gates import Factor
@@ -46,6 +47,10 @@ def scan(
     count = cut.tokens.shape[1]
     if count == 0:  # no valid token at all
         return silence, x.state
+
+    skipped = (~x.fine if x.valid is None else ~x.fine & x.valid).sum(1)
+    if report is None and (found := native.scan_slots(spec, x, cut, scan)) is not None:
+        return found.y, MemoryState(*found.stand, None, cut.position, x.state.faults + skipped)
 
     def pick(u: Tensor) -> Tensor:
         return gather(u, cut.tokens, cut)
@@ -97,8 +102,7 @@ def scan(
         return torch.stack(outputs, 2), Running(anchor, weights, faults), notes
 
     y, running, notes = by_groups(group, count, Running(x.state.anchor, x.state.weights, x.state.faults))
-    skipped = ~x.fine if x.valid is None else ~x.fine & x.valid
-    faults = running.faults + skipped.sum(1)
+    faults = running.faults + skipped
     if report is not None:
         surprise, update = series(notes, cut, time)
         report.add(surprise=surprise, update=update, lr=x.lr.mean(-1))

@@ -4,5 +4,6 @@ from nestling.memory.native.choose import scan, serves
 from nestling.memory.native.scan import Cell
 from nestling.memory.native.self_modifying import cells
 from nestling.memory.native.self_modifying import scan as scan_self_modifying
+from nestling.memory.native.slots import scan as scan_slots
 
-__all__ = ["Cell", "cells", "scan", "scan_self_modifying", "serves"]
+__all__ = ["Cell", "cells", "scan", "scan_self_modifying", "scan_slots", "serves"]

@@ -84,6 +84,16 @@ class Scan(ctypes.Structure):
     ]
 
 
+OBJECTIVES = ("decoding", "similarity", "encoding")
+READ_NORMS = ("token", "chunk", "none")
+
+
+class Lattice(Scan):
+    """`Lattice` of lattice.h; objective, norms: which of `OBJECTIVES`, `READ_NORMS`."""
+
+    _fields_ = [*((name, INT) for name in ("objective", "norms", "retracts")), ("epsilon", ctypes.c_double)]
+
+
 CHANNEL = ("q", "k", "v", "lr", "retention", "erase")
 
 
