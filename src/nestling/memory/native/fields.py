@@ -94,6 +94,22 @@ class Lattice(Scan):
     _fields_ = [*((name, INT) for name in ("objective", "norms", "retracts")), ("epsilon", ctypes.c_double)]
 
 
+PHI = ("identity", "silu")
+BETWEEN = ("ln_silu", "l2_silu", "identity")
+SECOND = ("code", "lr_2", "retention_2")
+
+
+class Trellis(Scan):
+    """`Trellis` of trellis.c; phi, between: which of `PHI`, `BETWEEN`."""
+
+    _fields_ = [
+        *((name, POINTER) for name in SECOND),
+        *((f"of_{name}", POINTER) for name in SECOND),
+        *((name, INT) for name in ("phi", "between", "predicts", "reads_phi")),
+        *((name, ctypes.c_double) for name in ("norm_epsilon", "unit_epsilon")),
+    ]
+
+
 CHANNEL = ("q", "k", "v", "lr", "retention", "erase")
 
 

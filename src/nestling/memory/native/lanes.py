@@ -102,6 +102,10 @@ class Lanes(ABC):
         """Room for the gradient of a stream, zeros."""
         return torch.zeros_like(x)
 
+    def width(self, stand: Stand) -> int:
+        """Of an answer."""
+        return stand.weights[-1].shape[-1]
+
     def group(self, stand: Stand) -> int:
         """Runs between two that weights are kept of for the backward pass."""
         return self.cut.group
@@ -126,7 +130,7 @@ class Lanes(ABC):
         streams, stand = self._split(given)
         c = self._filled(streams, stand)
         like = stand.weights[-1]
-        shape = (c.lanes, c.heads, c.time, like.shape[-1])
+        shape = (c.lanes, c.heads, c.time, self.width(stand))
         y = like.new_empty(shape) if self.cut.full else like.new_zeros(shape)
         ends = tuple(tuple(torch.empty_like(w) for w in group) for group in stand[:3])
         kept = None

@@ -41,17 +41,10 @@ static void back_slots(const Scan *s, Hand *h, int L, int settled, real *of) {
 static void back_reads(const Scan *s, Hand *h, const Tile *t, const real *of_y, real *of_q) {
     int m = h->m, d = h->d, L = t->tokens, first = !s->cell.before, forgets = h->gates.retention != 0, norms = lattice(s)->norms;
     const real *D = h->c.write + (size_t)first * L, *keep = h->c.keep + first;
-    real *of_D = h->of_c.write + (size_t)first * L, *of_keep = h->of_c.keep + first;
-    product(L, d, L, plain(of_y, d), turned(h->h, d), h->mixed, L, 0, h->panel);
-    for (int i = 0; i < L * L; i++) {
-        real from = -h->mixed[i], score = h->score[i];
-        if (forgets) of_D[i] += from * score;
-        h->mixed[i] = from * D[i];
-        h->score[i] = score * D[i];
-    }
-    product(L, L, d, turned(h->score, L), plain(of_y, d), h->of_h, d, -1, h->panel);
-    product(L, L, m, turned(h->mixed, L), plain(h->asked, m), h->of_rate, m, 1, h->panel);
-    product(L, L, m, plain(h->mixed, L), plain(h->rate, m), h->of_asked, m, 0, h->panel);
+    real *of_D = forgets ? h->of_c.write + (size_t)first * L : 0, *of_keep = h->of_c.keep + first;
+    back_pairs(
+        L, m, d, D, h->asked, h->rate, h->h, h->score, h->mixed, of_y, of_D, h->of_asked, h->of_rate, h->of_h, h->panel
+    );
     product(m, L, d, turned(h->lead, m), plain(of_y, d), h->of_f, d, 1, h->panel);
     if (!h->begun) {
         scaled(L, m, keep, h->asked, h->spare);

@@ -16,6 +16,7 @@
 #ifndef NESTLING_LATTICE_H
 #define NESTLING_LATTICE_H
 
+#include "pairs.h"
 #include "passes.h"
 
 enum { DECODING, SIMILARITY, ENCODING };  // what a slot is written for
@@ -195,16 +196,13 @@ static void read_slots(const Scan *s, Hand *h, const Tile *t, real *y) {
             for (int j = 0; j < m; j++) asked[j] = norms == BY_CHUNK ? q[j] / n[j] : q[j];
         for (int j = 0; j < m; j++) lead[j] = (c * rho[j] + r[j]) * asked[j];
     }
-    product(L, m, L, plain(h->asked, m), turned(h->rate, m), h->score, L, 0, h->panel);
-    if (!y) return;
-    const real *D = h->c.write + (size_t)first * L;
-    for (int i = 0; i < L * L; i++) h->mixed[i] = D[i] * h->score[i];
-    product(L, m, d, plain(h->lead, m), plain(h->f, d), y, d, 0, h->panel);
-    if (!h->begun) {
+    if (y) product(L, m, d, plain(h->lead, m), plain(h->f, d), y, d, 0, h->panel);
+    if (y && !h->begun) {
         scaled(L, m, h->c.keep + first, h->asked, h->spare);
         product(L, m, d, plain(h->spare, m), plain(h->u, d), y, d, 1, h->panel);
     }
-    product(L, L, d, plain(h->mixed, L), plain(h->h, d), y, d, -1, h->panel);
+    const real *D = h->c.write + (size_t)first * L;
+    less_pairs(L, m, d, D, h->asked, h->rate, h->h, h->score, h->mixed, y, h->panel);
 }
 
 #endif
