@@ -101,12 +101,15 @@ static Tile begin(const Scan *s, Hand *h, int memory, const Run *run, const Stan
         product(L, k->in, m, plain(k->x, k->in), plain(k->a, m), k->z, m, 0, h->panel);
         if (own->phi == SILU_OF_IT) activate_with_slope(SILU, L * m, k->z, k->e, k->slope);
         else memcpy(k->e, k->z, (size_t)L * m * sizeof(real));
-        for (int i = 0; i < L; i++)
-            for (int j = i * m; j < (i + 1) * m; j++) {
-                k->e[j] = (own->predicts ? k->e[j] : 0) - code[j];
-                k->u[j] = own->phi == SILU_OF_IT ? k->e[j] * k->slope[j] : k->e[j];
-                k->rate[j] = k->lr[i] * k->u[j];
-            }
+        real *restrict e = k->e, *restrict u = k->u;
+        if (own->predicts)
+            for (int i = 0; i < L * m; i++) e[i] -= code[i];
+        else
+            for (int i = 0; i < L * m; i++) e[i] = -code[i];
+        memcpy(u, e, (size_t)L * m * sizeof(real));
+        if (own->phi == SILU_OF_IT)
+            for (int i = 0; i < L * m; i++) u[i] *= k->slope[i];
+        scaled(L, m, k->lr, u, k->rate);
     }
     return t;
 }
@@ -194,16 +197,13 @@ static void back_writes(const Scan *s, Hand *h, Cache *k, int L, real *of_lr, re
     const Trellis *own = trellis(s);
     int m = h->m, d = k->in;
     real *restrict of_e = k->of_rate, *restrict of_slope = h->other;
-    for (int i = 0; i < L; i++) {
-        real lr = k->lr[i];
-        of_lr[i] += dot(k->of_rate + (size_t)i * m, k->u + (size_t)i * m, m);
-        for (int j = i * m; j < (i + 1) * m; j++) {
-            real of = lr * of_e[j];
-            if (own->phi == SILU_OF_IT) of_slope[j] = of * k->e[j], of *= k->slope[j];
-            of_code[j] -= of;
-            of_e[j] = own->predicts ? of : 0;
-        }
-    }
+    const real *restrict e = k->e, *restrict slope = k->slope;
+    for (int i = 0; i < L; i++) of_lr[i] += dot(k->of_rate + (size_t)i * m, k->u + (size_t)i * m, m);
+    scaled(L, m, k->lr, of_e, of_e);
+    if (own->phi == SILU_OF_IT)
+        for (int i = 0; i < L * m; i++) of_slope[i] = of_e[i] * e[i], of_e[i] *= slope[i];
+    less(L * m, 1, of_e, of_code);
+    if (!own->predicts) memset(of_e, 0, (size_t)L * m * sizeof(real));
     if (own->phi == SILU_OF_IT) back_through_both(SILU, L * m, k->z, k->slope, of_slope, of_e);
     if (own->predicts || own->phi == SILU_OF_IT) {
         product(L, m, d, plain(of_e, m), turned(k->a, m), k->of_x, d, 1, h->panel);
