@@ -80,6 +80,36 @@ def test_convolution_goes_on_over_its_blocks(time: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("time", [1, 64, 65, 147])
+def test_norms_go_on_over_their_blocks_and_threads(time: int) -> None:
+    """In single precision, rows of no whole registers; heads of a tensor that holds more than them."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    wide = torch.randn(2, time, 100, requires_grad=True)
+    y, weight = torch.randn(2, 3, time, 21, requires_grad=True), torch.rand(21, requires_grad=True)
+    gate = torch.randn(2, time, 63, requires_grad=True)
+
+    def heads(way: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda x: way(x[..., 7:91].unflatten(-1, (4, -1)))
+
+    for fast, formula, inputs in (
+        (heads(fused.unit_heads), heads(lambda x: l2_norm(x).transpose(1, 2)), (wide,)),
+        (fused.gated_norm, gated_norm, (y, weight, gate)),
+    ):
+        try:
+            torch.set_num_threads(3)
+            found = fast(*inputs)
+            grad = torch.randn_like(found)
+            grads = torch.autograd.grad(found, inputs, grad)
+        finally:
+            torch.set_num_threads(threads)
+        expected = formula(*inputs)
+        torch.testing.assert_close(found, expected)
+        for a, b in zip(grads, torch.autograd.grad(expected, inputs, grad), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_wide_convolutions_by_threads_and_in_single_precision() -> None:
     """More channels than the C code takes at a time, one lane over several threads."""
     torch.manual_seed(0)

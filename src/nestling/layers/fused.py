@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestling.layers.norm import EPS, l2_norm
+from nestling.layers.norm import EPS
+from nestling.memory.unit import unit_rows
 from nestling.memory.wanted import wanted
 from nestling.native import DEFINES, library, threads
 
 CONVOLUTION = Path(__file__).parent / "convolution.c"
+GATED_NORM = Path(__file__).parent / "gated_norm.c"
+NORM_BLOCK = 64  # tokens that it takes at a time
 MOST_TAPS = 8  # that the C code has room for
 BLOCK = 128  # tokens of the convolution at a time, so that what one pass leaves the next finds in the cache
 
@@ -32,10 +35,7 @@ def convolve(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
 
 def unit_heads(x: Tensor) -> Tensor:
     """x `[lane, time, head, dim]` → x / √(‖x‖² + ε²) as `[lane, head, time, dim]`."""
-    if torch.compiler.is_compiling() or x.dtype.itemsize < 4:
-        return l2_norm(x).transpose(1, 2)
-    y: Tensor = _UnitHeads.apply(x)[0]  # type: ignore[no-untyped-call]
-    return y
+    return unit_rows(x.transpose(1, 2))
 
 
 def gated_norm(y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
@@ -161,36 +161,13 @@ def _block(x: Tensor, tail: Tensor, weight: Tensor, first: int) -> tuple[Tensor,
     return stream, z
 
 
-class _UnitHeads(torch.autograd.Function):
-    """The scale is an output as well, so that what the backward pass reads is known to a second one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(EPS**2).rsqrt_()
-        y = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
-        torch.mul(x, scale, out=y.transpose(1, 2))
-        scale = scale.transpose(1, 2).contiguous()
-        ctx.save_for_backward(y, scale)
-        ctx.set_materialize_grads(False)
-        return y, scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> Tensor | None:
-        y, scale = ctx.saved_tensors
-        d_x = None
-        if grad is not None:
-            d_x = torch.addcmul(grad, y, (grad * y).sum(-1, keepdim=True), value=-1)
-            d_x = d_x * scale if torch.is_grad_enabled() else d_x.mul_(scale)
-        if grad_scale is not None:  # in a second backward pass only
-            more = -grad_scale * y * scale.square()
-            d_x = more if d_x is None else d_x + more
-        return None if d_x is None else d_x.transpose(1, 2)
-
-
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(y, weight, gate)
+        z = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        if _norm_in_c(y, weight, gate, z=z):
+            return z
         z = F.silu(gate)
         heads = _heads(z, y)
         heads.mul_(_normed(y)[0].transpose(1, 2)).mul_(weight)
@@ -201,6 +178,10 @@ class _GatedNorm(torch.autograd.Function):
         y, weight, gate = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _again(_gated_norm, (y, weight, gate), grad)
+        d_y, d_gate = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, gate))
+        parts = weight.new_empty(y.shape[0] * -(-y.shape[2] // NORM_BLOCK), y.shape[3])
+        if _norm_in_c(y, weight, gate, of_z=grad, of_y=d_y, of_weight=parts, of_gate=d_gate):
+            return d_y, parts.sum(0), d_gate
         normed, scale = _normed(y)
         normed = normed.transpose(1, 2)
         d_normed = _heads(F.silu(gate) * grad, y)
@@ -210,6 +191,35 @@ class _GatedNorm(torch.autograd.Function):
         d_normed.mul_(weight).addcmul_(normed, along, value=-1).mul_(scale.transpose(1, 2))
         d_silu = torch.mul(_heads(grad, y), normed, out=product).mul_(weight).flatten(2)
         return d_normed.transpose(1, 2), d_weight, torch.ops.aten.silu_backward(d_silu, gate)
+
+
+class _NormInC(ctypes.Structure):
+    """`Gated` of gated_norm.c, field for field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("lanes", "heads", "time", "dim", "threads")),
+        ("epsilon", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("y", "weight", "gate", "z", "of_z", "of_y", "of_weight", "of_gate")),
+    ]
+
+
+def _norm_in_c(y: Tensor, weight: Tensor, gate: Tensor, **others: Tensor) -> bool:
+    """The gated norm by the C code, forward or, with of_z and others, backward; False where it does not serve."""
+    given = {"y": y, "weight": weight, "gate": gate, **others}
+    if y.device.type != "cpu" or y.dtype not in DEFINES or y.numel() == 0:
+        return False
+    code = library(GATED_NORM, y.dtype)
+    lanes, heads, time, dim = y.shape
+    wide = (lanes, time, heads * dim)
+    fits = {"weight": (dim,), "gate": wide, "of_z": wide}
+    if code is None or any(u.dtype != y.dtype or u.shape != fits.get(name, u.shape) for name, u in given.items()):
+        return False
+    c = _NormInC(lanes, heads, time, dim, threads(lanes * time), EPS)
+    whole = {name: u.resolve_neg().contiguous() for name, u in given.items()}  # what is written to is so already
+    for name, u in whole.items():
+        setattr(c, name, u.data_ptr())
+    failed: int = code.nestling_gated_norm(ctypes.byref(c))
+    return failed == 0
 
 
 def _heads(x: Tensor, y: Tensor) -> Tensor:

@@ -26,10 +26,11 @@ from nestling.memory.coefficients import Coefficients
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Factor, Gates, factor
 from nestling.memory.inputs import check_call, check_weights, surely, token_guard, widest
-from nestling.memory.norm import EPS, l2_norm
+from nestling.memory.norm import EPS
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.settings import whole_numbers
 from nestling.memory.state import MemoryState, Weights, raised
+from nestling.memory.unit import unit_rows
 
 CODES = ("l2", "rms", "softmax", "none")
 
@@ -88,9 +89,9 @@ def rows_of(read: Read) -> slice:
 def normalized(kind: str, code: Tensor) -> Tensor:
     """A code as it is used: of unit length, of unit mean square, a distribution over the slots, or as it is."""
     if kind == "l2":
-        return l2_norm(code)
+        return unit_rows(code)
     if kind == "rms":
-        return l2_norm(code) * math.sqrt(code.shape[-1])
+        return unit_rows(code) * math.sqrt(code.shape[-1])
     return code.softmax(-1) if kind == "softmax" else code
 
 
