@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from nestling.memory import (
     MemorySpec,
     Momentum,
     Omega,
+    Polynomial,
     native,
 )
 from nestling.native import library, status, without
@@ -61,14 +63,17 @@ CELLS = {
     "smooth sign, no norm": ("titans", {"bias": Lp(1.0, slope=3.0), "network": MLP(norm=False)}),
     "Huber by coordinates": ("yaad", {"bias": Huber("coordinate"), "rule": Momentum()}),
     "Huber of the norm, matrix": ("yaad", {"bias": Huber("norm"), "network": Matrix()}),
-    "polynomial features": ("dla", {"network": MLP(leading=True, expansion=1.5)}),
+    "polynomials": ("dla", {"network": MLP(leading=True, expansion=1.5), "features": Polynomial(2, reduce=3)}),
+    "polynomials, erased": ("gated_deltanet", {"features": Polynomial(2)}),
+    "polynomials, norm to the power 4": ("moneta", {"features": Polynomial(1), "network": MLP(leading=True)}),
+    "polynomials made before, softmax": ("memora", {"features": Polynomial(2), "network": MLP(leading=True)}),
     "softmax, read before": ("memora", {"read": "before", "network": MLP(depth=3, norm=False)}),
     "norm to the power 3, read before": ("moneta", {"read": "before", "retention": Lq(3.0), "bias": L2()}),
     "norm of a matrix": ("moneta", {"network": Matrix(), "retention": Lq(4.0, floor=2.0)}),
     "a window": ("omeganet", PLAIN),
     "a window with momentum": ("omeganet", {**PLAIN, "rule": Momentum()}),
     "a window, dot product": ("omeganet", {**PLAIN, "bias": Omega(DotProduct(), 3), "read": "before"}),
-    "a window of polynomials": ("omeganet", {"rule": Momentum()}),
+    "a window of polynomials": ("omeganet", {"rule": Momentum(), "features": Polynomial(3, reduce=2)}),
     "a window, Huber": ("omeganet", {**PLAIN, "bias": Omega(Huber(), 3)}),
     "channels, read before": ("gla", {"read": "before"}),
     "channels decay, then are erased": ("gla", {"rule": DeltaGradient("after_decay")}),
@@ -158,6 +163,24 @@ def test_single_precision_is_as_good_as_the_framework_s(cell: str) -> None:
         size = max(1.0, float(true.abs().max()))
         error, other = (float((x.double() - true).abs().max()) / size for x in (a, b))
         assert error <= max(1e-6, 4 * other)
+
+
+@NEEDS
+@pytest.mark.parametrize("name", ["omeganet", "dla", "swla", "polynomials, erased"])
+def test_features_are_made_tile_by_tile(name: str, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as they are, they are never there for all tokens; but of those that the next call's window needs."""
+    made: list[int] = []
+    apply = Polynomial.apply
+
+    def counting(self: Polynomial, x: Tensor, own: Sequence[Tensor]) -> Tensor:
+        made.append(x.shape[2])
+        return apply(self, x, own)
+
+    monkeypatch.setattr(Polynomial, "apply", counting)
+    spec = cell_of(name, key_dim=20, chunk=8)
+    everything(spec, 2 * spec.period + 3, 1, torch.float32)
+    assert len(calls) == 1
+    assert made == ([spec.bias.window - 1] if spec.bias.window > 1 else [])
 
 
 SELF = {
@@ -260,7 +283,9 @@ def test_all_modes_and_any_number_of_threads_give_the_same(calls: list[int]) -> 
 
 @NEEDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
-@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "a window", "rwkv7_like", "self_modifying"])
+@pytest.mark.parametrize(
+    "name", ["titans", "gated_deltanet", "a window", "a window of polynomials", "rwkv7_like", "self_modifying"]
+)
 def test_skips_the_tokens_that_the_guard_refuses(name: str, bad: float, calls: list[int]) -> None:
     spec = cell_of(name, key_dim=8, chunk=8)
     w0, streams, gates = example(spec, 32, 9, torch.float32)
@@ -389,7 +414,9 @@ def test_a_state_that_was_changed_by_hand_is_read_as_it_is(calls: list[int]) -> 
 
 
 @NEEDS
-@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "a window", "rwkv7_like", "self_modifying"])
+@pytest.mark.parametrize(
+    "name", ["titans", "gated_deltanet", "a window", "a window of polynomials", "rwkv7_like", "self_modifying"]
+)
 def test_second_derivatives(name: str, calls: list[int]) -> None:
     spec = cell_of(name, key_dim=4, chunk=4)
 

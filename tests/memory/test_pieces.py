@@ -10,11 +10,13 @@ from torch import Tensor
 
 import nestling as nl
 from nestling import testing
-from nestling.memory import Gates, Memory, pieces
+from nestling.memory import Gates, Memory, Sketch, pieces
 from nestling.memory.pieces import Size
 
 NAMES = ("atlas", "atlas_plus", "dla", "swla", "swdt", "dot", "deep_transformer", "moneta", "rwkv7_like", "tnt")
-SHORT = {"tnt": {"global_chunk": 7, "shard": 10}}
+# Features that the C code does not make by itself: what it makes, it makes again by itself.
+SKETCH = {"features": Sketch(size=6)}
+SHORT = {"tnt": {"global_chunk": 7, "shard": 10}, "dla": SKETCH, "swla": SKETCH}
 
 
 def small(name: str, **more: object) -> Memory:

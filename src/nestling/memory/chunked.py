@@ -22,7 +22,7 @@ there may be one more dimension, of memories that share their gates (see `self_m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -33,7 +33,6 @@ from torch.utils.checkpoint import checkpoint
 from nestling.memory import channel, directed, fused, native, pieces
 from nestling.memory.biases import Bias
 from nestling.memory.coefficients import Coefficients, coefficients, each, leading
-from nestling.memory.features import Identity
 from nestling.memory.gates import Factor
 from nestling.memory.inputs import Inputs, border_guard, erase_strength, lanes_where, surely
 from nestling.memory.layout import Layout, layout
@@ -348,7 +347,7 @@ def scan(
     if time == 0:
         return _silence(spec, x), x.state
     if time == 1 and report is None:
-        return step(spec, x)
+        return step(spec, x.featured())
     if tile is not None and tile < 1:
         raise ValueError(f"tile is {tile}; expected at least 1 token")
     halo = spec.bias.window - 1
@@ -358,8 +357,9 @@ def scan(
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return _silence(spec, x), x.state
     if report is None and (found := native.scan(spec, x, cut, scan)) is not None:
-        tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut)
+        tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut, x.mapped)
         return found.y, MemoryState(*found.stand, tail, cut.position, x.state.faults + _skipped(x))
+    x = x.featured()
     groups, count = _tiles(spec, x, cut).groups(), cut.tokens.shape[1]
     running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)
 
@@ -400,7 +400,8 @@ def piece(spec: MemorySpec, shape: tuple[int, int, int], tile: int | None, like:
 
     like   a tensor of the call's device in the compute dtype
     """
-    if spec.features == Identity() and native.serves(native.Cell.of(spec, spec.network), like):
+    cell = native.Cell.of(spec, spec.network)
+    if native.makes(cell, spec.features) and native.serves(cell, like):
         return None
     per_token = _per_token(spec, True)
     numbers, rows = sum(i * o for i, o in spec.fast_shapes), sum(i + o for i, o in spec.fast_shapes)
@@ -620,13 +621,22 @@ def surprise_and_update(found: Factors, lr: Tensor, halo: int) -> tuple[Tensor, 
     return found.errors[-1][..., halo:, :].norm(dim=-1).detach(), (lr * sum(squares).sqrt()).detach()  # type: ignore[union-attr]
 
 
-def carried(tail: Tail, k: Tensor, v: Tensor, fine: Tensor, cut: Layout) -> Tail:
-    """The tail after a call that read these tokens."""
-    lanes = torch.arange(cut.tail.shape[0], device=k.device)[:, None]
+def carried(
+    tail: Tail, k: Tensor, v: Tensor, fine: Tensor, cut: Layout, mapped: Callable[[Tensor], Tensor] | None = None
+) -> Tail:
+    """The tail after a call that read these tokens.  mapped: what makes keys what the tail has of them, if anything does."""
+    lanes, halo = torch.arange(cut.tail.shape[0], device=k.device)[:, None], tail.ok.shape[1]
     index = cut.tail.to(k.device)
+    old, new = index.clamp_max(halo - 1), (index - halo).clamp_min(0)
+    read = index >= halo  # in this call
 
-    def last(old: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([old, new], 2).transpose(1, 2)[lanes, index].transpose(1, 2)
+    def last(before: Tensor, here: Tensor) -> Tensor:
+        return here if surely(read) else torch.where(read[:, None, :, None], here, pick(before, old))
 
-    there = torch.cat([tail.ok, fine], 1)[lanes, index]
-    return Tail(last(tail.key, k), last(tail.value, v), there).only(cut.tail_ok)
+    def pick(rows: Tensor, at: Tensor) -> Tensor:
+        return rows.transpose(1, 2)[lanes, at].transpose(1, 2)
+
+    keys = pick(k, new)
+    keys = last(tail.key, keys if mapped is None else mapped(keys))
+    there = torch.where(read, fine[lanes, new], tail.ok[lanes, old])
+    return Tail(keys, last(tail.value, pick(v, new)), there).only(cut.tail_ok)

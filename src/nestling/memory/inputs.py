@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.biases import reads_threshold
+from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Factor, Gates, check_gates, factor
 from nestling.memory.retentions import per_channel
 from nestling.memory.rules import Implicit, Leader
@@ -28,7 +29,8 @@ X = TypeVar("X")
 class Inputs(NamedTuple):
     """Inputs of a scan in the compute dtype, non-finite tokens made harmless.
 
-    q, k     their features, `[lane, head, time, width]`
+    q, k     `[lane, head, time, key_dim]`, or where there is no map left to be applied their features, `[…, width]`
+    features the map still to be applied, or None;  own: its parameters
     fine     bool `[lane, time]`: key, value and gates of the token are finite and legal (the token guard)
     v        the bias's targets: values, with the threshold as last coordinate where the bias reads one
     lr       the step size, rule's constant included;  erase: ε_t or None
@@ -47,6 +49,18 @@ class Inputs(NamedTuple):
     fine: Tensor
     reset: Tensor | None
     valid: Tensor | None
+    features: Features | None = None
+    own: Weights = ()
+
+    def featured(self) -> Inputs:
+        """The same with features in the places of keys and queries."""
+        if self.features is None:
+            return self
+        return self._replace(q=self.mapped(self.q), k=self.mapped(self.k), features=None, own=())
+
+    def mapped(self, rows: Tensor) -> Tensor:
+        """Rows of keys or queries as the network reads them."""
+        return rows if self.features is None else self.features.apply(rows, self.own)
 
 
 def free(x: Tensor) -> bool:
@@ -92,11 +106,9 @@ def prepare(spec: MemorySpec, call: Call) -> Inputs:
         (k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)), forward=isinstance(spec.rule, Implicit)
     )
     own = tuple(w.to(dtype) for w in w0[spec.network.depth :])
-    q, k = spec.features.apply(q, own), spec.features.apply(k, own)
-
     lr = q.new_ones(lanes, heads, time) if gates.lr is None else gates.lr
     if isinstance(spec.rule, Implicit):
-        lr = spec.rule.damped(lr, k)
+        lr = spec.rule.damped(lr, spec.features.apply(k, own))
     retention = factor(gates.retention, gates.log_retention, dtype)
     momentum = factor(gates.momentum, gates.log_momentum, dtype)
     if reads_threshold(spec.bias):
@@ -110,7 +122,8 @@ def prepare(spec: MemorySpec, call: Call) -> Inputs:
         if spec.rule.erase == "after_decay" and retention is not None and not per_channel(spec.retention):
             erase = erase * retention.plain()
     lr = lr * spec.rule.step(spec.key_dim)
-    return Inputs(start, state, q, k, v, lr, retention, momentum, erase, gates.window, fine, reset, valid)
+    window, features = gates.window, None if spec.features == Identity() else spec.features
+    return Inputs(start, state, q, k, v, lr, retention, momentum, erase, window, fine, reset, valid, features, own)
 
 
 def check_weights(spec: Memory, w0: Sequence[Tensor]) -> None:

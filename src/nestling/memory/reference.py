@@ -42,6 +42,7 @@ def scan(spec: MemorySpec, inputs: Inputs) -> tuple[Tensor, MemoryState]:
         raise RuntimeError("engine='reference' differentiates by autograd: call it outside torch.inference_mode()")
     outer = torch.is_grad_enabled()
     with torch.enable_grad():
+        inputs = inputs.featured()
         state, outputs = inputs.state, []
         for t in range(inputs.q.shape[2]):
             y, state = unharmed(partial(_token, spec, state, t), inputs, partial(refused, t=t))

@@ -90,6 +90,7 @@ def scan(
     cell, gate = Cell.of(spec, spec.network), x.retention
     if not serves(cell, x.q):
         return None
+    x = x.featured()
     logs = gate is not None and gate.value is None
 
     def again(streams: Given, at: Stand) -> Ends:

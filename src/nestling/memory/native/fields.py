@@ -56,7 +56,8 @@ class Store(ctypes.Structure):
 
 
 LANES = ("lanes", "heads", "time", "tiles", "longest", "group", "apart", "threads")
-STREAMS = ("q", "k", "v", "lr", "retention", "momentum", "erase", "window")
+MADE = ("past", "logs", "projection")
+STREAMS = ("q", "k", "v", "lr", "retention", "momentum", "erase", "window", *MADE)
 
 
 LINKS = ("identity", "softmax", "lq")
@@ -68,12 +69,19 @@ class Link(ctypes.Structure):
     _fields_ = [("kind", INT), *((name, ctypes.c_double) for name in ("power", "floor"))]
 
 
+class Features(ctypes.Structure):
+    """`Features` of polynomial.h."""
+
+    _fields_ = [(name, INT) for name in ("in_", "base", "degree")]
+
+
 class Scan(ctypes.Structure):
     """`Scan` of scan.h."""
 
     _fields_ = [
         ("cell", Cell),
         ("link", Link),
+        ("features", Features),
         ("store", Store),
         *((name, INT) for name in (*LANES, "tail")),
         ("runs", POINTER),

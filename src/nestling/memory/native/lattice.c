@@ -233,7 +233,8 @@ static void onward(const Scan *s, void *hand, int memory, const Run *runs, int n
     advance_slots(s, hand, t.tokens, settles(s, &runs[n]), after->w[0]);
 }
 
-static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *at, const Stand *of) {
+static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *at, const Stand *of) {
+    (void)place;
     Hand *h = hand;
     Tile t;
     begin(s, h, memory, runs, n, at, &t);
@@ -254,7 +255,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     if (h->gates.retention) back_coefficients(L, L, 1, 1, &h->gates, &h->c, &h->of_c, &h->of_gates);
 }
 
-static const Engine ENGINE = {ahead, onward, behind};
+static const Engine ENGINE = {0, ahead, onward, behind};
 
 static void forward(const void *task, int memory, real *space) {
     Hand h;

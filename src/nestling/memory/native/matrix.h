@@ -123,24 +123,71 @@ static void pack(Operand b, int depth, int live, real *restrict panel) {
             else *to -= sum[i][j];                                                                                   \
         }                                                                                                            \
     }
-KERNEL(1, 1)
-KERNEL(1, 2)
+#define KERNELS(rows) KERNEL(rows, 1) KERNEL(rows, 2)
+KERNELS(1) KERNELS(2) KERNELS(3) KERNELS(4)
 #if ROWS == 8
-KERNEL(8, 1)
-KERNEL(8, 2)
+KERNELS(5) KERNELS(6) KERNELS(7) KERNELS(8)
 #define kernel_full_1 kernel_8_1
 #define kernel_full_2 kernel_8_2
 #else
-KERNEL(4, 1)
-KERNEL(4, 2)
 #define kernel_full_1 kernel_4_1
 #define kernel_full_2 kernel_4_2
 #endif
+
+// Fewer rows than ROWS together: one by one, each sum would wait for itself.
+static void few(
+    int rows, int narrow, const real *a, ptrdiff_t row, ptrdiff_t column, const real *b, ptrdiff_t stride, int depth, real *c,
+    ptrdiff_t width, int sign
+) {
+#define CASE(n)                                                                          \
+    case n:                                                                              \
+        if (narrow) kernel_##n##_1(a, row, column, b, stride, depth, c, width, sign);    \
+        else kernel_##n##_2(a, row, column, b, stride, depth, c, width, sign);           \
+        break;
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3)
+#if ROWS == 8
+        CASE(4) CASE(5) CASE(6) CASE(7)
+#endif
+    }
+#undef CASE
+}
+
+// The same where B lies transposed and A has few rows: Cᵀ = Bᵀ Aᵀ by ROWS columns of C, so that A alone, and C, are turned around.
+static void across(
+    int rows, int depth, int columns, Operand a, Operand b, real *c, int width, int sign, real *restrict scratch
+) {
+    int narrow = rows <= LANES;
+    pack((Operand){a.at, a.column, a.row}, depth, rows, scratch);
+    for (int n = 0; n < columns; n += ROWS) {
+        int block = columns - n < ROWS ? columns - n : ROWS;
+        const real *from = b.at + n * b.column;
+        real part[ROWS * PANEL], turned[8 * 8];
+        if (block == ROWS && narrow) kernel_full_1(from, b.column, b.row, scratch, PANEL, depth, part, PANEL, 0);
+        else if (block == ROWS) kernel_full_2(from, b.column, b.row, scratch, PANEL, depth, part, PANEL, 0);
+        else few(block, narrow, from, b.column, b.row, scratch, PANEL, depth, part, PANEL, 0);
+        for (int m = 0; m < rows; m += 8) {
+            int high = rows - m < 8 ? rows - m : 8;
+            real *to = c + (size_t)m * width + n;
+            if (!sign) {
+                transpose(high, block, part + m, 1, PANEL, to, width);
+                continue;
+            }
+            transpose(high, block, part + m, 1, PANEL, turned, 8);
+            for (int i = 0; i < high; i++)
+                for (int j = 0; j < block; j++) to[(size_t)i * width + j] += sign * turned[i * 8 + j];
+        }
+    }
+}
 
 // C `[rows, columns]` of row length `width` from A `[rows, depth]` and B `[depth, columns]`. scratch: depth · PANEL reals.
 static void product(
     int rows, int depth, int columns, Operand a, Operand b, real *c, int width, int sign, real *restrict scratch
 ) {
+    if (b.column != 1 && rows <= PANEL && columns > PANEL) {
+        across(rows, depth, columns, a, b, c, width, sign, scratch);
+        return;
+    }
     for (int n = 0; n < columns; n += PANEL) {
         int live = columns - n < PANEL ? columns - n : PANEL, narrow = live <= LANES, whole = live == LANES || live == PANEL;
         Operand part = {b.at + n * b.column, b.row, b.column};
@@ -164,10 +211,7 @@ static void product(
             const real *from = a.at + m * a.row;
             if (block == ROWS && narrow) kernel_full_1(from, a.row, a.column, panel, stride, depth, to, step, sign);
             else if (block == ROWS) kernel_full_2(from, a.row, a.column, panel, stride, depth, to, step, sign);
-            else
-                for (int i = 0; i < block; i++, from += a.row, to += step)
-                    if (narrow) kernel_1_1(from, a.row, a.column, panel, stride, depth, to, step, sign);
-                    else kernel_1_2(from, a.row, a.column, panel, stride, depth, to, step, sign);
+            else few(block, narrow, from, a.row, a.column, panel, stride, depth, to, step, sign);
             if (!whole)
                 for (int i = 0; i < block; i++)
                     copy_part(live, edge + i * PANEL, c + (size_t)(m + i) * width + n);
@@ -185,19 +229,10 @@ typedef struct {
 static void blended(
     int rows, int depth, int columns, Operand a, Operand b, real *c, int width, Blend blend, real *restrict scratch
 ) {
-    int whole = columns % PANEL == 0 && rows % ROWS == 0 && b.column == 1;
-    for (int m = 0; m < rows && !whole; m++)
-        for (int j = 0; j < columns; j++) {
-            size_t at = (size_t)m * width + j;
-            c[at] = blend.s * blend.f[at] + (blend.g ? blend.t * blend.g[at] : 0);
-        }
-    if (!whole) {
-        product(rows, depth, columns, a, b, c, width, -1, scratch);
-        return;
-    }
-    for (int n = 0; n < columns; n += PANEL) {
+    int whole = columns % PANEL == 0 && b.column == 1 ? rows / ROWS * ROWS : 0;
+    for (int n = 0; n < columns && whole; n += PANEL) {
         pack((Operand){b.at + n, b.row, 1}, depth, PANEL, scratch);
-        for (int m = 0; m < rows; m += ROWS) {
+        for (int m = 0; m < whole; m += ROWS) {
             size_t at = (size_t)m * width + n;
             real part[ROWS * PANEL];
             kernel_full_2(a.at + m * a.row, a.row, a.column, scratch, PANEL, depth, part, PANEL, 0);
@@ -209,6 +244,13 @@ static void blended(
                 }
         }
     }
+    for (int m = whole; m < rows; m++)
+        for (int j = 0; j < columns; j++) {
+            size_t at = (size_t)m * width + j;
+            c[at] = blend.s * blend.f[at] + (blend.g ? blend.t * blend.g[at] : 0);
+        }
+    a.at += whole * a.row;
+    product(rows - whole, depth, columns, a, b, c + (size_t)whole * width, width, -1, scratch);
 }
 
 #endif

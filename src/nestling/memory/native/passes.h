@@ -9,7 +9,8 @@
 
 // What is done at a tile, number n of the runs; m: what stands before it.
 typedef struct {
-    // Its gradients at the anchor, into the hand's room number `place`; the next call of `ahead` or `onward` is for this tile.
+    // Its gradients at the anchor, into the hand's room number `place`; the next call of `ahead` or `onward` is for this tile.  Null:
+    // the others make what they need.
     void (*make)(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *m);
     // Answers its queries and goes on in m. Returns whether all is finite.
     int (*ahead)(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *m);
@@ -31,7 +32,7 @@ static inline void go_ahead(const Scan *s, int memory, Engine engine, void *hand
         if (s->kept && n && n % s->group == 0)
             memcpy(kept_at(s, n, memory), state, numbers(cell, s->apart) * sizeof(real));
         if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
-        engine.make(s, hand, memory, runs, n, 0, &m);
+        if (engine.make) engine.make(s, hand, memory, runs, n, 0, &m);
         if (!engine.ahead(s, hand, memory, runs, n, &m)) {
             s->broken[memory] = 1;
             return;
@@ -56,7 +57,7 @@ static inline void go_back(const Scan *s, int memory, Engine engine, void *hand,
         for (int n = first; n < end; n++) {  // what stands before each tile of the group
             stand(cell, s->apart, &m, states + (n - first) * size);
             if (runs[n].flags & FRESH) load(cell, s->apart, &s->store, memory, 1, &m);
-            engine.make(s, hand, memory, runs, n, n - first, &m);
+            if (engine.make) engine.make(s, hand, memory, runs, n, n - first, &m);
             if (n == end - 1) break;
             stand(cell, s->apart, &after, states + (n - first + 1) * size);
             engine.onward(s, hand, memory, runs, n, &m, &after);

@@ -1,5 +1,6 @@
 // The chunk engine for one memory after the other.
 
+#include "mapped.h"
 #include "passes.h"
 #include "scaled.h"
 
@@ -13,6 +14,7 @@ typedef struct {
     size_t apiece;  // numbers of `made` for each tile
     real *states, *turned[DEPTH];
     Scaled scaled;  // where there is a link
+    Mapped mapped;  // where features are made
     Tile tile;      // the one that was made last
     Stand at;       // and what it was made at
 } Hand;
@@ -41,12 +43,14 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     h->states = take(&room, numbers(cell, s->apart) * (backward ? s->group + 1 : 1));
     if (backward) lay_turned(cell, h->turned, &room);
     if (s->link.kind) lay_scaled(cell, s->longest, backward, &h->scaled, &room);
+    if (s->features.in) lay_mapped(s, rows_of(s), backward, &h->mapped, &room);
     return room.used;
 }
 
 // The tile of a run, and in h->at what its gradients are taken at. Where those are not the weights that are read, no tile is begun.
 static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *runs, int n, const Stand *m) {
     Tile t = tile_at(s, &h->gates, memory, &runs[n], !s->link.kind && begins(s->apart, runs, n, 0));
+    if (s->features.in) map_keys(s, &h->mapped, memory, &runs[n], &t);
     t.c = &h->c;
     h->at = s->link.kind ? standing(s, &h->scaled, m) : *m;
     return t;
@@ -65,6 +69,7 @@ static int ahead(const Scan *s, void *hand, int memory, const Run *runs, int n, 
     Hand *h = hand;
     Tile t = h->tile;
     if (s->link.kind) write_scaled(s, &h->scaled, &h->space, &t, &h->at, &runs[n]);
+    if (s->features.in) map_queries(s, &h->mapped, memory, &runs[n], &t);
     if (t.q) answers(cell, &h->space, &t, &h->at, answers_at(s, s->y, memory, &runs[n]));
     if (s->link.kind)
         for (int l = 0; l < cell->network.depth; l++) memcpy(m->w[l], h->scaled.after[l], size_of(cell, l) * sizeof(real));
@@ -84,29 +89,37 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     hold(s, h, place);
     Tile t = tile_of(s, h, memory, runs, n, m);
     h->space.at.x[0] = (real *)t.k;
-    turn(cell, &h->at, h->turned);
+    if (run->halo + run->tokens > PANEL) turn(cell, &h->at, h->turned);  // few rows need no copy
     if (s->link.kind) write_scaled(s, &h->scaled, &h->space, &t, &h->at, run);
+    if (s->features.in) map_queries(s, &h->mapped, memory, run, &t);
     if (t.q) answers(cell, &h->space, &t, &h->at, 0);
     OfTile of = of_tile_at(s, &h->of_gates, memory, run);
+    if (s->features.in) clear_mapped(s, &h->mapped, &t, &of);
     of.c = &h->of_c;
     memset(h->of_c_begin, 0, (h->of_c_end - h->of_c_begin) * sizeof(real));
     const real *of_y = answers_at(s, (real *)s->of_y, memory, run);
     if (s->link.kind) back_scaled(s, &h->scaled, &h->space, &t, m, &h->at, run, of_y, g, &of);
     else back_tile(cell, &h->space, &t, &h->at, of_y, g, &of);
+    if (s->features.in) back_mapped(s, &h->mapped, memory, run, &t);
     back_coefficients(t.tokens, t.rows, cell->window, cell->erases, &h->gates, &h->c, &h->of_c, &h->of_gates);
 }
 
 static const Engine ENGINE = {make, ahead, onward, behind};
 
+static void begin(const Scan *s, int memory, int backward, Hand *h, real *space) {
+    lay(s, backward, h, space);
+    if (s->features.in) begin_mapped(s, memory, &h->mapped);
+}
+
 static void forward(const void *task, int memory, real *space) {
     Hand h;
-    lay(task, 0, &h, space);
+    begin(task, memory, 0, &h, space);
     go_ahead(task, memory, ENGINE, &h, h.states);
 }
 
 static void backward(const void *task, int memory, real *space) {
     Hand h;
-    lay(task, 1, &h, space);
+    begin(task, memory, 1, &h, space);
     go_back(task, memory, ENGINE, &h, h.states);
 }
 

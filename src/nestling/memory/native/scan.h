@@ -4,6 +4,7 @@
 #define NESTLING_SCAN_H
 
 #include "back.h"
+#include "polynomial.h"
 #include "runs.h"
 #include "share.h"
 
@@ -21,6 +22,7 @@ typedef struct {
 typedef struct {
     Cell cell;
     Link link;
+    Features features;
     Store store;
     int lanes, heads, time, tiles, longest, group, apart, threads;
     int tail;         // rows of k and v before the call's own
@@ -28,11 +30,14 @@ typedef struct {
     const unsigned char *fine;  // `[lane, tail + time]`: tokens that act; null: all
     // `[memory, time, …]`, memory = lane · heads + head; q null where nothing is asked, k and v with the tail before them
     const real *q, *k, *v, *lr, *retention, *momentum, *erase, *window;
+    // Where features are made here, k comes without the tail, whose features are `past`; logs and projection `[head, …]`
+    const real *past, *logs, *projection;
     real *y;
     real *kept;   // what stands before each group of tiles but the first, `[group, memory, numbers]`; null: not kept
     int *broken;  // whether something was not finite, one per memory
     const real *of_y;
     real *of_q, *of_k, *of_v, *of_lr, *of_retention, *of_momentum, *of_erase, *of_window;
+    real *of_past, *of_logs, *of_projection;  // of the map's own, of each memory, to be summed by the caller
 } Scan;
 
 static const real *at_token(const real *x, size_t token, int width) { return x ? x + token * width : 0; }
@@ -56,14 +61,16 @@ static real *answers_at(const Scan *s, real *y, int memory, const Run *run) {
 
 static int target_width(const Cell *c) { return c->network.width[c->network.depth] + reads_threshold(&c->bias); }
 
-// The tile of a run, without coefficients.
+// The tile of a run, without coefficients; where features are made here, without keys and queries, see mapped.h.
 static Tile tile_at(const Scan *s, Gates *gates, int memory, const Run *run, int begun) {
     const Cell *cell = &s->cell;
     size_t token = (size_t)memory * s->time + run->first;
     size_t all = s->tail + s->time, place = s->tail + run->first - run->halo, row = memory * all + place;
     Tile t = {.tokens = run->tokens, .rows = run->halo + run->tokens, .begun = begun, .gates = gates};
-    t.q = at_token(s->q, token, cell->network.width[0]);
-    t.k = at_token(s->k, row, cell->network.width[0]);
+    if (!s->features.in) {
+        t.q = at_token(s->q, token, cell->network.width[0]);
+        t.k = at_token(s->k, row, cell->network.width[0]);
+    }
     t.v = at_token(s->v, row, target_width(cell));
     *gates = (Gates){
         at_token(s->lr, token, 1),
@@ -88,10 +95,12 @@ static OfTile of_tile_at(const Scan *s, OfGates *gates, int memory, const Run *r
         of_token(s->of_erase, token, 1),
         of_token(s->of_window, token, cell->window),
     };
-    return (OfTile){
-        of_token(s->of_q, token, cell->network.width[0]), of_token(s->of_k, row, cell->network.width[0]),
-        of_token(s->of_v, row, target_width(cell)), 0, gates, 0
-    };
+    OfTile of = {.v = of_token(s->of_v, row, target_width(cell)), .gates = gates};
+    if (!s->features.in) {
+        of.q = of_token(s->of_q, token, cell->network.width[0]);
+        of.k = of_token(s->of_k, row, cell->network.width[0]);
+    }
+    return of;
 }
 
 #endif

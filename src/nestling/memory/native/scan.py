@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.biases import L2, Bias, DotProduct, Huber, Lp, Omega, huber, smooth
+from nestling.memory.features import Features, Identity, Polynomial
 from nestling.memory.gates import Factor
 from nestling.memory.inputs import Inputs
 from nestling.memory.layout import Layout
@@ -86,6 +87,11 @@ def serves(cell: Cell, x: Tensor) -> bool:
     return _known(cell) and runs_here(_source(cell), x)
 
 
+def makes(cell: Cell, features: Features) -> bool:
+    """Whether the C code for these choices makes such features by itself, from keys and queries."""
+    return type(features) is Identity or (type(features) is Polynomial and _known(cell) and _source(cell) == SCAN)
+
+
 def runs_here(source: Path, x: Tensor) -> bool:
     """Whether this C code can be had for such tensors, on this machine."""
     plain = not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype in DEFINES
@@ -141,26 +147,38 @@ def orderly(*gates: Factor | None) -> bool:
 
 class Scan(Lanes):
     """One scan of a memory. Streams: q, k, v, η, log α, log μ, ε and the window's weights, `[lane, head, time, …]` or None; k and
-    v with the tokens of the window before them."""
+    v with the tokens of the window before them.
+
+    features   to be made of q and k. k then comes without those tokens, and the streams go on with their features, or None, and
+               the map's own parameters, `[head, …]`
+    """
 
     names = fields.STREAMS
 
-    def __init__(self, cell: Cell, cut: Runs, fine: Tensor | None, again: Again) -> None:
+    def __init__(self, cell: Cell, features: Features | None, cut: Runs, fine: Tensor | None, again: Again) -> None:
         super().__init__(cell.name, cut, fine, again)
-        self.cell, self.source = cell, _source(cell)
+        self.cell, self.source, self.features = cell, _source(cell), features
         self.entry = f"nestling_{self.source.stem}"
 
     def structure(self, streams: Given, stand: Stand) -> fields.Scan:
-        q, k = streams[:2]
+        q, _, v = streams[:3]
         assert q is not None
-        assert k is not None
+        assert v is not None
         c = fields.Scan(cell=self.cell.fields([(w.shape[-2], w.shape[-1]) for w in stand.weights]))
         c.link = _link(self.cell.retention)
-        c.time, c.tail = q.shape[2], k.shape[2] - q.shape[2]
+        c.time, c.tail = q.shape[2], v.shape[2] - q.shape[2]
+        if isinstance(self.features, Polynomial):
+            projection = streams[-1]
+            base = q.shape[3] if projection is None else projection.shape[-1]
+            c.features = fields.Features(q.shape[3], base, self.features.degree)
         return c
 
     def stores(self, structure: fields.Scan) -> list[tuple[fields.Store, slice]]:
         return [(structure.store, slice(None))]
+
+    def like(self, name: str, x: Tensor, lanes: int) -> Tensor:
+        shared = name in ("logs", "projection")  # by the lanes: one of each, to be summed
+        return torch.zeros(lanes, *x.shape, dtype=x.dtype) if shared else torch.zeros_like(x)
 
 
 def scan(
@@ -178,25 +196,34 @@ def scan(
     found = runs(cut, x.q.shape[2], there)
     if found is None:
         return None
-    keys, values = x.k, x.v
+    if not makes(cell, spec.features):
+        x = x.featured()
+    keys, values, past = x.k, x.v, None
     if tail is not None:
-        keys, values = torch.cat([tail.key, keys], 2), torch.cat([tail.value, values], 2)
+        values = torch.cat([tail.value, values], 2)
+        if x.features is None:
+            keys = torch.cat([tail.key, keys], 2)
+        else:
+            past = tail.key
 
     def again(streams: Given, at: Stand) -> Ends:
-        q, k, v, lr, retention, mu, erase, window = streams
+        q, k, v, lr, retention, mu, erase, window, features, *own = streams
         assert q is not None
         assert k is not None
         assert v is not None
         assert lr is not None
-        before = k.shape[2] - q.shape[2]
+        before = v.shape[2] - q.shape[2]
         start, state = states(x.state, x.start, at)
-        past = None if tail is None else Tail(k[:, :, :before], v[:, :, :before], tail.ok)
+        if x.features is None:
+            features, k = k[:, :, :before], k[:, :, before:]
+        past = None if tail is None or features is None else Tail(features, v[:, :, :before], tail.ok)
         given = x._replace(
             start=start,
             state=state._replace(tail=past),
             q=q,
-            k=k[:, :, before:],
+            k=k,
             v=v[:, :, before:],
+            own=tuple(w for w in own if w is not None),
             lr=lr,
             retention=None if retention is None else Factor(retention),
             momentum=None if mu is None else Factor(mu),
@@ -213,5 +240,6 @@ def scan(
         lr = torch.where(acts, lr, 0.0)
         erase = None if erase is None else torch.where(acts, erase, 0.0)
     retention, momentum = (None if gate is None else gate.log for gate in (x.retention, x.momentum))
-    streams = x.q, keys, values, lr, retention, momentum, erase, x.window
-    return Scan(cell, found, fine, again).scan(streams, stand(x.state, x.start, found))
+    own: Sequence[Tensor | None] = (*x.own, None, None)[:2]
+    streams = x.q, keys, values, lr, retention, momentum, erase, x.window, past, *own
+    return Scan(cell, x.features, found, fine, again).scan(streams, stand(x.state, x.start, found))

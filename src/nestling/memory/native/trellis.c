@@ -248,7 +248,8 @@ static void onward(const Scan *s, void *hand, int memory, const Run *runs, int n
     advance_caches(hand, t.tokens, after->w);
 }
 
-static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *at, const Stand *of) {
+static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *at, const Stand *of) {
+    (void)place;
     const Trellis *own = trellis(s);
     Hand *h = hand;
     size_t token = (size_t)memory * s->time + runs[n].first;
@@ -263,7 +264,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
         if (h->gates[l].retention) back_coefficients(t.tokens, t.tokens, 1, 1, &h->gates[l], &h->c[l], &h->of_c[l], &h->of_gates[l]);
 }
 
-static const Engine ENGINE = {ahead, onward, behind};
+static const Engine ENGINE = {0, ahead, onward, behind};
 
 static void forward(const void *task, int memory, real *space) {
     Hand h;
