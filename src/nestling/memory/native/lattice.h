@@ -73,7 +73,7 @@ static size_t lay(const Scan *s, int back, Hand *h, real *space) {
     h->spare = take(&room, (size_t)most * most);
     h->other = take(&room, (size_t)most * most);
     h->panel = take(&room, (size_t)most * PANEL);
-    h->states = take(&room, numbers(&s->cell, s->apart) * (back ? s->group : 1));
+    h->states = lay_states(s, back, &room);
     return room.used;
 }
 

@@ -49,7 +49,7 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     h->walked = take(&room, backward ? numbers(cell, s->apart) : 0);
     h->column = take(&room, 2 * (most > L ? most : L));
     h->row = take(&room, most);
-    h->states = take(&room, numbers(cell, s->apart) * (backward ? s->group + 1 : 1));
+    h->states = lay_states(s, backward, &room);
     if (backward) lay_turned(cell, h->turned, &room);
     return room.used;
 }

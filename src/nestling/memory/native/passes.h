@@ -20,6 +20,11 @@ typedef struct {
     void (*behind)(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *m, const Stand *g);
 } Engine;
 
+// Room for what stands before a group's tiles and, on the way back, for gradients of it that nobody asks for.
+static real *lay_states(const Scan *s, int backward, Room *room) {
+    return take(room, numbers(&s->cell, s->apart) * (backward ? s->group + 1 : 1));
+}
+
 static const Run *runs_of(const Scan *s, int memory) { return s->runs + (size_t)(memory / s->heads) * s->tiles; }
 
 static inline void go_ahead(const Scan *s, int memory, Engine engine, void *hand, real *state) {

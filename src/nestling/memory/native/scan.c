@@ -40,7 +40,7 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     h->of_c_begin = take(&room, 0);
     if (backward) lay_coefficients(s->longest, rows_of(s), cell->momentum, &h->of_c, &room);
     h->of_c_end = take(&room, 0);
-    h->states = take(&room, numbers(cell, s->apart) * (backward ? s->group + 1 : 1));
+    h->states = lay_states(s, backward, &room);
     if (backward) lay_turned(cell, h->turned, &room);
     if (s->link.kind) lay_scaled(cell, s->longest, backward, &h->scaled, &room);
     if (s->features.in) lay_mapped(s, rows_of(s), backward, &h->mapped, &room);
