@@ -42,17 +42,18 @@ def test_what_is_wanted() -> None:
 
 
 @pytest.mark.parametrize("name", ["titans", "self_modifying", "gla", "memora", "omeganet_plain"])
-def test_some_gradients_are_those_of_all(name: str) -> None:
+@pytest.mark.parametrize("time", [14, 2])
+def test_some_gradients_are_those_of_all(name: str, time: int) -> None:
     """Asked for the tokens' gradients alone, or for the start's, of the answers alone or of the end alone."""
     plain = {"features": nl.memory.features.Identity(), "network": nl.memory.MLP()} if name == "omeganet_plain" else {}
     named = "omeganet" if plain else name
     spec = nl.memory.named(named, key_dim=4, value_dim=4, chunk=3, **plain)
     generator = torch.Generator().manual_seed(1)
-    q, k, v, gates = spec.example(generator, lanes=2, heads=2, time=14)
+    q, k, v, gates = spec.example(generator, lanes=2, heads=2, time=time)
     w0 = tuple(w.double().requires_grad_() for w in spec.init(2, generator))
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     gates = gates.map(lambda x: x.double())
-    _, begun = nl.memory.scan(spec, w0, q, k, v, gates)  # the call ends inside a chunk
+    _, begun = nl.memory.scan(spec, w0, q, k, v, gates)  # ends inside a chunk, so that the next goes over its end
     y, state = nl.memory.scan(spec, w0, q * 1, k * 1, v * 1, gates, begun)
     ends = [x for x in nl.state.leaves(state) if x.requires_grad]
     given = [q, k, v, *w0]

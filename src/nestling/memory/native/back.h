@@ -10,6 +10,7 @@ static void back_advance(const Cell *cell, Space *m, const Tile *t, const Stand 
     const Network *net = &cell->network;
     int L = t->tokens, N = t->rows;
     const Coefficients *c = t->c;
+    if (g->quiet) return;
     for (int l = 0; l < net->depth; l++) {
         int in = net->width[l], out = net->width[l + 1], narrow = in <= out, few = narrow ? in : out;
         size_t n = (size_t)in * out;
@@ -89,6 +90,7 @@ static void back_answers(
             scaled(L, out, scale, of_z, m->other);
             Operand back = of_s ? turned(at->s[l], out) : transposed(at->w, t->begun ? at->turned : 0, l, in, out);
             product(L, out, in, plain(m->other, out), back, of_h, in, 1, m->panel);
+            if (g->unasked) continue;
             product(
                 in, L, out, turned(m->h[l], in), plain(m->other, out), of_s ? of->s[l] : of->w[l], out, 1, m->panel
             );
@@ -151,7 +153,7 @@ static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *
     product(L, L, in, turned(m->gram, L), plain(x, in), m->of_x[l], in, 1, m->panel);
     if (t->begun) return;
     product(L, out, in, plain(m->of_read[l], out), turned(at->w[l], out), m->of_x[l], in, 1, m->panel);
-    product(in, L, out, turned(x, in), plain(m->of_read[l], out), g_of->w[l], out, 1, m->panel);
+    if (!g->unasked) product(in, L, out, turned(x, in), plain(m->of_read[l], out), g_of->w[l], out, 1, m->panel);
 }
 
 // From the gradient of row i's ∂ℓ/∂M to that of its misfit, in place, and of its target.
@@ -171,6 +173,7 @@ static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stan
         real *restrict of_up = m->of_delta[l], *restrict of_slope = m->of_slope[l];
         for (int i = 0; i < n; i++) of_slope[i] = of_up[i] * m->up[l][i], of_up[i] *= m->at.slope[l][i];
         product(N, out, next, plain(of_up, out), plain(at->a[l + 1], next), m->of_delta[l + 1], next, 1, m->panel);
+        if (g->unasked) continue;
         product(out, N, next, turned(of_up, out), plain(m->delta[l + 1], next), of->a[l + 1], next, 1, m->panel);
     }
     real *of_error = m->of_delta[D - 1], *of_z = m->of_z;
@@ -197,7 +200,7 @@ static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stan
     if (reads_prediction(&cell->bias) && net->residual) add_part(N, last, of_error, last, g->k, net->width[0]);
     int read = cell->erases && t->begun;
     back_layers(
-        net, N, &m->at, at->a, at->turned, of_z, m->of_x, m->of_slope, read ? m->of_read : 0, of->a, answers_itself(cell) || read, m->of_h,
+        net, N, &m->at, at->a, at->turned, of_z, m->of_x, m->of_slope, read ? m->of_read : 0, g->unasked ? 0 : of->a, answers_itself(cell) || read, m->of_h,
         m->panel
     );
     add((size_t)N * net->width[0], m->of_x[0], g->k);

@@ -87,7 +87,7 @@ static void turn_around(const Network *n, real *const *w, real *const *across) {
 }
 
 // From the gradient of z_D, in of_z, to those of the weights, which are added to, and of every x_l, which too are added to.
-// of_slope: gradients of the slopes, of_more: more gradients of every z_l, or null. What of_z and spare hold is lost.
+// of_slope: gradients of the slopes, of_more: more gradients of every z_l, or null; of_w null: not asked for. What of_z and spare hold is lost.
 static void back_layers(
     const Network *n, int rows, const Trace *t, real *const *w, real *const *across, real *of_z, real *const *of_x,
     real *const *of_slope, real *const *of_more, real *const *of_w, int last, real *spare, real *panel
@@ -97,7 +97,7 @@ static void back_layers(
         if (of_more) add((size_t)rows * out, of_more[l], of_z);
         if (l < n->depth - 1 || last) {
             product(rows, out, in, plain(of_z, out), transposed(w, across, l, in, out), of_x[l], in, 1, panel);
-            product(in, rows, out, turned(t->x[l], in), plain(of_z, out), of_w[l], out, 1, panel);
+            if (of_w) product(in, rows, out, turned(t->x[l], in), plain(of_z, out), of_w[l], out, 1, panel);
         }
         if (!l) break;
         size_t size = (size_t)rows * in;

@@ -62,6 +62,19 @@ static void unload(const Cell *c, int apart, const Store *store, size_t memory, 
     }
 }
 
+// Whether nothing comes from the end, and whether nobody asks for the gradients of the start.
+static int from_nowhere(const Cell *c, int apart, const Store *store) {
+    for (int l = 0; l < c->network.depth; l++)
+        if (store->from_w[l] || (c->momentum && store->from_s[l]) || (apart && store->from_a[l])) return 0;
+    return 1;
+}
+
+static int for_nobody(const Cell *c, int apart, const Store *store) {
+    for (int l = 0; l < c->network.depth; l++)
+        if (store->of_w[l] || (c->momentum && store->of_s[l]) || (apart && store->of_a[l])) return 0;
+    return 1;
+}
+
 static void come(size_t n, const real *from, size_t memory, real *to) {
     if (from) memcpy(to, from + memory * n, n * sizeof(real));
     else memset(to, 0, n * sizeof(real));

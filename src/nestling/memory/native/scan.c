@@ -98,6 +98,10 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     of.c = &h->of_c;
     memset(h->of_c_begin, 0, (h->of_c_end - h->of_c_begin) * sizeof(real));
     const real *of_y = answers_at(s, (real *)s->of_y, memory, run);
+    if (!s->link.kind) {
+        of.quiet = n == tiles_of(s, runs) - 1 && from_nowhere(cell, s->apart, &s->store);
+        of.unasked = !n && !(run->flags & FRESH) && for_nobody(cell, s->apart, &s->store);
+    }
     if (s->link.kind) back_scaled(s, &h->scaled, &h->space, &t, m, &h->at, run, of_y, g, &of);
     else back_tile(cell, &h->space, &t, &h->at, of_y, g, &of);
     if (s->features.in) back_mapped(s, &h->mapped, memory, run, &t);

@@ -277,7 +277,7 @@ static void forward(const void *task, int memory, real *space) {
 }
 
 // From the gradients of what a run's generators made to those of their weights and of what they were asked.
-static void back_make(const Scan *s, Hand *h, int memory, const Run *run, const Memories *m, const Stand *g) {
+static void back_make(const Scan *s, Hand *h, int memory, const Run *run, const Memories *m, const Stand *g, int unasked) {
     const Network *net = &s->cells[OTHERS].network;
     int L = run->tokens, d = net->width[0], head = memory % s->heads, erases = s->cells[MAIN].erases;
     size_t at = asked_at(s, memory, run), size = (size_t)L * d;
@@ -314,8 +314,8 @@ static void back_make(const Scan *s, Hand *h, int memory, const Run *run, const 
         }
         real *of_question = one == s->value ? s->of_v : one == s->query ? s->of_q : s->of_k;
         back_answer(
-            net, L, &h->asked[one], m->others[one].a, m->others[one].turned, of_answer, of_question + at, h->of_x[OTHERS], g[one].a, h->of_z,
-            h->spare, h->panel
+            net, L, &h->asked[one], m->others[one].a, m->others[one].turned, of_answer, of_question + at, h->of_x[OTHERS],
+            unasked ? 0 : g[one].a, h->of_z, h->spare, h->panel
         );
     }
 }
@@ -335,6 +335,11 @@ static void backward(const void *task, int memory, real *space) {
         spare = gradients_of(all[i].cell, s->apart, all[i].store, all[i].number, spare, &g[i]);
     const Run *runs = s->runs + (size_t)(memory / s->heads) * s->tiles;
     while (tiles < s->tiles && runs[tiles].tokens) tiles++;
+    int quiet[2], unasked[2];
+    for (int bank = 0; bank < 2; bank++) {
+        quiet[bank] = from_nowhere(&s->cells[bank], s->apart, &s->stores[bank]);
+        unasked[bank] = for_nobody(&s->cells[bank], s->apart, &s->stores[bank]);
+    }
     for (int first = (tiles - 1) / s->group * s->group; first >= 0 && tiles; first -= s->group) {
         int end = first + s->group < tiles ? first + s->group : tiles;
         stand_all(s, all, h.states);
@@ -348,6 +353,7 @@ static void backward(const void *task, int memory, real *space) {
             make(s, &h, memory, &runs[n], &m);
             if (n < end - 1) stand_all(s, next, h.states + (n - first + 1) * size);
             for (int i = 0; i < count; i++) {
+                if (n == tiles - 1 && quiet[OTHERS] && all[i].bank != MAIN) continue;  // nobody reads what a generator writes last
                 Tile t = write_of(&h, &all[i], i, &runs[n], begins(s->apart, runs, n, all[i].bank));
                 if (n == end - 1) continue;
                 advance(all[i].cell, &h.spaces[i], &t, all[i].stand, next[i].stand);
@@ -370,19 +376,21 @@ static void backward(const void *task, int memory, real *space) {
                 const Member *one = &all[i];
                 const Network *net = &one->cell->network;
                 Space *room = &h.spaces[i];
+                int last = n == tiles - 1 && quiet[one->bank], still = !n && !(run->flags & FRESH) && unasked[one->bank];
+                if (last && one->bank != MAIN) continue;
                 Tile t = tile_of(&h, one, i, run, begins(s->apart, runs, n, one->bank));
                 room->at.x[0] = h.key, h.aimed[i].x[0] = h.value;
                 if (t.q) answers(one->cell, room, &t, one->stand, 0);
                 if (run->flags & CLOSES << one->bank) back_close(one->cell, s->apart, &g[i]);
                 memset(h.of_target, 0, (size_t)t.tokens * net->width[0] * sizeof(real));
-                OfTile of = {h.of_query, h.of_key, h.of_target, &h.of_c, &h.of_gates, 0};
+                OfTile of = {h.of_query, h.of_key, h.of_target, &h.of_c, &h.of_gates, 0, last, still};
                 back_tile(one->cell, room, &t, one->stand, s->of_y + asked_at(s, memory, run), &g[i], &of);
                 back_answer(
-                    net, t.tokens, &h.aimed[i], one->stand->a, one->stand->turned, h.of_target, h.of_value, h.of_x[one->bank], g[i].a,
-                    h.of_z, h.spare, h.panel
+                    net, t.tokens, &h.aimed[i], one->stand->a, one->stand->turned, h.of_target, h.of_value, h.of_x[one->bank],
+                    still ? 0 : g[i].a, h.of_z, h.spare, h.panel
                 );
             }
-            back_make(s, &h, memory, run, &m, g);
+            back_make(s, &h, memory, run, &m, g, !n && !(run->flags & FRESH) && unasked[OTHERS]);
             if (run->flags & FRESH)
                 for (int i = 0; i < count; i++) back_fresh(all[i].cell, s->apart, all[i].store, all[i].number, &g[i]);
         }

@@ -40,12 +40,14 @@ typedef struct {
     real *const *scale;  // what each token's read of a layer is multiplied with, or null
 } Tile;
 
-// Gradients of a tile's inputs, all added to.
+// Gradients of a tile's inputs, all added to.  quiet: none come from the weights behind it;  unasked: nobody asks for those of the
+// weights before it.
 typedef struct {
     real *q, *k, *v;
     Coefficients *c;
     OfGates *gates;  // of an erasing rule: lr and erase
     real *const *scale;
+    int quiet, unasked;
 } OfTile;
 
 // What a tile makes: first what `gradients` does, which the way back may find again, then what lasts for a step of it.
