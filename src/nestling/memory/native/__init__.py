@@ -1,4 +1,4 @@
-"""The chunk engine in C for the most used memories, one memory after the other in a core's cache; see `tile.h`, `channel.c`."""
+"""The chunk engine in C for the most used memories, one memory after the other in a core's cache; see `tile.h`, `lattice.h`."""
 
 from nestling.memory.native.choose import scan, serves
 from nestling.memory.native.scan import Cell, makes
