@@ -21,8 +21,9 @@ from nestling.memory.networks.base import at
 from nestling.memory.state import Weights
 
 if TYPE_CHECKING:
-    from nestling.memory.chunked import Factors, Tiles
     from nestling.memory.spec import MemorySpec
+    from nestling.memory.tile import Factors
+    from nestling.memory.tiles import Tiles
 
 
 class Course(NamedTuple):

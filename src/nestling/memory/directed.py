@@ -24,9 +24,10 @@ from nestling.memory.rules import Directed
 from nestling.memory.state import Weights
 
 if TYPE_CHECKING:
-    from nestling.memory.chunked import Factors, Tiles
     from nestling.memory.layout import Layout
     from nestling.memory.spec import MemorySpec
+    from nestling.memory.tile import Factors
+    from nestling.memory.tiles import Tiles
 
 
 class Course(NamedTuple):

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nestling.memory.chunked import back, by_groups, carried, gather, gradients, series, surprise_and_update
 from nestling.memory.coefficients import Coefficients, coefficients
 from nestling.memory.inputs import lanes_where, overflowed, surely
 from nestling.memory.kernel import TILE, KernelMemory, KernelState, Pairs, Streams
@@ -29,6 +28,8 @@ from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import at
 from nestling.memory.report import Report
 from nestling.memory.state import Weights
+from nestling.memory.tile import gradients, surprise_and_update
+from nestling.memory.tiles import back, by_groups, carried, gather, series
 
 
 class Tiles(NamedTuple):

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from nestling.memory import fused
-from nestling.memory.chunked import only, sound
 from nestling.memory.coefficients import Coefficients
 from nestling.memory.norm import EPS
 from nestling.memory.slots import Moved, rows_of, slot_norms
 from nestling.memory.state import Weights
+from nestling.memory.tile import only, sound
 
 if TYPE_CHECKING:
     from nestling.memory.lattice import Lattice

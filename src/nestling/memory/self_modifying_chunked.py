@@ -17,23 +17,7 @@ from torch import Tensor
 
 from nestling.memory import native
 from nestling.memory import step as one
-from nestling.memory.chunked import (
-    TILE,
-    Factors,
-    Running,
-    advance,
-    back,
-    by_groups,
-    gather,
-    gradients,
-    only,
-    read,
-    series,
-    solve,
-    sound,
-    surprise_and_update,
-    triangle,
-)
+from nestling.memory.chunked import TILE, Running
 from nestling.memory.coefficients import coefficients
 from nestling.memory.gates import Factor
 from nestling.memory.inputs import lanes_where, surely, unharmed
@@ -43,6 +27,8 @@ from nestling.memory.norm import l2_norm
 from nestling.memory.report import Report
 from nestling.memory.self_modifying import SelfModifying, Streams, close, refused
 from nestling.memory.state import MemoryState, Weights
+from nestling.memory.tile import Factors, advance, gradients, only, read, solve, sound, surprise_and_update, triangle
+from nestling.memory.tiles import back, by_groups, gather, series
 
 
 class Made(NamedTuple):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nestling.memory import native
-from nestling.memory.chunked import back, by_groups, gather, group_size, series
 from nestling.memory.coefficients import Coefficients, coefficients, each, products
 from nestling.memory.gates import Factor
 from nestling.memory.inputs import border_guard, lanes_where, surely, unharmed
@@ -17,6 +16,7 @@ from nestling.memory.layout import layout
 from nestling.memory.report import Report
 from nestling.memory.slots import SlotMemory, Streams, Tile, refused
 from nestling.memory.state import MemoryState, Weights
+from nestling.memory.tiles import back, by_groups, gather, group_size, series
 
 TILE = 64  # tokens per product
 SHORT = 16  # the same where each slot has coefficients of its own

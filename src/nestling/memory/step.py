@@ -92,7 +92,7 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
 
 def _token(spec: MemorySpec, x: Inputs, gone: Tensor | None) -> tuple[Tensor, MemoryState, Tensor]:
     """See `unharmed`."""
-    from nestling.memory.chunked import factors
+    from nestling.memory.tile import factors
 
     state, alive, tail = x.state, None, x.state.tail
     anchor, weights, momentum, position = state.anchor, state.weights, state.momentum, state.position

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from nestling.memory import fused
-from nestling.memory.chunked import only, sound
 from nestling.memory.compression import BETWEEN, PHI, between, compress, pulled_back
 from nestling.memory.gates import Factor
 from nestling.memory.slots import Moved, SlotMemory, Tile, harmless, normalized, orthonormal, rows_of, sound_rows
 from nestling.memory.state import Weights
+from nestling.memory.tile import only, sound
 
 ValueNorm = Literal["l2", "rms", "none"]
 Gating = Literal["shared", "separate", "slots"]

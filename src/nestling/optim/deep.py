@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from nestling.memory.biases import L2, Bias
-from nestling.memory.chunked import gradients
 from nestling.memory.networks import MLP, Network
 from nestling.memory.networks.base import at
 from nestling.memory.step import write
+from nestling.memory.tile import gradients
 from nestling.optim.base import GradientMemory, Optimizer, Params, State, refuse_shards, rows, unit
 from nestling.optim.orthogonal import adjustment, orthogonalized
 from nestling.optim.preconditioners import Identity, Preconditioner
