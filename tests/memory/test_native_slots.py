@@ -174,6 +174,26 @@ def test_second_derivatives(cell: str, calls: list[int]) -> None:
 
 
 @NEEDS
+@pytest.mark.parametrize("cell", ["decode", "encode, decays, read before", "trellis"])
+def test_gradients_of_answers_or_of_the_state_alone(cell: str, calls: list[int]) -> None:
+    """Nothing comes from what is not differentiated; answers are wider than the slots are many."""
+    spec = made(cell, value_dim=40)
+    w0, (q, k, v), gates = example(spec, 33, 25, torch.float64)
+
+    def found(engine: str) -> list[torch.Tensor]:
+        y, state = nl.memory.scan(spec, w0, q, k, v, gates, engine=engine)
+        of_state = sum(w.square().sum() for w in state.weights)
+        return [
+            *torch.autograd.grad(of_state, [*w0[: spec.states], k, v, gates.lr], retain_graph=True),
+            *torch.autograd.grad(y.square().sum(), [q, v, gates.lr]),
+        ]
+
+    first, expected = found("chunked"), found("reference")
+    assert calls == [6]
+    assert_close(first, expected, 1e-8)
+
+
+@NEEDS
 def test_slots_without_a_direction_are_left_to_the_framework(calls: list[int]) -> None:
     """Of norm 0 they have no unit slot: their norm is held at its least."""
     spec = made("decode, decays")

@@ -156,7 +156,7 @@ class Lanes(ABC):
         )
         of = (*of_first, tuple(map(torch.zeros_like, stand.start)))
         like = stand.weights[-1]
-        of_y = like.new_zeros(c.lanes, c.heads, c.time, like.shape[-1]) if grads[0] is None else grads[0]
+        of_y = like.new_zeros(c.lanes, c.heads, c.time, self.width(stand)) if grads[0] is None else grads[0]
         fields.point(c, {"kept": kept, "of_y": of_y})
         fields.point(c, {f"of_{name}": x for name, x in zip(self.names, of_streams, strict=True)})
         self._point(c, ("from_w", "from_s", "from_a"), self._groups(grads[1:])[:3])
