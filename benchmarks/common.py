@@ -78,7 +78,6 @@ def flops(run: Run) -> int:
         return function(*arguments)
 
     with (
-        mock.patch("nestling.memory.chunked.checkpoint", plain),
         mock.patch("nestling.layers.memory.checkpoint", plain),
         mock.patch("nestling.layers.self_referential.checkpoint", plain),
         native.without(),
