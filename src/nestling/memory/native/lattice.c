@@ -206,38 +206,39 @@ static void back_split(Hand *h, const Stand *at, const Stand *of) {
 
 static int settles(const Scan *s, const Run *run) { return lattice(s)->retracts && run->flags & CLOSES; }
 
-// What a tile's tokens write at what stands before it. Returns whether every slot has a direction.
-static int begin(const Scan *s, Hand *h, int memory, const Run *runs, int n, const Stand *at, Tile *t) {
+static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *runs, int n) {
     h->begun = begins(s->apart, runs, n, 0);
-    *t = tile_at(s, &h->gates, memory, &runs[n], h->begun);
-    coefficients(t->tokens, t->tokens, 1, 1, &h->gates, &h->c);
-    int sound = split(s, h, at);
-    write_rows(s, h, t);
-    return sound;
+    return tile_at(s, &h->gates, memory, &runs[n], h->begun);
+}
+
+static void make(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *at) {
+    Hand *h = hand;
+    hold(s, h, place);
+    h->tile = tile_of(s, h, memory, runs, n);
+    coefficients(h->tile.tokens, h->tile.tokens, 1, 1, &h->gates, &h->c);
+    h->sound = split(s, h, at);
+    write_rows(s, h, &h->tile);
 }
 
 static int ahead(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *at) {
     Hand *h = hand;
-    Tile t;
-    int sound = begin(s, h, memory, runs, n, at, &t);
-    read_slots(s, h, &t, answers_at(s, s->y, memory, &runs[n]));
-    sound &= advance_slots(s, h, t.tokens, settles(s, &runs[n]), at->w[0]);
-    size_t codes = (size_t)t.tokens * h->m, values = (size_t)t.tokens * h->d;
+    read_slots(s, h, &h->tile, answers_at(s, s->y, memory, &runs[n]));
+    int L = h->tile.tokens, sound = advance_slots(s, h, L, settles(s, &runs[n]), at->w[0]);
+    size_t codes = (size_t)L * h->m, values = (size_t)L * h->d;
     real total = sum(h->a, codes) + sum(h->z, codes) + dot(h->h, h->h, values) + sum(at->w[0], size_of(&s->cell, 0));
-    return sound && total - total == 0;
+    return sound && h->sound && total - total == 0;
 }
 
 static void onward(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *at, const Stand *after) {
-    Tile t;
-    begin(s, hand, memory, runs, n, at, &t);
-    advance_slots(s, hand, t.tokens, settles(s, &runs[n]), after->w[0]);
+    (void)memory, (void)at;
+    Hand *h = hand;
+    advance_slots(s, h, h->tile.tokens, settles(s, &runs[n]), after->w[0]);
 }
 
 static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *at, const Stand *of) {
-    (void)place;
     Hand *h = hand;
-    Tile t;
-    begin(s, h, memory, runs, n, at, &t);
+    hold(s, h, place);
+    Tile t = tile_of(s, h, memory, runs, n);
     read_slots(s, h, &t, 0);
     if (settles(s, &runs[n])) advance_slots(s, h, t.tokens, 1, h->after);
     OfTile g = of_tile_at(s, &h->of_gates, memory, &runs[n]);
@@ -255,7 +256,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     if (h->gates.retention) back_coefficients(L, L, 1, 1, &h->gates, &h->c, &h->of_c, &h->of_gates);
 }
 
-static const Engine ENGINE = {0, ahead, onward, behind};
+static const Engine ENGINE = {make, ahead, onward, behind};
 
 static void forward(const void *task, int memory, real *space) {
     Hand h;

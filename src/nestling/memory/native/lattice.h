@@ -30,11 +30,13 @@ typedef struct {
 
 // What a thread has in hand. By slot: n, 1/n, ρ, ‖u‖², F, Fᵀ and U; by token: what the equations name; by row 0 … L: R, B and E.
 typedef struct {
-    int m, d, begun;
+    int m, d, begun, sound;  // sound: every slot has a direction
     Gates gates;
     OfGates of_gates;
     Coefficients c, of_c;
-    real *of_c_begin, *of_c_end;
+    real *made, *of_c_begin, *of_c_end;
+    size_t apiece;  // numbers of `made` for each tile
+    Tile tile;      // the one that was made last
     real *n, *part, *rho, *across, *f, *ft, *u;
     real *h, *z, *a, *rate, *near, *along, *r, *b, *e;      // rate: ã;  near: M Ã;  along: H Uᵀ
     real *gram, *mixed, *score;
@@ -46,32 +48,37 @@ typedef struct {
 
 static const Lattice *lattice(const Scan *s) { return (const Lattice *)s; }
 
+// Takes in hand what is made of a group's tile.
+static size_t hold(const Scan *s, Hand *h, int place) {
+    int m = h->m, d = h->d, L = s->longest;
+    Room room = {h->made ? h->made + place * h->apiece : 0, 0};
+    lay_coefficients(L, L, 0, &h->c, &room);
+    TAKE(&room, m, &h->n, &h->part, &h->rho, &h->across);
+    TAKE(&room, (size_t)m * d, &h->f, &h->ft);
+    TAKE(&room, s->apart ? (size_t)m * d : 0, &h->u);
+    TAKE(&room, (size_t)(L + 1) * m, &h->z, &h->a, &h->rate, &h->r);
+    TAKE(&room, (size_t)L * d, &h->h);
+    return room.used;
+}
+
 static size_t lay(const Scan *s, int back, Hand *h, real *space) {
     int m = h->m = s->cell.network.width[0], d = h->d = s->cell.network.width[1], L = s->longest;
     int most = m > d ? m : d;
-    size_t slots = (size_t)m * d, codes = (size_t)(L + 1) * m, values = (size_t)L * d;
     Room room = {space, 0};
     if (L > most) most = L;
-    lay_coefficients(L, L, 0, &h->c, &room);
+    h->made = 0;
+    h->apiece = hold(s, h, 0);
+    h->made = take(&room, h->apiece * (back ? s->group : 1));
     h->of_c_begin = take(&room, 0);
     if (back) lay_coefficients(L, L, 0, &h->of_c, &room);
     h->of_c_end = take(&room, 0);
-    real **by_slot[] = {&h->n, &h->part, &h->rho, &h->across, &h->norms, &h->of_n, &h->of_rho, &h->of_across};
-    real **of_slots[] = {&h->f, &h->ft, &h->u, &h->after, &h->of_f, &h->of_u};
-    real **of_codes[] = {
-        &h->z, &h->a, &h->rate, &h->near, &h->along, &h->r, &h->b, &h->e, &h->size, &h->asked, &h->lead,
-        &h->of_z, &h->of_rate, &h->of_asked, &h->of_r, &h->of_b, &h->of_e,
-    };
-    for (size_t i = 0; i < sizeof by_slot / sizeof *by_slot; i++) *by_slot[i] = take(&room, m);
-    for (size_t i = 0; i < sizeof of_slots / sizeof *of_slots; i++) *of_slots[i] = take(&room, slots);
-    for (size_t i = 0; i < sizeof of_codes / sizeof *of_codes; i++) *of_codes[i] = take(&room, codes);
-    h->h = take(&room, values);
-    h->of_h = take(&room, values);
-    h->gram = take(&room, (size_t)L * L);
-    h->mixed = take(&room, (size_t)L * L);
-    h->score = take(&room, (size_t)L * L);
-    h->spare = take(&room, (size_t)most * most);
-    h->other = take(&room, (size_t)most * most);
+    TAKE(&room, m, &h->norms, &h->of_n, &h->of_rho, &h->of_across);
+    TAKE(&room, (size_t)m * d, &h->after, &h->of_f, &h->of_u);
+    TAKE(&room, (size_t)(L + 1) * m, &h->near, &h->along, &h->b, &h->e, &h->size, &h->asked, &h->lead);
+    TAKE(&room, (size_t)(L + 1) * m, &h->of_z, &h->of_rate, &h->of_asked, &h->of_r, &h->of_b, &h->of_e);
+    TAKE(&room, (size_t)L * d, &h->of_h);
+    TAKE(&room, (size_t)L * L, &h->gram, &h->mixed, &h->score);
+    TAKE(&room, (size_t)most * most, &h->spare, &h->other);
     h->panel = take(&room, (size_t)most * PANEL);
     h->states = lay_states(s, back, &room);
     return room.used;

@@ -121,4 +121,11 @@ static real *take(Room *room, size_t count) {
     return found;
 }
 
+// The same for each of some pointers.
+#define TAKE(room, count, ...)                                                                               \
+    do {                                                                                                     \
+        real **each[] = {__VA_ARGS__};                                                                       \
+        for (size_t i = 0; i < sizeof each / sizeof *each; i++) *each[i] = take(room, count);                \
+    } while (0)
+
 #endif

@@ -38,7 +38,9 @@ typedef struct {
     Gates gates[2];
     OfGates of_gates[2];
     Coefficients c[2], of_c[2];
-    real *of_c_begin, *of_c_end;
+    real *made, *of_c_begin, *of_c_end;
+    size_t apiece;  // numbers of `made` for each tile
+    Tile tile;      // the one that was made last
     Cache cache[2];
     real *ahead, *rise, *value, *p, *scale, *y, *slope;  // ŷ, σ'(ŷ), σ(ŷ), f(ŷ);  what φ makes an answer of, and its slope
     real *of_p, *of_y, *mixed, *spare, *other, *panel, *states;
@@ -48,12 +50,25 @@ static const Trellis *trellis(const Scan *s) { return (const Trellis *)s; }
 
 static int separate(const Scan *s) { return trellis(s)->lr_2 != 0; }
 
+// Takes in hand what is made of a group's tile.
+static size_t hold(const Scan *s, Hand *h, int place) {
+    int L = s->longest;
+    Room room = {h->made ? h->made + place * h->apiece : 0, 0};
+    for (int n = 0; n < 1 + separate(s); n++) lay_coefficients(L, L, 0, &h->c[n], &room);
+    for (int n = 0; n < 2; n++) {
+        Cache *k = &h->cache[n];
+        TAKE(&room, (size_t)L * h->m, &k->z, &k->slope, &k->e, &k->u, &k->rate);
+    }
+    return room.used;
+}
+
 static size_t lay(const Scan *s, int back, Hand *h, real *space) {
     const int *width = s->cell.network.width;
     int m = h->m = width[1], L = s->longest, most = widest(&s->cell.network) > L ? widest(&s->cell.network) : L;
-    size_t codes = (size_t)L * m, answers = (size_t)L * width[2];
     Room room = {space, 0};
-    for (int n = 0; n < 1 + separate(s); n++) lay_coefficients(L, L, 0, &h->c[n], &room);
+    h->made = 0;
+    h->apiece = hold(s, h, 0);
+    h->made = take(&room, h->apiece * (back ? s->group : 1));
     h->of_c_begin = take(&room, 0);
     for (int n = 0; back && n < 1 + separate(s); n++) lay_coefficients(L, L, 0, &h->of_c[n], &room);
     h->of_c_end = take(&room, 0);
@@ -61,20 +76,15 @@ static size_t lay(const Scan *s, int back, Hand *h, real *space) {
         Cache *k = &h->cache[n];
         int own = separate(s) ? n : 0;
         k->in = width[2 * n], k->c = &h->c[own], k->of_c = &h->of_c[own];
-        real **rows[] = {&k->z, &k->slope, &k->e, &k->u, &k->rate, &k->of_rate};
-        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) *rows[i] = take(&room, codes);
+        k->of_rate = take(&room, (size_t)L * m);
         k->of_x = take(&room, (size_t)L * k->in);
         k->score = take(&room, (size_t)L * L);
     }
-    real **rows[] = {&h->ahead, &h->rise, &h->value, &h->p, &h->of_p};
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) *rows[i] = take(&room, codes);
+    TAKE(&room, (size_t)L * m, &h->ahead, &h->rise, &h->value, &h->p, &h->of_p);
+    TAKE(&room, (size_t)L * width[2], &h->y, &h->slope, &h->of_y);
     h->scale = take(&room, L);
-    h->y = take(&room, answers);
-    h->slope = take(&room, answers);
-    h->of_y = take(&room, answers);
     h->mixed = take(&room, (size_t)L * L);
-    h->spare = take(&room, (size_t)most * most);
-    h->other = take(&room, (size_t)most * most);
+    TAKE(&room, (size_t)most * most, &h->spare, &h->other);
     h->panel = take(&room, (size_t)most * PANEL);
     h->states = lay_states(s, back, &room);
     return room.used;
@@ -82,13 +92,11 @@ static size_t lay(const Scan *s, int back, Hand *h, real *space) {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// The tile's gates, and what its tokens write.
-static Tile begin(const Scan *s, Hand *h, int memory, const Run *run, const Stand *at) {
+// The tile of a run, with what its caches read of it and stand at.
+static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *run, const Stand *at) {
     const Trellis *own = trellis(s);
     size_t token = (size_t)memory * s->time + run->first;
     Tile t = tile_at(s, &h->gates[0], memory, run, 0);
-    int m = h->m, L = t.tokens;
-    const real *code = own->code + token * m;
     h->gates[1] = h->gates[0];
     if (separate(s)) {
         h->gates[1].lr = own->lr_2 + token;
@@ -96,8 +104,22 @@ static Tile begin(const Scan *s, Hand *h, int memory, const Run *run, const Stan
     }
     for (int n = 0; n < 2; n++) {
         Cache *k = &h->cache[n];
-        if (n == 0 || separate(s)) coefficients(L, L, 1, 1, &h->gates[n], k->c);
         k->x = n ? t.v : t.k, k->w = at->w[n], k->a = at->a[n], k->lr = h->gates[n].lr;
+    }
+    return t;
+}
+
+// What a tile's tokens write.
+static void make(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *at) {
+    const Trellis *own = trellis(s);
+    Hand *h = hand;
+    hold(s, h, place);
+    h->tile = tile_of(s, h, memory, &runs[n], at);
+    int m = h->m, L = h->tile.tokens;
+    const real *restrict code = own->code + ((size_t)memory * s->time + runs[n].first) * m;
+    for (int l = 0; l < 2; l++) {
+        Cache *k = &h->cache[l];
+        if (l == 0 || separate(s)) coefficients(L, L, 1, 1, &h->gates[l], k->c);
         product(L, k->in, m, plain(k->x, k->in), plain(k->a, m), k->z, m, 0, h->panel);
         if (own->phi == SILU_OF_IT) activate_with_slope(SILU, L * m, k->z, k->e, k->slope);
         else memcpy(k->e, k->z, (size_t)L * m * sizeof(real));
@@ -111,7 +133,6 @@ static Tile begin(const Scan *s, Hand *h, int memory, const Run *run, const Stan
             for (int i = 0; i < L * m; i++) u[i] *= k->slope[i];
         scaled(L, m, k->lr, u, k->rate);
     }
-    return t;
 }
 
 // What a cache answers: through its weights, or backwards through them.
@@ -234,26 +255,26 @@ static void back_caches(const Scan *s, Hand *h, const Tile *t, size_t token, con
 
 static int ahead(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *at) {
     Hand *h = hand;
-    Tile t = begin(s, h, memory, &runs[n], at);
-    read_caches(s, h, &t, answers_at(s, s->y, memory, &runs[n]));
-    advance_caches(h, t.tokens, at->w);
+    read_caches(s, h, &h->tile, answers_at(s, s->y, memory, &runs[n]));
+    advance_caches(h, h->tile.tokens, at->w);
     real total = 0;
-    size_t codes = (size_t)t.tokens * h->m;
+    size_t codes = (size_t)h->tile.tokens * h->m;
     for (int l = 0; l < 2; l++) total += dot(h->cache[l].u, h->cache[l].u, codes) + sum(at->w[l], size_of(&s->cell, l));
     return total - total == 0;
 }
 
 static void onward(const Scan *s, void *hand, int memory, const Run *runs, int n, const Stand *at, const Stand *after) {
-    Tile t = begin(s, hand, memory, &runs[n], at);
-    advance_caches(hand, t.tokens, after->w);
+    (void)s, (void)memory, (void)runs, (void)n, (void)at;
+    Hand *h = hand;
+    advance_caches(h, h->tile.tokens, after->w);
 }
 
 static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *at, const Stand *of) {
-    (void)place;
     const Trellis *own = trellis(s);
     Hand *h = hand;
     size_t token = (size_t)memory * s->time + runs[n].first;
-    Tile t = begin(s, h, memory, &runs[n], at);
+    hold(s, h, place);
+    Tile t = tile_of(s, h, memory, &runs[n], at);
     read_caches(s, h, &t, 0);
     OfTile g = of_tile_at(s, &h->of_gates[0], memory, &runs[n]);
     h->of_gates[1] = h->of_gates[0];
@@ -264,7 +285,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
         if (h->gates[l].retention) back_coefficients(t.tokens, t.tokens, 1, 1, &h->gates[l], &h->c[l], &h->of_c[l], &h->of_gates[l]);
 }
 
-static const Engine ENGINE = {0, ahead, onward, behind};
+static const Engine ENGINE = {make, ahead, onward, behind};
 
 static void forward(const void *task, int memory, real *space) {
     Hand h;
