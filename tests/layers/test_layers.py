@@ -103,3 +103,13 @@ def test_reports_reach_through_a_model() -> None:
 def test_impossible_layers_are_refused_in_words(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "self_modifying", "trellis"])
+def test_no_lanes_at_all(name: str) -> None:
+    spec = nl.memory.named(name, key_dim=8, chunk=4)
+    layer = (nl.layers.SelfModifying if name == "self_modifying" else nl.layers.Memory)(8, 1, spec)
+    y, state = layer(torch.zeros(0, 9, 8))
+    y.sum().backward()
+    assert y.shape == (0, 9, 8)
+    assert layer(torch.zeros(0, 3, 8), state)[0].shape == (0, 3, 8)

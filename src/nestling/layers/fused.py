@@ -140,7 +140,10 @@ def _run_in_c(x: Tensor, tail: Tensor, weight: Tensor, **others: Tensor | None) 
         return False
     lanes, time, channels = x.shape
     fits = {"tail": (lanes, weight.shape[0] - 1, channels), "weight": (weight.shape[0], channels), "of_y": x.shape}
-    if any(u.dtype != x.dtype or tuple(u.shape) != tuple(fits.get(name, u.shape)) for name, u in given.items()):
+    if any(
+        u.dtype != x.dtype or u.device != x.device or tuple(u.shape) != tuple(fits.get(name, u.shape))
+        for name, u in given.items()
+    ):
         return False  # C code would read beyond their ends; the framework says what does not fit
     c = _InC(lanes, time, channels, weight.shape[0], threads(lanes * channels))
     for name, u in given.items():
@@ -212,7 +215,9 @@ def _norm_in_c(y: Tensor, weight: Tensor, gate: Tensor, **others: Tensor) -> boo
     lanes, heads, time, dim = y.shape
     wide = (lanes, time, heads * dim)
     fits = {"weight": (dim,), "gate": wide, "of_z": wide}
-    if code is None or any(u.dtype != y.dtype or u.shape != fits.get(name, u.shape) for name, u in given.items()):
+    if code is None or any(
+        u.dtype != y.dtype or u.device != y.device or u.shape != fits.get(name, u.shape) for name, u in given.items()
+    ):
         return False
     c = _NormInC(lanes, heads, time, dim, threads(lanes * time), EPS)
     whole = {name: u.resolve_neg().contiguous() for name, u in given.items()}  # what is written to is so already

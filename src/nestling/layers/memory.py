@@ -130,7 +130,7 @@ class Memory(Layer):
         if (
             torch.is_grad_enabled()
             and self.spec.deep
-            and x[0].numel() > sum(w[0].numel() for w in leaves(state.memory))
+            and x.shape[1:].numel() > sum(w.shape[1:].numel() for w in leaves(state.memory))
         ):
             # Beside a deep memory one product more is cheap, and keeping what the convolution reads of many tokens is not.
             mixed, tail = checkpoint(
