@@ -17,7 +17,7 @@ from torch.func import functional_call
 import nestling as nl
 from nestling.layers import Continuum
 from nestling.learn.learner import count_faults
-from nestling.models import Block, LanguageModel, ModelConfig, ModelState
+from nestling.models import Block, LanguageModel, ModelConfig, ModelState, windows
 from nestling.optim.inner import Momentum
 
 VOCAB = 19
@@ -579,3 +579,16 @@ def test_a_level_that_is_put_back_remembers_nothing_of_its_descent() -> None:
         assert all(m.any() for m in state.memory[0][0][0][1:]), "lane 1 goes on"
     assert not any(m[0].any() for matrix in state.memory[0] for m in matrix), "lane 0 has been put back"
     assert all(m.any() for matrix in state.memory[1] for m in matrix)
+
+
+def test_a_window_is_differentiated_without_a_walk_through_those_before_it() -> None:
+    """Its weights stand behind the states that it starts from, so that autograd need not look for them further back."""
+    model = nl.models.build("hope", "tiny", dim=16, layers=2, heads=2, ffn=8, chunk=4, periods=(4, 8))
+    _, state = model(torch.randint(257, (2, 12)))
+    history = {x.grad_fn for x in nl.state.leaves(state.blocks) if x.requires_grad}
+    ((leaf,),) = windows._leaves([((torch.ones(2, 3, 3),),)], state.blocks)[0]
+    (_, _), (behind, _) = leaf.grad_fn.next_functions
+    assert len(history) > 1
+    assert history <= {node for node, _ in behind.next_functions}
+    (gradient,) = torch.autograd.grad(leaf.square().sum(), [leaf])
+    assert torch.equal(gradient, 2 * leaf)

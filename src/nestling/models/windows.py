@@ -90,7 +90,7 @@ def _piece(
     if bool(whole.any()):
         with _differentiating() as copied:
             blocks, delta, own = copied(state.blocks), copied(_dense(state)), copied(tokens)
-            leaves = [_leaves(w) for w in served.at(model, delta)]
+            leaves = _leaves(served.at(model, delta), blocks)
             with _watching(model) as seen:
                 logits, blocks = _logits(model, own, blocks, _whole(leaves), valid=copied(valid), report=report)
             gradients = _said(model, _gradients(model, logits, own, leaves, whole, keep=outer), seen, keep=outer)
@@ -133,7 +133,7 @@ def _read_again(
     with _differentiating() as copied:
         text = copied(tokens)[lanes.to(tokens.device)]
         blocks = fast.take(copied(since), lanes)
-        leaves = [_leaves(w) for w in Served().at(model, [fast.take(copied(d), lanes) for d in delta])]
+        leaves = _leaves(Served().at(model, [fast.take(copied(d), lanes) for d in delta]), blocks)
         with _watching(model) as seen:
             logits, _ = _logits(model, text, blocks, _whole(leaves))
         found = _gradients(model, logits, text, leaves, torch.ones(len(lanes), dtype=torch.bool), keep=keep)
@@ -265,10 +265,33 @@ class _Leaf(torch.autograd.Function):
         return gradient if ctx.needs_input_grad[0] else None, None
 
 
-def _leaves(weights: Gradients) -> Gradients:
-    """Fresh aliases, so that the gradient stops at the window's start: earlier windows used others."""
-    asking = torch.zeros((), requires_grad=True)
-    return tuple(tuple(_Leaf.apply(w, asking) for w in level) for level in weights)  # type: ignore[no-untyped-call]
+class _Behind(torch.autograd.Function):
+    """Nothing, made of everything: what is made of it in turn stands behind all of that in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *x: Tensor) -> Tensor:
+        ctx.count = len(x)
+        ctx.set_materialize_grads(False)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, ...]:
+        count: int = ctx.count
+        return (None,) * count
+
+
+def _leaves(weights: Sequence[Gradients], since: Sequence[Any]) -> list[Gradients]:
+    """Fresh aliases, so that the gradient stops at the window's start: earlier windows used others.
+
+    since: the sequence layers' states at the window's start. The aliases stand behind them, as autograd looks for tensors that it
+    is asked for through all of the graph that is not before them: through every window read so far, otherwise.
+    """
+    history = [x for x in fast.leaves(tuple(since)) if x.requires_grad]
+    asking = _Behind.apply(torch.zeros((), requires_grad=True), *history)  # type: ignore[no-untyped-call]
+    return [
+        tuple(tuple(_Leaf.apply(w, asking) for w in level) for level in own)  # type: ignore[no-untyped-call]
+        for own in weights
+    ]
 
 
 @contextmanager
