@@ -59,6 +59,29 @@ def differentiated(
     return [*(x.detach() for x in found), *(z if x is None else x for x, z in zip(grads, zeros, strict=True))]
 
 
+Example = tuple[list[Tensor], list[Tensor], Gates]
+
+
+def assert_defined(spec: MemorySpec, given: Example, valid: Tensor, generator: torch.Generator) -> None:
+    """An example with these tokens there and resets anywhere, in one call and cut anywhere into two, equals the definition."""
+    time = valid.shape[1]
+    masks = {"reset": torch.rand(2, time, generator=generator) < 0.05, "valid": valid}
+    cut = int(torch.randint(time + 1, (), generator=generator))
+    expected = differentiated(spec, *given, [0, time], engine="reference", **masks)
+    for bounds in ([0, time], [0, cut, time]):
+        with testing.poisoned():
+            found = differentiated(spec, *given, bounds, **masks)
+        assert_close(found, expected, 1e-8)
+
+
+def assert_split_anywhere(spec: MemorySpec, time: int, step: int) -> None:
+    """One call, two with every step-th place between them, and token by token."""
+    given = example(spec, time, 3, torch.float64)
+    whole = differentiated(spec, *given, [0, time])
+    for bounds in (*([0, at, time] for at in range(1, time, step)), list(range(time + 1))):
+        assert_close(differentiated(spec, *given, bounds), whole, 1e-10)
+
+
 @NEEDS
 @pytest.mark.parametrize("rule", RULES)
 @given(
@@ -76,27 +99,14 @@ def test_equals_the_definition_whatever_is_missing(
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         gates.retention[torch.rand(gates.retention.shape, generator=g) < 0.03] = 0.0
-    masks = {
-        "reset": torch.rand(2, time, generator=g) < 0.05,
-        "valid": torch.rand(2, time, generator=g) < 0.7,
-    }
-    cut = int(torch.randint(time + 1, (), generator=g))
-    expected = differentiated(spec, w0, streams, gates, [0, time], engine="reference", **masks)
-    for bounds in ([0, time], [0, cut, time]):
-        with testing.poisoned():
-            found = differentiated(spec, w0, streams, gates, bounds, **masks)
-        assert_close(found, expected, 1e-8)
+    assert_defined(spec, (w0, streams, gates), torch.rand(2, time, generator=g) < 0.7, g)
 
 
 @NEEDS
 @pytest.mark.parametrize("rule", RULES)
 def test_every_split_gives_the_same(rule: str) -> None:
     """Also inside the stretches between two weights that are kept for the backward pass, and token by token."""
-    spec = made(rule, key_dim=4)
-    w0, streams, gates = example(spec, 70, 3, torch.float64)
-    whole = differentiated(spec, w0, streams, gates, [0, 70])
-    for bounds in (*([0, at, 70] for at in range(1, 70, 4)), list(range(71))):
-        assert_close(differentiated(spec, w0, streams, gates, bounds), whole, 1e-10)
+    assert_split_anywhere(made(rule, key_dim=4), 70, 4)
 
 
 @NEEDS

@@ -29,7 +29,7 @@ from nestling.memory.networks.base import at
 from nestling.memory.report import Report
 from nestling.memory.state import Weights
 from nestling.memory.tile import gradients, surprise_and_update
-from nestling.memory.tiles import back, by_groups, carried, gather, series
+from nestling.memory.tiles import back, behind, by_groups, carried, gather, own_tokens, series
 
 
 class Tiles(NamedTuple):
@@ -112,22 +112,13 @@ Result = tuple[Tensor, Weights, Weights, Pairs | None, Tensor, list[Weights]]
 
 
 def _tiles(spec: KernelMemory, x: Streams, cut: Layout) -> Tiles:
-    keys, values, usable = x.k, x.v, x.fine
-    if x.state.tail is not None:
-        keys = torch.cat([x.state.tail.key, keys], 2)
-        values = torch.cat([x.state.tail.value, values], 2)
-        usable = torch.cat([x.state.tail.ok, usable], 1)
-    own = _own(spec, cut)
+    keys, values, usable = behind(x.state.tail, x.k, x.v, x.fine)
+    own = own_tokens(cut, spec.halo)
     present = gather(usable.unsqueeze(1), cut.tokens, cut)
     if cut.ok is not None:
         present = present & cut.ok.to(present.device).unsqueeze(1)
     keys, values = gather(keys, cut.tokens, cut), gather(values, cut.tokens, cut)
     return Tiles(gather(x.q, own, cut), keys, values, gather(x.lr, own, cut), present)
-
-
-def _own(spec: KernelMemory, cut: Layout) -> Tensor:
-    """Indices of the tiles' own tokens in the call."""
-    return (cut.tokens[..., spec.halo :] - spec.halo).clamp_min(0)
 
 
 def _places(spec: KernelMemory, x: Streams, cut: Layout) -> np.ndarray:
@@ -150,7 +141,7 @@ def _grown(spec: KernelMemory, x: Streams, cut: Layout, cells: Tiles) -> Result:
     slot = numbers.slot.to(x.q.device)
     alive = cells.present[..., halo:]
     lr = torch.where(alive, cells.lr, 0.0)
-    own = _own(spec, cut)
+    own = own_tokens(cut, spec.halo)
     retention = None if x.retention is None else x.retention.map(lambda part: gather(part, own, cut)).masked(alive)
     window = None if x.window is None else gather(x.window, own, cut)
     if halo and window is None:

@@ -93,6 +93,7 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
 def _token(spec: MemorySpec, x: Inputs, gone: Tensor | None) -> tuple[Tensor, MemoryState, Tensor]:
     """See `unharmed`."""
     from nestling.memory.tile import factors
+    from nestling.memory.tiles import behind
 
     state, alive, tail = x.state, None, x.state.tail
     anchor, weights, momentum, position = state.anchor, state.weights, state.momentum, state.position
@@ -106,11 +107,7 @@ def _token(spec: MemorySpec, x: Inputs, gone: Tensor | None) -> tuple[Tensor, Me
         position = torch.where(fresh.cpu(), 0, position)
         if tail is not None:
             tail = tail.only(~fresh[:, None])
-    keys, values, used = x.k, x.v, x.fine
-    if tail is not None:
-        keys = torch.cat([tail.key, keys], 2)
-        values = torch.cat([tail.value, values], 2)
-        used = torch.cat([tail.ok, used], 1)
+    keys, values, used = behind(tail, x.k, x.v, x.fine)
     halo = keys.shape[2] - 1
 
     standing = tuple(spec.retention.link(w) for w in anchor)

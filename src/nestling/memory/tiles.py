@@ -64,15 +64,18 @@ class Group(Protocol[T]):
     def __call__(self, first: int, last: int, running: T, /) -> tuple[Tensor, T, list[Weights]]: ...
 
 
+def behind(tail: Tail | None, k: Tensor, v: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and which of them are usable, behind those of the window before them."""
+    if tail is None:
+        return k, v, fine
+    return torch.cat([tail.key, k], 2), torch.cat([tail.value, v], 2), torch.cat([tail.ok, fine], 1)
+
+
 def tiles(spec: MemorySpec, x: Inputs, cut: Layout) -> Tiles:
     """A call's inputs, with those of a window before it, cut as the layout says."""
     halo = spec.bias.window - 1
-    keys, values, usable = x.k, x.v, x.fine
-    if x.state.tail is not None:
-        keys = torch.cat([x.state.tail.key, keys], 2)
-        values = torch.cat([x.state.tail.value, values], 2)
-        usable = torch.cat([x.state.tail.ok, usable], 1)
-    own = _own(cut, halo)
+    keys, values, usable = behind(x.state.tail, x.k, x.v, x.fine)
+    own = own_tokens(cut, halo)
 
     def pick(x: Tensor) -> Tensor:
         return gather(x, own, cut)
@@ -176,6 +179,6 @@ def carried(
     return Tail(keys, last(tail.value, pick(v, new)), there).only(cut.tail_ok)
 
 
-def _own(cut: Layout, halo: int) -> Tensor:
+def own_tokens(cut: Layout, halo: int) -> Tensor:
     """Indices of the tiles' own tokens in the call (without the tail in front)."""
     return (cut.tokens[..., halo:] - halo).clamp_min(0)

@@ -256,23 +256,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     if (h->gates.retention) back_coefficients(L, L, 1, 1, &h->gates, &h->c, &h->of_c, &h->of_gates);
 }
 
-static const Engine ENGINE = {make, ahead, onward, behind};
+static const Engine ENGINE = {sizeof(Hand), lay, 0, make, ahead, onward, behind};
 
-static void forward(const void *task, int memory, real *space) {
-    Hand h;
-    lay(task, 0, &h, space);
-    go_ahead(task, memory, ENGINE, &h, h.states);
-}
-
-static void backward(const void *task, int memory, real *space) {
-    Hand h;
-    lay(task, 1, &h, space);
-    go_back(task, memory, ENGINE, &h, h.states);
-}
-
-// Returns 0, or 1 if there was no memory for it.
-int nestling_lattice(const Lattice *s, int back) {
-    Hand h;
-    const Scan *scan = &s->scan;
-    return spread(scan, back ? backward : forward, scan->lanes * scan->heads, scan->threads, lay(scan, back, &h, 0));
-}
+// Returns 0, or 1 if there was no room for it.
+int nestling_lattice(const Lattice *s, int back) { return pass_all(&s->scan, &ENGINE, back); }

@@ -41,7 +41,7 @@ typedef struct {
     real *h, *z, *a, *rate, *near, *along, *r, *b, *e;      // rate: ã;  near: M Ã;  along: H Uᵀ
     real *gram, *mixed, *score;
     real *size, *asked, *lead;                              // ‖s‖², q/‖s‖ and that times c ρ + R
-    real *after, *norms, *states;                           // weights behind the tile, and their norms
+    real *after, *norms;                                    // weights behind the tile, and their norms
     real *of_n, *of_rho, *of_across, *of_f, *of_u;
     real *of_h, *of_z, *of_rate, *of_asked, *of_r, *of_b, *of_e, *spare, *other, *panel;
 } Hand;
@@ -61,7 +61,8 @@ static size_t hold(const Scan *s, Hand *h, int place) {
     return room.used;
 }
 
-static size_t lay(const Scan *s, int back, Hand *h, real *space) {
+static size_t lay(const Scan *s, int back, void *hand, real *space) {
+    Hand *h = hand;
     int m = h->m = s->cell.network.width[0], d = h->d = s->cell.network.width[1], L = s->longest;
     int most = m > d ? m : d;
     Room room = {space, 0};
@@ -80,7 +81,6 @@ static size_t lay(const Scan *s, int back, Hand *h, real *space) {
     TAKE(&room, (size_t)L * L, &h->gram, &h->mixed, &h->score);
     TAKE(&room, (size_t)most * most, &h->spare, &h->other);
     h->panel = take(&room, (size_t)most * PANEL);
-    h->states = lay_states(s, back, &room);
     return room.used;
 }
 

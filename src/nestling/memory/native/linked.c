@@ -7,7 +7,7 @@
 
 #include "passes.h"
 
-// What a thread has in hand. states: Z before the tiles of a group, and gradients; walked: Z as it goes on; the rest by layer, of every token.
+// What a thread has in hand. walked: Z as it goes on; the rest by layer, of every token.
 typedef struct {
     Space space;
     Gates gates;
@@ -15,7 +15,7 @@ typedef struct {
     real *made;
     size_t apiece;  // numbers of `made` for each tile
     Tile tile;      // the one that was made last
-    real *states, *standing[DEPTH], *turned[DEPTH], *of_standing[DEPTH];
+    real *standing[DEPTH], *turned[DEPTH], *of_standing[DEPTH];
     real *top[DEPTH], *share[DEPTH], *e[DEPTH], *zs[DEPTH], *walked;
     real *alpha, *column, *row;
 } Hand;
@@ -28,7 +28,8 @@ static size_t hold(const Scan *s, Hand *h, int place) {
     return room.used;
 }
 
-static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
+static size_t lay(const Scan *s, int backward, void *hand, real *space) {
+    Hand *h = hand;
     const Cell *cell = &s->cell;
     const Network *n = &cell->network;
     int L = s->longest, most = widest(n);
@@ -49,7 +50,6 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     h->walked = take(&room, backward ? numbers(cell, s->apart) : 0);
     h->column = take(&room, 2 * (most > L ? most : L));
     h->row = take(&room, most);
-    h->states = lay_states(s, backward, &room);
     if (backward) lay_turned(cell, h->turned, &room);
     return room.used;
 }
@@ -327,22 +327,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     back_walk(s, h, &t, &after, &at, answers_at(s, (real *)s->of_y, memory, &runs[n]), g, &of);
 }
 
-static const Engine ENGINE = {make, ahead, onward, behind};
+static const Engine ENGINE = {sizeof(Hand), lay, 0, make, ahead, onward, behind};
 
-static void forward(const void *task, int memory, real *space) {
-    Hand h;
-    lay(task, 0, &h, space);
-    go_ahead(task, memory, ENGINE, &h, h.states);
-}
-
-static void backward(const void *task, int memory, real *space) {
-    Hand h;
-    lay(task, 1, &h, space);
-    go_back(task, memory, ENGINE, &h, h.states);
-}
-
-// Returns 0, or 1 if there was no memory for it.
-int nestling_linked(const Scan *s, int back) {
-    Hand h;
-    return spread(s, back ? backward : forward, s->lanes * s->heads, s->threads, lay(s, back, &h, 0));
-}
+// Returns 0, or 1 if there was no room for it.
+int nestling_linked(const Scan *s, int back) { return pass_all(s, &ENGINE, back); }

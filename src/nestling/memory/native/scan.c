@@ -12,7 +12,7 @@ typedef struct {
     Coefficients c, of_c;
     real *made, *of_c_begin, *of_c_end;
     size_t apiece;  // numbers of `made` for each tile
-    real *states, *turned[DEPTH];
+    real *turned[DEPTH];
     Scaled scaled;  // where there is a link
     Mapped mapped;  // where features are made
     Tile tile;      // the one that was made last
@@ -29,7 +29,8 @@ static size_t hold(const Scan *s, Hand *h, int place) {
     return room.used;
 }
 
-static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
+static size_t lay(const Scan *s, int backward, void *hand, real *space) {
+    Hand *h = hand;
     const Cell *cell = &s->cell;
     int tiles = backward ? s->group : 1;
     Room room = {space, 0};
@@ -40,7 +41,6 @@ static size_t lay(const Scan *s, int backward, Hand *h, real *space) {
     h->of_c_begin = take(&room, 0);
     if (backward) lay_coefficients(s->longest, rows_of(s), cell->momentum, &h->of_c, &room);
     h->of_c_end = take(&room, 0);
-    h->states = lay_states(s, backward, &room);
     if (backward) lay_turned(cell, h->turned, &room);
     if (s->link.kind) lay_scaled(cell, s->longest, backward, &h->scaled, &room);
     if (s->features.in) lay_mapped(s, rows_of(s), backward, &h->mapped, &room);
@@ -108,27 +108,11 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     back_coefficients(t.tokens, t.rows, cell->window, cell->erases, &h->gates, &h->c, &h->of_c, &h->of_gates);
 }
 
-static const Engine ENGINE = {make, ahead, onward, behind};
-
-static void begin(const Scan *s, int memory, int backward, Hand *h, real *space) {
-    lay(s, backward, h, space);
-    if (s->features.in) begin_mapped(s, memory, &h->mapped);
+static void begin(const Scan *s, void *hand, int memory) {
+    if (s->features.in) begin_mapped(s, memory, &((Hand *)hand)->mapped);
 }
 
-static void forward(const void *task, int memory, real *space) {
-    Hand h;
-    begin(task, memory, 0, &h, space);
-    go_ahead(task, memory, ENGINE, &h, h.states);
-}
+static const Engine ENGINE = {sizeof(Hand), lay, begin, make, ahead, onward, behind};
 
-static void backward(const void *task, int memory, real *space) {
-    Hand h;
-    begin(task, memory, 1, &h, space);
-    go_back(task, memory, ENGINE, &h, h.states);
-}
-
-// Returns 0, or 1 if there was no memory for it.
-int nestling_scan(const Scan *s, int back) {
-    Hand h;
-    return spread(s, back ? backward : forward, s->lanes * s->heads, s->threads, lay(s, back, &h, 0));
-}
+// Returns 0, or 1 if there was no room for it.
+int nestling_scan(const Scan *s, int back) { return pass_all(s, &ENGINE, back); }

@@ -43,7 +43,7 @@ typedef struct {
     Tile tile;      // the one that was made last
     Cache cache[2];
     real *ahead, *rise, *value, *p, *scale, *y, *slope;  // ŷ, σ'(ŷ), σ(ŷ), f(ŷ);  what φ makes an answer of, and its slope
-    real *of_p, *of_y, *mixed, *spare, *other, *panel, *states;
+    real *of_p, *of_y, *mixed, *spare, *other, *panel;
 } Hand;
 
 static const Trellis *trellis(const Scan *s) { return (const Trellis *)s; }
@@ -62,7 +62,8 @@ static size_t hold(const Scan *s, Hand *h, int place) {
     return room.used;
 }
 
-static size_t lay(const Scan *s, int back, Hand *h, real *space) {
+static size_t lay(const Scan *s, int back, void *hand, real *space) {
+    Hand *h = hand;
     const int *width = s->cell.network.width;
     int m = h->m = width[1], L = s->longest, most = widest(&s->cell.network) > L ? widest(&s->cell.network) : L;
     Room room = {space, 0};
@@ -86,7 +87,6 @@ static size_t lay(const Scan *s, int back, Hand *h, real *space) {
     h->mixed = take(&room, (size_t)L * L);
     TAKE(&room, (size_t)most * most, &h->spare, &h->other);
     h->panel = take(&room, (size_t)most * PANEL);
-    h->states = lay_states(s, back, &room);
     return room.used;
 }
 
@@ -285,23 +285,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
         if (h->gates[l].retention) back_coefficients(t.tokens, t.tokens, 1, 1, &h->gates[l], &h->c[l], &h->of_c[l], &h->of_gates[l]);
 }
 
-static const Engine ENGINE = {make, ahead, onward, behind};
+static const Engine ENGINE = {sizeof(Hand), lay, 0, make, ahead, onward, behind};
 
-static void forward(const void *task, int memory, real *space) {
-    Hand h;
-    lay(task, 0, &h, space);
-    go_ahead(task, memory, ENGINE, &h, h.states);
-}
-
-static void backward(const void *task, int memory, real *space) {
-    Hand h;
-    lay(task, 1, &h, space);
-    go_back(task, memory, ENGINE, &h, h.states);
-}
-
-// Returns 0, or 1 if there was no memory for it.
-int nestling_trellis(const Trellis *s, int back) {
-    Hand h;
-    const Scan *scan = &s->scan;
-    return spread(scan, back ? backward : forward, scan->lanes * scan->heads, scan->threads, lay(scan, back, &h, 0));
-}
+// Returns 0, or 1 if there was no room for it.
+int nestling_trellis(const Trellis *s, int back) { return pass_all(&s->scan, &ENGINE, back); }
