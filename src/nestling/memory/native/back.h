@@ -5,6 +5,28 @@
 
 #include "tile.h"
 
+// end = … − Σ_i a_i x_iᵀ r_i of a layer: from its gradient to those of a, x and r.
+static void back_written(const Cell *cell, Space *m, int N, int l, const real *a, real *of_a, const real *end) {
+    const Network *net = &cell->network;
+    int in = net->width[l], out = net->width[l + 1], narrow = in <= out, few = narrow ? in : out;
+    const real *x = m->at.x[l], *r = m->rows[l], *slim = narrow ? x : r;
+    real *of_slim = narrow ? m->of_x[l] : m->of_delta[l];
+    scaled(N, few, a, slim, m->spare);
+    if (narrow) {
+        product(N, in, out, plain(m->spare, in), plain(end, out), m->of_delta[l], out, -1, m->panel);
+        product(N, out, in, plain(r, out), turned(end, out), m->other, in, 0, m->panel);
+    } else {
+        product(N, out, in, plain(m->spare, out), turned(end, out), m->of_x[l], in, -1, m->panel);
+        product(N, in, out, plain(x, in), plain(end, out), m->other, out, 0, m->panel);
+    }
+    for (int i = 0; i < N; i++) {
+        const real *restrict back = m->other + (size_t)i * few;
+        real *restrict to = of_slim + (size_t)i * few;
+        of_a[i] -= dot(back, slim + (size_t)i * few, few);
+        for (int j = 0; j < few; j++) to[j] -= a[i] * back[j];
+    }
+}
+
 // W ← γW + fS − Σ C x_iᵀ r_i, S ← mS − Σ P x_iᵀ r_i
 static void back_advance(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *of, OfTile *g) {
     const Network *net = &cell->network;
@@ -12,28 +34,9 @@ static void back_advance(const Cell *cell, Space *m, const Tile *t, const Stand 
     const Coefficients *c = t->c;
     if (g->quiet) return;
     for (int l = 0; l < net->depth; l++) {
-        int in = net->width[l], out = net->width[l + 1], narrow = in <= out, few = narrow ? in : out;
-        size_t n = (size_t)in * out;
-        const real *x = m->at.x[l], *r = m->rows[l], *slim = narrow ? x : r;
-        real *of_slim = narrow ? m->of_x[l] : m->of_delta[l];
-        for (int of_s = 0; of_s <= cell->momentum; of_s++) {
-            const real *a = (of_s ? c->impulse : c->write) + (size_t)L * N, *end = of_s ? of->s[l] : of->w[l];
-            real *of_a = (of_s ? g->c->impulse : g->c->write) + (size_t)L * N;
-            scaled(N, few, a, slim, m->spare);
-            if (narrow) {
-                product(N, in, out, plain(m->spare, in), plain(end, out), m->of_delta[l], out, -1, m->panel);
-                product(N, out, in, plain(r, out), turned(end, out), m->other, in, 0, m->panel);
-            } else {
-                product(N, out, in, plain(m->spare, out), turned(end, out), m->of_x[l], in, -1, m->panel);
-                product(N, in, out, plain(x, in), plain(end, out), m->other, out, 0, m->panel);
-            }
-            for (int i = 0; i < N; i++) {
-                const real *restrict back = m->other + (size_t)i * few;
-                real *restrict to = of_slim + (size_t)i * few;
-                of_a[i] -= dot(back, slim + (size_t)i * few, few);
-                for (int j = 0; j < few; j++) to[j] -= a[i] * back[j];
-            }
-        }
+        size_t n = (size_t)net->width[l] * net->width[l + 1], last = (size_t)L * N;
+        back_written(cell, m, N, l, c->write + last, g->c->write + last, of->w[l]);
+        if (cell->momentum) back_written(cell, m, N, l, c->impulse + last, g->c->impulse + last, of->s[l]);
         real *restrict of_w = of->w[l], *restrict of_s = of->s[l], keep = c->keep[L];
         const real *restrict w = at->w[l], *restrict s = at->s[l];
         if (cell->momentum) {  // once over all of them, as they come from far

@@ -92,6 +92,18 @@ class Scan(ctypes.Structure):
     ]
 
 
+class Iteration(ctypes.Structure):
+    """`Iteration` of newton_schulz.h."""
+
+    _fields_ = [("steps", INT), *((name, ctypes.c_double) for name in ("a", "b", "c", "epsilon"))]
+
+
+class Directed(Scan):
+    """`Directed` of directed.c; acts: the flag of runs at whose end the rule acts."""
+
+    _fields_ = [("iteration", Iteration), ("acts", INT)]
+
+
 OBJECTIVES = ("decoding", "similarity", "encoding")
 READ_NORMS = ("token", "chunk", "none")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -23,15 +24,18 @@ from nestling.memory.native.runs import Runs, runs
 from nestling.memory.networks import MLP, Matrix
 from nestling.memory.networks.base import Network
 from nestling.memory.networks.layer_norm import EPS
+from nestling.memory.newton_schulz import EPS as NO_DIRECTION
+from nestling.memory.newton_schulz import coefficients_of
 from nestling.memory.retentions import Decay, Full, Lq, Retention, Softmax
-from nestling.memory.rules import DeltaGradient, Gradient, Implicit, Momentum, Rule
+from nestling.memory.rules import DeltaGradient, Gradient, Implicit, Momentum, Muon, Rule
 from nestling.memory.state import MemoryState, Tail
-from nestling.native import DEFINES, HEADERS, SCAN, library, without
+from nestling.native import DEFINES, HEADERS, SCAN, library, threads, without
 
 if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
 
-LINKED = HEADERS / "linked.c"
+LINKED, DIRECTED = HEADERS / "linked.c", HEADERS / "directed.c"
+STEPS = (Gradient, Momentum, DeltaGradient, Implicit, Muon)
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 
 
@@ -89,7 +93,7 @@ def serves(cell: Cell, x: Tensor) -> bool:
 
 def makes(cell: Cell, features: Features) -> bool:
     """Whether the C code for these choices makes such features by itself, from keys and queries."""
-    return type(features) is Identity or (type(features) is Polynomial and _known(cell) and _source(cell) == SCAN)
+    return type(features) is Identity or (type(features) is Polynomial and _known(cell) and _source(cell) != LINKED)
 
 
 def runs_here(source: Path, x: Tensor) -> bool:
@@ -99,6 +103,8 @@ def runs_here(source: Path, x: Tensor) -> bool:
 
 
 def _source(cell: Cell) -> Path:
+    if type(cell.rule) is Muon:
+        return DIRECTED
     return LINKED if type(cell.retention) is Softmax else SCAN
 
 
@@ -110,7 +116,8 @@ def _known(cell: Cell) -> bool:
         and network.depth <= fields.DEPTH
         and _bias(cell.bias) is not None
         and (link := _link(retention)) is not None
-        and type(rule) in ((Gradient, Momentum, DeltaGradient, Implicit) if link.kind == 0 else (Gradient,))
+        and type(rule) in (STEPS if link.kind == 0 else (Gradient,))
+        and not (isinstance(rule, Muon) and rule.per_token)
         and not (rule.erase != "none" and (rule.momentum or cell.bias.window > 1))
         and not (link.kind and cell.bias.window > 1)
         and cell.read != "boundary"
@@ -164,7 +171,11 @@ class Scan(Lanes):
         q, _, v = streams[:3]
         assert q is not None
         assert v is not None
-        c = fields.Scan(cell=self.cell.fields([(w.shape[-2], w.shape[-1]) for w in stand.weights]))
+        c = fields.Scan()
+        if isinstance(rule := self.cell.rule, Muon):
+            iteration = fields.Iteration(rule.steps, *coefficients_of(rule.iteration), NO_DIRECTION)
+            c = fields.Directed(iteration=iteration, acts=fields.CLOSES << (rule.stride is not None))
+        c.cell = self.cell.fields([(w.shape[-2], w.shape[-1]) for w in stand.weights])
         c.link = _link(self.cell.retention)
         c.time, c.tail = q.shape[2], v.shape[2] - q.shape[2]
         if isinstance(self.features, Polynomial):
@@ -172,6 +183,14 @@ class Scan(Lanes):
             base = q.shape[3] if projection is None else projection.shape[-1]
             c.features = fields.Features(q.shape[3], base, self.features.degree)
         return c
+
+    def group(self, stand: Stand) -> int:
+        """Where Newton–Schulz acts, memories are large: what is kept of all of them, and what is made again of the one that a
+        thread has in hand, take least room together where a group grows with the root of the memories, too."""
+        if self.source != DIRECTED:
+            return super().group(stand)
+        lanes, heads = stand.weights[0].shape[:2]
+        return max(1, isqrt(self.cut.table.shape[1] * lanes * heads // threads(lanes * heads)))
 
     def stores(self, structure: fields.Scan) -> list[tuple[fields.Store, slice]]:
         return [(structure.store, slice(None))]
