@@ -13,6 +13,7 @@ from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
 from nestling.layers.rotary import rotate
 from nestling.layers.stream import Places, advance_position, kept, places
+from nestling.layers.stretch import attend
 from nestling.memory import Report
 from nestling.optim.joined import Joined
 from nestling.state import register
@@ -65,14 +66,21 @@ class Attention(Layer):
         state = self.start(lanes) if state is None else state
         if time == 0:
             return x, state
-        q, k, v = self.qkv(x).view(lanes, time, 3, self.heads, self.head_dim).unbind(2)
+        qkv = self.qkv(x).view(lanes, time, 3, self.heads, self.head_dim)
+        q, k, v = qkv.unbind(2)
         own = kept((k, v), reset, valid)
         (k, v), reset, valid = own.rows, own.reset, own.valid
+        simple = reset is None and valid is None
+        aligned = simple and bool((state.position == state.key.shape[1]).all())
+        if aligned and (
+            read := attend(qkv, state.key, state.value, state.position, self.base, visible=state.key.shape[1])
+        ):
+            y, key, value = read
+            return self.out(y.flatten(2)), AttentionState(key, value, state.position + time, state.faults)
         at = places(reset, valid, lanes, time, x.device)
         before = state.position.to(x.device)[:, None]
         position = torch.where(at.start >= 0, at.rank - at.start, at.rank + before)
         q, k = (rotate(u, position, self.base) for u in (q, k))
-        simple = reset is None and valid is None
         keys = torch.cat([state.key.to(k.dtype), k], 1)
         values = torch.cat([state.value.to(v.dtype), v], 1)
         fresh = simple and state.key.shape[1] == 0
@@ -82,7 +90,7 @@ class Attention(Layer):
         )
         y = own.answered(self.out(y.transpose(1, 2).reshape(lanes, time, dim)))
         moved = advance_position(state.position, at)
-        if simple and bool((state.position == state.key.shape[1]).all()):
+        if aligned:
             return y, own.ended(AttentionState(keys, values, moved, state.faults), self.start)
         return y, own.ended(self._compact(keys, values, state, at, valid, moved), self.start)
 

@@ -12,6 +12,7 @@ from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
 from nestling.layers.rotary import rotate
 from nestling.layers.stream import Places, advance_position, kept, places
+from nestling.layers.stretch import attend, ongoing
 from nestling.memory import Report
 from nestling.memory.inputs import surely
 from nestling.optim.joined import Joined
@@ -71,9 +72,15 @@ class SlidingAttention(Layer):
             return x, state
         if valid is not None and surely(valid):
             valid = None
-        q, k, v = self._project(x)
+        qkv = self._project(x)
+        q, k, v = qkv.unbind(2)
         own = kept((k, v), reset, valid)
         (k, v), reset, valid = own.rows, own.reset, own.valid
+        plain = reset is None and valid is None
+        if plain and prefix is None and ongoing() and (read := self._go_on(qkv, state)):
+            y, state = read
+            y = y.flatten(2)
+            return y if self.out is None else self.out(y), state
         at = places(reset, valid, lanes, time, x.device)
         before = state.position.to(x.device)[:, None]
         position = torch.where(at.start >= 0, at.rank - at.start, at.rank + before)
@@ -83,7 +90,6 @@ class SlidingAttention(Layer):
             order = torch.where(valid.to(x.device), at.rank, time)
             q, k, v, first = (_pack(u, order) for u in (q, k, v, first))
         keys, values = _join(state.key, k), _join(state.value, v)
-        plain = reset is None and valid is None
         fresh = plain and not torch.compiler.is_compiling() and not bool(state.position.any())
         y = self._attend(q, keys, values, first, prefix, plain=plain, fresh=fresh).flatten(2)
         if valid is not None:
@@ -108,9 +114,21 @@ class SlidingAttention(Layer):
             )
         ]
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_dim).unbind(2)
-        return q, k, v
+    def _project(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.qkv(x)
+        return projected.view(*x.shape[:2], 3, self.heads, self.head_dim)
+
+    def _go_on(self, qkv: Tensor, state: SlidingState) -> tuple[Tensor, SlidingState] | None:
+        """`attend`, where all lanes see equally many earlier tokens."""
+        seen = state.position.clamp_max(self.window - 1)
+        visible = int(seen[0])
+        if not bool((seen == visible).all()):
+            return None
+        read = attend(qkv, state.key, state.value, state.position, self.base, visible=visible, window=self.window)
+        if read is None:
+            return None
+        y, key, value = read
+        return y, SlidingState(key, value, state.position + qkv.shape[1], state.faults)
 
     def _attend(
         self, q: Tensor, keys: Tensor, values: Tensor, first: Tensor, prefix: Tensor | None, *, plain: bool, fresh: bool
@@ -179,7 +197,7 @@ class SlidingAttention(Layer):
         if prefix is None:
             none = like.new_zeros(1, 1, 0, self.heads, self.head_dim)
             return none, none
-        _, k, v = self._project(prefix)
+        _, k, v = self._project(prefix).unbind(2)
         ahead = torch.arange(-prefix.shape[1], 0, device=k.device).expand(prefix.shape[0], -1)
         return rotate(k, ahead, self.base).unsqueeze(1), v.unsqueeze(1)
 

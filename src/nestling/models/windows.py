@@ -28,6 +28,7 @@ from nestling import state as fast
 from nestling.layers.descent import Gradients, Moved, Used, dense, note
 from nestling.layers.low_rank import Whole
 from nestling.layers.pieces import Piece, merge, pieces, place, write
+from nestling.layers.stretch import stretch
 from nestling.memory import Report
 from nestling.state import register
 
@@ -59,11 +60,13 @@ def read(
     time = tokens.shape[1]
     cut = list(pieces(state.position, time, reset, valid, model.window or time))
     outputs, notes, served = [], [], Served()
-    for piece in cut:
-        note = None if report is None else Report()
-        logits, state = _piece(model, tokens.gather(1, piece.at.to(tokens.device)), state, piece, served, note)
-        outputs.append(logits)
-        notes.append(note)
+    with stretch(time if len(cut) > 1 and not model.twice else None) as kept:
+        for piece in cut:
+            note = None if report is None else Report()
+            logits, state = _piece(model, tokens.gather(1, piece.at.to(tokens.device)), state, piece, served, note)
+            outputs.append(logits)
+            notes.append(note)
+        state = state if kept is None else kept.published(state)
     if not cut:  # no valid token at all
         return model.embedding.weight.new_zeros(*tokens.shape, model.config.vocab_size), state
     whole = all(piece.mask is None for piece in cut) and reset is None and valid is None
@@ -134,7 +137,7 @@ def _read_again(
         text = copied(tokens)[lanes.to(tokens.device)]
         blocks = fast.take(copied(since), lanes)
         leaves = _leaves(Served().at(model, [fast.take(copied(d), lanes) for d in delta]), blocks)
-        with _watching(model) as seen:
+        with _watching(model) as seen, stretch(None):
             logits, _ = _logits(model, text, blocks, _whole(leaves))
         found = _gradients(model, logits, text, leaves, torch.ones(len(lanes), dtype=torch.bool), keep=keep)
         found = _said(model, found, seen, keep=keep)

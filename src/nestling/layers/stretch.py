@@ -1,0 +1,333 @@
+"""Attention that goes on in short calls, one behind the other: keys and values lie in one place, written once.
+
+A model whose levels learn reads its tokens window by window (`nestling.models.windows`). Attention by itself joins what it has
+read and what is new in every call, keeps the joint for the way back, and adds up gradients as long as the joint there: work and
+memory for copies that grow with the square of the length. Inside a `stretch` the keys and values of a layer stand in one `Room`
+instead, a state is a view of its rows, and so is the gradient of a state: a window adds to the rows that it has seen, in place.
+
+    y = softmax(q Kᵀ/√d) V,   D = Σ_channels y ∘ ∂y,   P = exp(q Kᵀ/√d − L),   S = P ∘ (∂y Vᵀ − D)
+    ∂q = S K/√d,  ∂K = Sᵀ q/√d,  ∂V = Pᵀ ∂y            L the logarithm of the softmax's sum, of the forward pass
+
+Where nobody waits for the gradient of earlier tokens, as in a window's own, ∂K and ∂V are taken of the window's tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nestling import state as fast
+from nestling.layers.rotary import angles, turn
+from nestling.memory.wanted import wanted
+
+T = TypeVar("T")
+TILE = 512
+"""Keys that the way back takes at once, so that what it makes of them stays in the cache."""
+
+
+class Room:
+    """Keys and values of a layer's tokens, `[2, lane, head, capacity, head_dim]`, of which `filled` are there. What has been
+    written stays: whoever holds a view of it can rely on that."""
+
+    def __init__(self, key: Tensor, value: Tensor, more: int) -> None:
+        lanes, rows, heads, dim = key.shape
+        with torch.inference_mode(False), torch.no_grad():
+            self.pairs = torch.empty(2, lanes, heads, rows + more, dim, dtype=key.dtype, device=key.device)
+            self.filled = 0
+            self._sums: tuple[int, Tensor] | None = None
+            for own, given in zip(self.extend(rows), (key, value), strict=True):
+                own.copy_(given.transpose(1, 2))
+
+    def extend(self, rows: int) -> Tensor:
+        """Rows behind those that are filled, to be written."""
+        self.filled += rows
+        return self.pairs[..., self.filled - rows : self.filled, :]
+
+    def holds(self, key: Tensor, value: Tensor, more: int) -> bool:
+        """Whether these are its last rows, and there is room behind them."""
+        first = self.filled - key.shape[1]
+        if first < 0 or self.filled + more > self.pairs.shape[3]:
+            return False
+        return all(map(_same, (key, value), self.state(first)))
+
+    def state(self, first: int) -> tuple[Tensor, Tensor]:
+        """Keys and values from a row on, as states have them."""
+        # .data, as a view in autograd's sense would be out of date as soon as rows are written behind it.
+        key, value = self.pairs[..., first : self.filled, :].transpose(2, 3).data
+        return key, value
+
+    def sums(self, rows: slice, given: tuple[Tensor | None, ...]) -> Tensor:
+        """Where the backward pass that is going on adds up gradients, like `pairs`; given: those of the rows so far."""
+        task = _task()
+        if self._sums is not None and self._sums[0] == task:
+            held = self._sums[1]
+            views = held[..., rows, :].transpose(2, 3)
+            if all(g is not None and _same(g, own) for g, own in zip(given, views, strict=True)):
+                return held
+        held = torch.zeros_like(self.pairs)
+        for own, g in zip(held[..., rows, :], given, strict=True):
+            if g is not None:
+                own.copy_(g.transpose(1, 2))
+        self._sums = task, held
+        return held
+
+    def release(self) -> None:
+        """No gradient of earlier rows is wanted."""
+        self._sums = None
+
+
+class Sight(NamedTuple):
+    """What the tokens of a call see and leave.
+
+    visible  earlier tokens that some of them see
+    window   how many each sees, its own included; None: all
+    kept     rows of the state after the call; None: all
+    mask     `[1, 1, time, visible + time]`, 0 or −∞;  None: nothing is visible but the call's own
+    cos, sin of the positions' angles, `[lane, 1, time, head_dim / 2]`
+    """
+
+    visible: int
+    window: int | None
+    kept: int | None
+    mask: Tensor | None
+    cos: Tensor
+    sin: Tensor
+
+
+class Stretch:
+    """The calls of all layers between a model's two returns; tokens: how many each layer reads in them."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self._rooms: dict[int, Room] = {}
+        self._known: dict[str, tuple[Any, Any]] = {}
+
+    def room(self, key: Tensor, value: Tensor, time: int) -> Room:
+        """That of a state, or a new one with its rows."""
+        found = self._rooms.get(_storage(key))
+        if found is None or not found.holds(key, value, time):
+            found = Room(key, value, max(time, self.tokens))
+            self._rooms[_storage(found.pairs)] = found
+        return found
+
+    def sight(self, q: Tensor, visible: int, window: int | None, kept: int | None, at: Tensor, base: float) -> Sight:
+        """q `[lane, time, head, head_dim]`, at: position of every lane's first token. What layers have in common is made once."""
+        _, time, _, dim = q.shape
+        starts = tuple(at.tolist())
+        mask = self._once("mask", (visible, time, window, q.dtype), lambda: _mask(visible, time, window, q))
+        turned = self._once("angles", (starts, time, dim, base, q.dtype), lambda: _turned(at, time, dim, base, q))
+        return Sight(visible, window, kept, mask, *turned)
+
+    def published(self, state: T) -> T:
+        """A state without views of a room: what is left when the stretch is over."""
+
+        def own(x: Tensor) -> Tensor:
+            viewed = _storage(x) in self._rooms
+            return x.clone(memory_format=torch.contiguous_format) if viewed else x
+
+        found: T = fast.tree_map(own, state)
+        return found
+
+    def _once(self, name: str, key: Any, make: Any) -> Any:
+        if name not in self._known or self._known[name][0] != key:
+            self._known[name] = key, make()
+        return self._known[name][1]
+
+
+_current: ContextVar[Stretch | None] = ContextVar("stretch", default=None)
+
+
+@contextmanager
+def stretch(tokens: int | None) -> Iterator[Stretch | None]:
+    """Calls inside belong together; tokens: of all of them, per lane; None: they do not.
+
+    What leaves it has to be `published`. The gradient of a state between two of the calls is theirs: it is added to in place.
+    """
+    own = None if tokens is None else Stretch(tokens)
+    token = _current.set(own)
+    try:
+        yield own
+    finally:
+        _current.reset(token)
+
+
+def ongoing() -> bool:
+    """Whether this is inside of a stretch."""
+    return not torch.compiler.is_compiling() and _current.get() is not None
+
+
+def attend(
+    qkv: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    base: float,
+    *,
+    visible: int,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Causal attention of the tokens of a call, lanes side by side, and keys and values as the state has them after it.
+
+    qkv         `[lane, time, 3, head, head_dim]`, not yet turned
+    key, value  the state's, `[lane, rows, head, head_dim]`, of which the last `visible` are seen
+    position    of every lane's first token, `[lane]`, CPU
+    window      tokens that each sees, its own included, at least as many as the call has; the state keeps as many rows as it
+                has. None: all; the state keeps all
+
+    Returns y `[lane, time, head, head_dim]`, key, value; None outside of a stretch, and where this cannot be done.
+    """
+    own, time = _current.get() if ongoing() else None, qkv.shape[1]
+    if own is None or not _served(qkv, key, value) or (window is not None and time > window):
+        return None
+    sight = own.sight(qkv[:, :, 0], visible, window, None if window is None else key.shape[1], position, base)
+    room = own.room(key, value, time)
+    y, key, value = _Window.apply(qkv, key, value, room, sight)  # type: ignore[no-untyped-call]
+    return y.transpose(1, 2), key, value
+
+
+class _Window(torch.autograd.Function):
+    """What a call's tokens answer, and the state after them: rows of the room."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, key: Tensor, value: Tensor, room: Room, sight: Sight) -> tuple[Tensor, ...]:
+        lanes, time, _, heads, dim = qkv.shape
+        asked, new_key, new_value = qkv.permute(2, 0, 3, 1, 4)
+        first = room.filled - key.shape[1] if sight.kept is None else room.filled + time - sight.kept
+        ctx.came, ctx.own = slice(room.filled - key.shape[1], room.filled), slice(room.filled, room.filled + time)
+        ctx.left = slice(first, room.filled + time)
+        keys, values = room.extend(time)
+        turn(new_key, sight.cos, sight.sin, keys)
+        values.copy_(new_value)
+        q = turn(asked, sight.cos, sight.sin, asked.new_empty(lanes, heads, time, dim))
+        keys, values = room.pairs[..., room.filled - time - sight.visible : room.filled, :]
+        y, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys, values, is_causal=sight.mask is None, attn_mask=sight.mask
+        )
+        ctx.save_for_backward(q, y, log)
+        ctx.room, ctx.sight = room, sight
+        ctx.set_materialize_grads(False)
+        return (y, *room.state(first))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, y, log = ctx.saved_tensors
+        room, sight = ctx.room, ctx.sight
+        of_qkv, *of_past = wanted(ctx)[:3]
+        lanes, heads, time, dim = q.shape
+        if any(of_past):
+            sums = room.sums(ctx.left, given)
+            own = sums[..., ctx.own, :]
+        else:
+            room.release()
+            sums, own = None, q.new_zeros(2, lanes, heads, time, dim)
+            for mine, g in zip(own, given, strict=True):
+                if g is not None:
+                    both = min(time, g.shape[1])
+                    mine[:, :, time - both :] = g[:, g.shape[1] - both :].transpose(1, 2)
+        of_q = torch.zeros_like(q)
+        if grad is not None:
+            _back(q, y, log, grad, room.pairs, ctx.own.start, sight, of_q, own, sums)
+        of_input = None
+        if of_qkv:
+            of_input = q.new_empty(lanes, time, 3, heads, dim)
+            asked, new_key, new_value = of_input.permute(2, 0, 3, 1, 4)
+            turn(of_q, sight.cos, -sight.sin, asked)
+            turn(own[0], sight.cos, -sight.sin, new_key)
+            new_value.copy_(own[1])
+        past = (None, None) if sums is None else sums[..., ctx.came, :].transpose(2, 3).unbind(0)
+        return of_input, *past, None, None
+
+
+def _back(
+    q: Tensor,
+    y: Tensor,
+    log: Tensor,
+    grad: Tensor,
+    pairs: Tensor,
+    start: int,
+    sight: Sight,
+    of_q: Tensor,
+    own: Tensor,
+    sums: Tensor | None,
+) -> None:
+    """Add what is said above to of_q `[lane, head, time, head_dim]`, to own `[2, …]`, the gradients of the call's keys and
+    values, and to sums, of all; None: those of earlier tokens are not wanted. start: row of the call's first."""
+    time, dim = q.shape[2:]
+    scale = dim**-0.5
+    mean = (grad * y).sum(-1, keepdim=True).flatten(0, 1)
+    q, grad, log = (q * scale).flatten(0, 1), grad.flatten(0, 1), log.flatten(0, 1).unsqueeze(-1)
+    of_q = of_q.flatten(0, 1)
+    edge = 0 if sight.window is None else sight.visible + 1 - sight.window  # key n is seen by query m if n − m ≥ edge
+    for first in (*range(0, sight.visible, TILE), sight.visible):
+        last = min(first + TILE, sight.visible) if first < sight.visible else first + time
+        rows = slice(start - sight.visible + first, start - sight.visible + last)
+        keys, values = (u.flatten(0, 1) for u in pairs[..., rows, :])
+        share = torch.baddbmm(log, q, keys.mT, beta=-1).exp_()
+        if first == sight.visible:
+            share.tril_()
+        elif sight.window is not None and first < edge + time - 1:
+            share[..., : edge + time - 1 - first].triu_(edge - first)
+        slope = torch.baddbmm(mean, grad, values.mT, beta=-1).mul_(share)
+        of_q.baddbmm_(slope, keys, alpha=scale)
+        target = own if first == sight.visible else None if sums is None else sums[..., rows, :]
+        if target is not None:
+            of_keys, of_values = (u.flatten(0, 1) for u in target)
+            of_keys.baddbmm_(slope.mT, q)
+            of_values.baddbmm_(share.mT, grad)
+
+
+def _mask(visible: int, time: int, window: int | None, like: Tensor) -> Tensor | None:
+    if visible == 0:
+        return None
+    hidden = like.new_full((time, visible + time), -torch.inf)
+    hidden.triu_(visible + 1)
+    if window is not None and visible + time > window:
+        far = torch.ones_like(hidden, dtype=torch.bool).tril_(visible - window)
+        hidden.masked_fill_(far, -torch.inf)
+    return hidden[None, None]
+
+
+def _turned(at: Tensor, time: int, dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    position = at[:, None] + torch.arange(time)
+    cos, sin = angles(position.to(like.device), dim, base, like.dtype)
+    return cos.unsqueeze(1), sin.unsqueeze(1)
+
+
+def _served(qkv: Tensor, key: Tensor, value: Tensor) -> bool:
+    """The plain way can be differentiated twice where the caller has chosen attention's formula, and under transforms."""
+    return (
+        qkv.device.type == "cpu"
+        and qkv.dtype in (torch.float32, torch.float64)
+        and key.dtype == value.dtype == qkv.dtype
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_flash_sdp_enabled()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _storage(x: Tensor) -> int:
+    """Names the memory of a tensor, also of one that has shapes alone, for as long as that lives."""
+    name: int = x.untyped_storage()._cdata
+    return name
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the same part of the same memory."""
+    return _storage(a) == _storage(b) and _part(a) == _part(b)
+
+
+def _part(x: Tensor) -> tuple[Any, ...]:
+    return x.storage_offset(), x.shape, x.stride()
+
+
+def _task() -> int:
+    """The backward pass that is going on."""
+    task: int = torch._C._current_graph_task_id()
+    return task
