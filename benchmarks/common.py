@@ -45,6 +45,13 @@ def spread(values: list[float]) -> Spread:
     return Spread(low, median(values), high)
 
 
+def cached(attention: nl.layers.Attention, lanes: int, length: int) -> nl.layers.AttentionState:
+    """Attention's state behind `length` tokens, random keys and values."""
+    state = attention.start(lanes)
+    key, value = (torch.randn(lanes, length, *u.shape[2:]) for u in (state.key, state.value))
+    return state._replace(key=key, value=value, position=torch.full((lanes,), length))
+
+
 def seconds(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
     start = clock()
     run()

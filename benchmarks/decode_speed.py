@@ -21,10 +21,9 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import nestling as nl
-from common import Spread, machine, screen, seconds, settle, spread, told, write
+from common import Spread, cached, machine, screen, seconds, settle, spread, told, write
 
 SEGMENT = 2048  # tokens read at a time on the way to a position
 LEAST = 32  # tokens per timed round, in whole periods
@@ -130,13 +129,7 @@ def of_attention(settings: Settings) -> list[dict[str, Any]]:
     layer = nl.layers.Attention(settings.dim, settings.heads)
     x = torch.randn(settings.lanes, 1, settings.dim)
 
-    def filled(length: int) -> nl.layers.AttentionState:
-        def some() -> Tensor:
-            return torch.randn(settings.lanes, length, settings.heads, settings.dim // settings.heads)
-
-        return nl.layers.AttentionState(some(), some(), torch.full((settings.lanes,), length))
-
-    states = {length: filled(length) for length in settings.cache}
+    states = {length: cached(layer, settings.lanes, length) for length in settings.cache}
     times: dict[int, list[float]] = {length: [] for length in settings.cache}
     for turn in range(10 * settings.rounds):
         for length, state in states.items():

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import nn
 
 import nestling as nl
-from common import Beside, Spread, flops, headline, interleaved, matmul_rate, peak_bytes, spread, told, write
+from common import Beside, Spread, cached, flops, headline, interleaved, matmul_rate, peak_bytes, spread, told, write
 
 COUNTED = 512  # tokens at which a memory layer's FLOPs are counted; they are linear in the length
 MODES = ("forward", "training", "decode")
@@ -105,15 +105,6 @@ def decoding(module: nn.Module, x: torch.Tensor, state: Any, advance: bool) -> A
     return decode
 
 
-def cache(attention: nl.layers.Attention, length: int, settings: Settings) -> Any:
-    """Attention's state behind `length` random tokens."""
-
-    def some() -> torch.Tensor:
-        return torch.randn(settings.batch, length, settings.heads, settings.dim // settings.heads)
-
-    return nl.layers.AttentionState(some(), some(), torch.full((settings.batch,), length))
-
-
 def measure(name: str, chunk: int, length: int, settings: Settings, peak: float) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(settings.seed)
@@ -126,9 +117,9 @@ def measure(name: str, chunk: int, length: int, settings: Settings, peak: float)
         if mode == "decode":
             few = torch.randn(settings.batch, chunk, settings.dim)
             # A memory costs the same wherever it stands; one that grows has to have read the text.
-            read = None if memory.growth == "constant" else runner_state(memory, x)
-            of_memory = decoding(memory, few, read, True)
-            of_attention = decoding(attention, few, cache(attention, length, settings), False)
+            state = None if memory.growth == "constant" else runner_state(memory, x)
+            of_memory = decoding(memory, few, state, True)
+            of_attention = decoding(attention, few, cached(attention, settings.batch, length), False)
             tokens, work = settings.batch * chunk, float(flops(of_memory))
         else:
             of_memory, of_attention = runner(memory, x, mode), runner(attention, x, mode)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +17,71 @@ from nestling import native
 from nestling.memory import pieces
 from nestling.memory.cost import FLOPS
 
-COMMON = Path(__file__).parents[1] / "benchmarks" / "common.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A benchmark as a module, with what the benchmarks share; both are gone after the test."""
+    for part in ("common", name):
+        found = importlib.util.spec_from_file_location(part, BENCHMARKS / f"{part}.py")
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        monkeypatch.setitem(sys.modules, part, module)  # others import it there, and its dataclasses look there
+        found.loader.exec_module(module)
+    return module
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "memory_speed": {
+        "systems": ("titans", "deltanet", "dot"),
+        "lengths": (8, 16),
+        "chunks": (4,),
+        "dim": 8,
+        "heads": 2,
+        "seconds": 0.01,
+    },
+    "model_speed": {
+        "models": ("hope", "retnet"),
+        "shapes": ("1x64", "2x32"),
+        "dim": 64,
+        "layers": 1,
+        "heads": 8,
+        "seconds": 0.01,
+    },
+    "decode_speed": {
+        "systems": ("titans",),
+        "models": ("hope",),
+        "size": "tiny",
+        "early": 4,
+        "late": 8,
+        "cache": (4, 8),
+        "dim": 8,
+        "heads": 2,
+        "chunk": 4,
+        "rounds": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_benchmark_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From its settings to its table, file and plot, in all its modes."""
+    module = load(name, monkeypatch)
+    threads = torch.get_num_threads()
+    try:
+        module.main(module.Settings(**TINY[name], threads=1, out=tmp_path))
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+    rows = json.loads((tmp_path / f"{name}.json").read_text())
+    assert rows
+    assert name == "decode_speed" or list(tmp_path.glob("*.png"))
 
 
 def test_flops_count_nothing_that_a_checkpoint_makes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound is what a layer's equations cost, whatever the engine makes twice to save memory."""
-    found = importlib.util.spec_from_file_location("common", COMMON)
-    assert found is not None
-    assert found.loader is not None
-    common = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(sys.modules, "common", common)  # its dataclasses look there
-    found.loader.exec_module(common)
+    common = load("common", monkeypatch)
     layer = nl.layers.Memory(8, 1, nl.memory.named("titans", key_dim=8, chunk=8))
     x = torch.randn(1, 400, 8)  # long enough for the layer to make its inputs again
 
