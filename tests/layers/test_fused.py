@@ -26,11 +26,16 @@ def gated_norm(y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     return F.rms_norm(y, y.shape[-1:], weight, fused.EPS).transpose(1, 2).flatten(2) * F.silu(gate)
 
 
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return fused.rms_norm(x, weight, 0.1)
+
+
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "convolution": (fused.convolve, convolution, ((2, 7, 3), (2, 3, 3), (4, 3))),
     "convolution, shorter than its window": (fused.convolve, convolution, ((2, 2, 3), (2, 3, 3), (4, 3))),
     "heads": (fused.unit_heads, lambda x: l2_norm(x).transpose(1, 2), ((2, 5, 3, 4),)),
     "gated norm": (fused.gated_norm, gated_norm, ((2, 3, 5, 4), (4,), (2, 5, 12))),
+    "RMSNorm": (rms_norm, lambda x, weight: F.rms_norm(x, weight.shape, weight, 0.1), ((2, 3, 4), (4,))),
 }
 
 
@@ -96,6 +101,7 @@ def test_norms_go_on_over_their_blocks_and_threads(time: int) -> None:
     for fast, formula, inputs in (
         (heads(fused.unit_heads), heads(lambda x: l2_norm(x).transpose(1, 2)), (wide,)),
         (fused.gated_norm, gated_norm, (y, weight, gate)),
+        (rms_norm, lambda x, weight: F.rms_norm(x, weight.shape, weight, 0.1), (y, weight)),
     ):
         try:
             torch.set_num_threads(3)

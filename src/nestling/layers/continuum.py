@@ -33,6 +33,7 @@ from nestling.layers.descent import ContinuumState, Gradients, Moved, Outer, Sig
 from nestling.layers.level import Level, Period
 from nestling.layers.low_rank import Kept, LowRank, Whole, used, zeros
 from nestling.layers.mlp import SwiGLU
+from nestling.layers.norm import RMSNorm
 from nestling.memory import L2, Bias
 from nestling.memory.biases import reads_threshold
 from nestling.memory.norm import EPS
@@ -47,7 +48,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, rate: float | None, *, values: bool = False) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.norm = RMSNorm(dim, eps=1e-6)
         self.mlp = SwiGLU(dim, hidden)
         if rate is not None:
             self.rate = nn.Parameter(torch.tensor([rate + math.log(-math.expm1(-rate))]))

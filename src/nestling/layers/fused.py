@@ -1,4 +1,4 @@
-"""The elementwise parts of a memory layer, each as one step of autograd: short convolution, unit heads, gated norm.
+"""Elementwise parts of layers, each as one step of autograd: short convolution, unit heads, gated norm, RMSNorm.
 
 They do little work on wide tensors, so that what they read, write and keep is what they cost. Each keeps its inputs alone, makes
 the rest again in the backward pass, and sums in place. A second derivative, narrow floating point (whose sums the framework's own
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestling.layers.norm import EPS
+from nestling.memory.norm import EPS
 from nestling.memory.unit import unit_rows
 from nestling.memory.wanted import wanted
 from nestling.native import DEFINES, library, threads
@@ -41,6 +41,15 @@ def unit_heads(x: Tensor) -> Tensor:
 def gated_norm(y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     """RMSNorm(y) ∘ SiLU(g): y `[lane, head, time, dim]`, g `[lane, time, head · dim]` → `[lane, time, head · dim]`."""
     return _call(_GatedNorm, _gated_norm, y, weight, gate)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x ∘ w / √(mean x² + ε) along the last dimension, w `[dim]`."""
+    served = x.device.type == "cpu" and x.dtype in DEFINES and x.dtype == weight.dtype and x.numel() > 0
+    if torch.compiler.is_compiling() or not served or library(GATED_NORM, x.dtype) is None:
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+    y: Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _call(function: type[torch.autograd.Function], formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -196,6 +205,44 @@ class _GatedNorm(torch.autograd.Function):
         return d_normed.transpose(1, 2), d_weight, torch.ops.aten.silu_backward(d_silu, gate)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """By the C code alone: it is that of the gated norm, without a gate, of one head."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        z = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows = _rows(x)
+        if not _norm_in_c(rows, weight, None, epsilon, z=z.view(rows.shape[1:])):
+            return F.rms_norm(x, weight.shape, weight, epsilon)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        epsilon: float = ctx.epsilon
+
+        def formula(x: Tensor, weight: Tensor) -> Tensor:
+            return F.rms_norm(x, weight.shape, weight, epsilon)
+
+        if torch.is_grad_enabled():
+            return *_again(formula, (x, weight), grad), None
+        d_x, rows = torch.empty_like(x, memory_format=torch.contiguous_format), _rows(x)
+        parts = weight.new_empty(-(-rows.shape[2] // NORM_BLOCK), rows.shape[3]) if wanted(ctx)[1] else None
+        given = {"of_z": grad.reshape(rows.shape[1:]), "of_y": d_x.view(rows.shape), "of_weight": parts}
+        if not _norm_in_c(rows, weight, None, epsilon, **given):
+            with torch.enable_grad():
+                found = _again(formula, (x, weight), grad)
+            return *(None if g is None else g.detach() for g in found), None
+        return d_x, None if parts is None else parts.sum(0), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x `[…, dim]` → `[1, 1, rows, dim]`."""
+    return x.reshape(1, 1, -1, x.shape[-1])
+
+
 class _NormInC(ctypes.Structure):
     """`Gated` of gated_norm.c, field for field."""
 
@@ -206,9 +253,10 @@ class _NormInC(ctypes.Structure):
     ]
 
 
-def _norm_in_c(y: Tensor, weight: Tensor, gate: Tensor, **others: Tensor) -> bool:
+def _norm_in_c(y: Tensor, weight: Tensor, gate: Tensor | None, epsilon: float = EPS, **others: Tensor | None) -> bool:
     """The gated norm by the C code, forward or, with of_z and others, backward; False where it does not serve."""
-    given = {"y": y, "weight": weight, "gate": gate, **others}
+    named = {"y": y, "weight": weight, "gate": gate, **others}
+    given = {name: u for name, u in named.items() if u is not None}
     if y.device.type != "cpu" or y.dtype not in DEFINES or y.numel() == 0:
         return False
     code = library(GATED_NORM, y.dtype)
@@ -219,7 +267,7 @@ def _norm_in_c(y: Tensor, weight: Tensor, gate: Tensor, **others: Tensor) -> boo
         u.dtype != y.dtype or u.device != y.device or u.shape != fits.get(name, u.shape) for name, u in given.items()
     ):
         return False
-    c = _NormInC(lanes, heads, time, dim, threads(lanes * time), EPS)
+    c = _NormInC(lanes, heads, time, dim, threads(lanes * time), epsilon)
     whole = {name: u.resolve_neg().contiguous() for name, u in given.items()}  # what is written to is so already
     for name, u in whole.items():
         setattr(c, name, u.data_ptr())

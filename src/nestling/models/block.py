@@ -13,6 +13,7 @@ from nestling.layers import Continuum, Layer, Level, local
 from nestling.layers.continuum import Arrangement
 from nestling.layers.descent import Outer, Signal, Used
 from nestling.layers.local import LocalState
+from nestling.layers.norm import RMSNorm
 from nestling.memory import Report
 from nestling.optim import inner
 from nestling.state import register
@@ -92,7 +93,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mixer: Layer, periods: Sequence[int | None] = (None,)) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.mixer_norm = RMSNorm(config.dim, eps=1e-6)
         self.mixer = mixer
         self.ffn = Continuum(
             config.dim,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nestling import state as fast
 from nestling.layers import Continuum, ContinuumState, Layer, Level, Period
 from nestling.layers.descent import Used
+from nestling.layers.norm import RMSNorm
 from nestling.memory import Report
 from nestling.models import windows
 from nestling.models.block import Block, ModelConfig
@@ -58,7 +59,7 @@ class LanguageModel(nn.Module):
         """Tokens between two gradients of the model's loss; None where no level learns from it."""
         self.twice = any(self.continuum(n).outer != "first_order" for n in self.learning)
         """Whether the outer loop differentiates the gradients of a window in turn."""
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.norm = RMSNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if name.endswith((".out.weight", ".down.weight")):
