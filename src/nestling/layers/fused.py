@@ -58,7 +58,7 @@ def _call(function: type[torch.autograd.Function], formula: Callable[..., Tensor
     return found
 
 
-def _again(formula: Callable[..., Tensor], saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+def again(formula: Callable[..., Tensor], saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated once more.
 
     To names of their own: where one input was made from another, the way through it is not to be counted here.
@@ -102,7 +102,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, tail, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_convolve, (x, tail, weight), grad)
+            return again(_convolve, (x, tail, weight), grad)
         halo, time = tail.shape[1], x.shape[1]
         d_x, d_tail, d_weight = torch.empty_like(x), torch.zeros_like(tail), torch.zeros_like(weight)
         whole = x.contiguous(), tail.contiguous(), weight.contiguous()
@@ -189,7 +189,7 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, gate = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_gated_norm, (y, weight, gate), grad)
+            return again(_gated_norm, (y, weight, gate), grad)
         d_y, d_gate = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, gate))
         parts = weight.new_empty(y.shape[0] * -(-y.shape[2] // NORM_BLOCK), y.shape[3])
         if _norm_in_c(y, weight, gate, of_z=grad, of_y=d_y, of_weight=parts, of_gate=d_gate):
@@ -227,13 +227,13 @@ class _RMSNorm(torch.autograd.Function):
             return F.rms_norm(x, weight.shape, weight, epsilon)
 
         if torch.is_grad_enabled():
-            return *_again(formula, (x, weight), grad), None
+            return *again(formula, (x, weight), grad), None
         d_x, rows = torch.empty_like(x, memory_format=torch.contiguous_format), _rows(x)
         parts = weight.new_empty(-(-rows.shape[2] // NORM_BLOCK), rows.shape[3]) if wanted(ctx)[1] else None
         given = {"of_z": grad.reshape(rows.shape[1:]), "of_y": d_x.view(rows.shape), "of_weight": parts}
         if not _norm_in_c(rows, weight, None, epsilon, **given):
             with torch.enable_grad():
-                found = _again(formula, (x, weight), grad)
+                found = again(formula, (x, weight), grad)
             return *(None if g is None else g.detach() for g in found), None
         return d_x, None if parts is None else parts.sum(0), None
 
