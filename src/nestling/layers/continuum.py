@@ -29,11 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.layers import descent, local
-from nestling.layers.descent import ContinuumState, Gradients, Moved, Outer, Signal, Used, Window
+from nestling.layers.descent import ContinuumState, Moved, Outer, Signal, Used
 from nestling.layers.level import Level, Period
 from nestling.layers.low_rank import Kept, LowRank, Whole, used, zeros
 from nestling.layers.mlp import SwiGLU
 from nestling.layers.norm import RMSNorm
+from nestling.layers.stride import Gradients, Window
 from nestling.memory import L2, Bias
 from nestling.memory.biases import reads_threshold
 from nestling.memory.norm import EPS
@@ -253,7 +254,7 @@ class Continuum(nn.Module):
         All levels that are due move at once, by gradients taken at the old weights. A gradient whose squared norm is not finite
         is left out, an update that would not be finite is forgotten; both are counted.
         """
-        return descent.learn(self, state, gradients, Window(targets, closing, position))
+        return descent.learn([self], [state], [gradients], Window(targets, closing, position))[0]
 
     def levels(self) -> list[Level]:
         """Those that learn from tokens."""

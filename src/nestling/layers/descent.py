@@ -10,6 +10,8 @@ What the outer loop sees of an update (the paper does not say) is a setting, `ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from nestling import state as fast
 from nestling.layers.low_rank import Kept, Whole, full, like
+from nestling.layers.stride import Gradients, Matrices, Stride, Window, lanes, per_chunk, strides
 from nestling.memory.inputs import surely
 from nestling.state import register
 
@@ -30,11 +33,8 @@ T = TypeVar("T")
 Held = TypeVar("Held", bound=tuple[Kept, ...])
 Outer = Literal["first_order", "full"] | int
 Signal = Literal["task", "local"]
-Matrices = tuple[Tensor, ...]
-Gradients = tuple[Matrices, ...]
-"""Per level, per weight matrix, `[lane, out, in]`; a level that does not learn from tokens has no matrices here."""
 Moved = tuple[tuple[Kept, ...], ...]
-"""The same, some of them as products of low rank."""
+"""Like `Gradients`, some of them as products of low rank."""
 Used = tuple[tuple[Kept | Whole, ...], ...]
 """The same, or the weights with them."""
 
@@ -59,23 +59,6 @@ class ContinuumState(NamedTuple):
     memory: tuple[tuple[tuple[Tensor, ...], ...], ...] = ()
 
 
-class Window(NamedTuple):
-    """The windows that close now.
-
-    targets   how many losses each has summed
-    closing   bool `[lane]` (CPU): lanes whose window closes; the others are left alone
-    position  `[lane]` (CPU): tokens read by then, which says what is due
-    """
-
-    targets: int
-    closing: Tensor
-    position: Tensor
-
-    def due(self, period: int) -> Tensor:
-        """Lanes in which what has this period moves, bool `[lane]` (CPU)."""
-        return self.closing & (self.position % period == 0)
-
-
 def check_outer(outer: object) -> None:
     """Refuse what is no setting."""
     if outer in ("first_order", "full"):
@@ -87,24 +70,28 @@ def check_outer(outer: object) -> None:
         )
 
 
-def learn(own: Continuum, state: ContinuumState, gradients: Gradients, window: Window) -> ContinuumState:
-    """See `Continuum.learn`. All levels that are due move at once, by gradients taken at the old weights."""
-    for number, (period, level) in enumerate(own.each()):
-        if period is None:
-            continue
-        found = gradients[number]
-        if own.outer == "first_order":
-            found = tuple(g.detach() for g in found)
-        count = len(state.delta[number])
-        found, said = found[:count], found[count:]
-        found, scale, bad = _bounded(own, found, window)
+def learn(
+    owns: Sequence[Continuum], states: Sequence[ContinuumState], gradients: Sequence[Gradients], window: Window
+) -> list[ContinuumState]:
+    """See `Continuum.learn`; of several continua, side by side. All levels that are due move at once, by gradients taken at the
+    old weights."""
+    kinds = {(g.dtype, g.device) for own in gradients for level in own for g in level}
+    if len(kinds) > 1:
+        apart = zip(owns, states, gradients, strict=True)
+        return [_learn(own, state, strides([own], [g], window)[0], window) for own, state, g in apart]
+    taken = zip(owns, states, strides(owns, gradients, window), strict=True)
+    return [_learn(own, state, stride, window) for own, state, stride in taken]
+
+
+def _learn(own: Continuum, state: ContinuumState, taken: dict[int, Stride], window: Window) -> ContinuumState:
+    for number, stride in taken.items():
         if own.rule.erases:
-            state = _take_in(own, state, number, said, ~bad, window)
-        state = state._replace(faults=state.faults + bad)
-        rate = F.softplus(level.rate.to(scale.dtype))
-        state = _descend(own, state, number, found, scale, rate, window)
+            state = _take_in(own, state, number, stride, window)
+        if stride.bad is not None:
+            state = state._replace(faults=state.faults + stride.bad)
+        state = _descend(own, state, number, stride, window)
         if number in own.slower:
-            state = _move_base(own, state, number, found, scale, window)
+            state = _move_base(own, state, number, stride, window)
     return state
 
 
@@ -121,77 +108,51 @@ def note(report: Report, before: ContinuumState, after: ContinuumState, piece: P
     report.count(faults=after.faults - before.faults)
 
 
-def _bounded(own: Continuum, found: Matrices, window: Window) -> tuple[Matrices, Tensor, Tensor]:
-    """The gradients of a level, zeros in lanes that are not to use them; the share of them that the clipping leaves `[lane]`;
-    and in which lanes they were not finite."""
-    square = torch.stack([_square(own, g) for g in found]).sum(0)
-    size = torch.where(square == 0, 1.0, square).sqrt()  # at 0 the root has no slope
-    if own.mean:
-        size = size / window.targets
-    closing = window.closing.to(square.device)
-    finite = square.isfinite()
-    use, scale = closing & finite, (own.clip / size).clamp_max(1)
-    if not surely(use):  # before any product, or NaN would reach the rate's gradient
-        scale = torch.where(use, scale, 0.0)
-        found = tuple(torch.where(_lanes(use, g), g, 0.0) for g in found)
-    return found, scale, ~finite & closing
-
-
-def _take_in(
-    own: Continuum, state: ContinuumState, number: int, said: Matrices, whole: Tensor, window: Window
-) -> ContinuumState:
+def _take_in(own: Continuum, state: ContinuumState, number: int, stride: Stride, window: Window) -> ContinuumState:
     """For a rule that erases: what the weights said to a window's inputs, `FeedForward.said`, summed up where the rule keeps it,
     in lanes whose gradients are whole."""
-    period = own.periods[number]
-    assert period is not None
     assert own.window is not None
     tokens = own.window - own.alone  # without the model's loss, a level is not asked at the last
-    use = whole & window.closing.to(whole.device)
-    said = tuple(torch.where(_lanes(use, x), x, 0.0) for x in said)
-    steps = _scaled(_size(own, use.to(said[0].dtype), period, window._replace(targets=tokens)), said)
+    use = window.closing.to(stride.scale.device)
+    use = use if stride.bad is None else use & ~stride.bad
+    said = tuple(torch.where(lanes(use, x), x, 0.0) for x in stride.said)
+    share = use.to(said[0].dtype) / per_chunk(own, own.periods[number], replace(window, targets=tokens))
+    steps = _scaled(share, said)
     kept = tuple((m[0] + s, *m[1:]) for m, s in zip(state.memory[number], steps, strict=True))
     return state._replace(memory=_put(state.memory, number, kept))
 
 
-def _descend(
-    own: Continuum,
-    state: ContinuumState,
-    number: int,
-    found: Matrices,
-    scale: Tensor,
-    rate: Tensor,
-    window: Window,
-) -> ContinuumState:
+def _descend(own: Continuum, state: ContinuumState, number: int, stride: Stride, window: Window) -> ContinuumState:
     """A level's own update, with its inner rule."""
     period = own.periods[number]
     assert period is not None
-    remembers = bool(state.memory)
-    slow = period != own.window
+    remembers, slow, found = bool(state.memory), period != own.window, stride.found
     # A rule with a memory scales what it answers.
-    size = _size(own, scale if remembers else rate * scale, period, window)
+    size = stride.scale / per_chunk(own, period, window) if remembers else stride.size
     steps: Matrices = ()
     if slow:
         steps = _moved(state.pending[number], size, found)
     elif remembers:
         steps = _scaled(size, found)
     due = window.due(period)
-    if bool(due.any()):
+    if due is not None:
         memory, old = state.memory, state.delta[number]
         kept: tuple[Matrices, ...] = ()
         if remembers:
             answers = [own.rule.step(s, m) for s, m in zip(steps, memory[number], strict=True)]
-            share = own.rule.size(rate)
+            share = own.rule.size(stride.rate)
             new = tuple(full(x) - share * d for x, (d, _) in zip(old, answers, strict=True))
             kept = tuple(m for _, m in answers)
         else:
-            new = _less(old, steps) if slow else _moved(old, -size, found)
+            new = _less(old, steps) if slow else _moved(old, size, found, -1)
         delta, broken = _update(own, old, new, due)
         if remembers:
-            take = due.to(broken.device) & (~broken | own.rule.erases)  # sums of a chunk end with it in any case
+            take = due if broken is None else due.to(broken.device) & (~broken | own.rule.erases)
+            # sums of a chunk end with it in any case
             kept = tuple(where(take, a, b) for a, b in zip(kept, memory[number], strict=True))
             memory = _put(memory, number, tuple(_cut(own, m, period, window) for m in kept))
         delta = _cut(own, delta, period, window)
-        state = state._replace(delta=_put(state.delta, number, delta), memory=memory, faults=state.faults + broken)
+        state = _counted(state._replace(delta=_put(state.delta, number, delta), memory=memory), broken)
         if slow:
             steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
     if slow:
@@ -200,17 +161,15 @@ def _descend(
     return state
 
 
-def _move_base(
-    own: Continuum, state: ContinuumState, number: int, found: Matrices, scale: Tensor, window: Window
-) -> ContinuumState:
+def _move_base(own: Continuum, state: ContinuumState, number: int, stride: Stride, window: Window) -> ContinuumState:
     """Nested: the next slower level moves the initial weights of this one, by its gradients at the adapted weights (MAML of first
     order), and puts it back to them."""
     period, mover = own.each()[own.slower[number]]
     assert period is not None
-    size = _size(own, F.softplus(mover.rate.to(scale.dtype)) * scale, period, window)
-    steps = _moved(state.moving[number], size, found)
+    size = F.softplus(mover.rate.to(stride.scale.dtype)) * stride.scale / per_chunk(own, period, window)
+    steps = _moved(state.moving[number], size, stride.found)
     due = window.due(period)
-    if bool(due.any()):
+    if due is not None:
         base, broken = _update(own, state.base[number], _less(state.base[number], steps), due)
         base = _cut(own, base, period, window)
         steps = where(due, tuple(torch.zeros_like(s) for s in steps), steps)
@@ -220,45 +179,56 @@ def _move_base(
             anew = (own.rule.start(full(d)) for d in delta)
             fresh = tuple(where(due, a, b) for a, b in zip(anew, memory[number], strict=True))
             memory = _put(memory, number, fresh)
-        state = state._replace(
-            base=_put(state.base, number, base),
-            delta=_put(state.delta, number, delta),
-            memory=memory,
-            faults=state.faults + broken,
+        moved = state._replace(
+            base=_put(state.base, number, base), delta=_put(state.delta, number, delta), memory=memory
         )
+        state = _counted(moved, broken)
     held = _hold(own, window.closing, steps, state.moving[number])
     return state._replace(moving=_put(state.moving, number, held))
 
 
-def _size(own: Continuum, scale: Tensor, period: int, window: Window) -> Tensor:
-    """By what a level of this period takes the gradients of a window `[lane]`, of their scale."""
-    assert own.window is not None
-    return scale / (window.targets * period / own.window) if own.mean else scale
-
-
 def _scaled(size: Tensor, gradients: Matrices) -> Matrices:
     """size · g in every lane."""
-    return tuple(_lanes(size, g) * g for g in gradients)
+    return tuple(lanes(size, g) * g for g in gradients)
 
 
-def _moved(old: tuple[Kept, ...], size: Tensor, gradients: Matrices) -> Matrices:
-    """old + size · g in every lane."""
-    return tuple(_Step.apply(full(x), size, g) for x, g in zip(old, gradients, strict=True))  # type: ignore[no-untyped-call]
+def _moved(old: tuple[Kept, ...], size: Tensor, gradients: Matrices, sign: int = 1) -> Matrices:
+    """old ± size · g in every lane."""
+    moved: Matrices = _Step.apply(size, sign, *map(full, old), *gradients)  # type: ignore[no-untyped-call]
+    return moved
 
 
 class _Step(torch.autograd.Function):
-    """x + size · g; a gradient g that is a constant is multiplied once on the way back."""
+    """x ± size · g of a level's matrices; gradients g that are constants are multiplied once on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(size, g)
-        return torch.addcmul(x, _lanes(size, g), g)
+    def forward(ctx: Any, size: Tensor, sign: int, *given: Tensor) -> Matrices:
+        count = len(given) // 2
+        ctx.sign = sign
+        ctx.save_for_backward(size, *given[count:])
+        pairs = zip(given[:count], given[count:], strict=True)
+        return tuple(torch.addcmul(x, lanes(size, g), g, value=sign) for x, g in pairs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        size, g = ctx.saved_tensors
-        _, sized, moving = ctx.needs_input_grad
-        return grad, (grad * g).sum((1, 2)) if sized else None, _lanes(size, g) * grad if moving else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        size, *found = ctx.saved_tensors
+        sized, _, *moving = ctx.needs_input_grad
+        sign: int = ctx.sign
+        of_size: Tensor | None = None
+        of_found: Sequence[Tensor | None] = [None] * len(found)
+        if sized:
+            parts = (_along(grad, g) for grad, g in zip(grads, found, strict=True))
+            of_size = sign * torch.stack(list(parts)).sum(0)
+        if any(moving[len(found) :]):
+            of_found = [lanes(sign * size, grad) * grad for grad in grads]
+        return of_size, None, *grads, *of_found
+
+
+def _along(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of the products of matrices' entries, `[lane]`, on a CPU in one pass over both."""
+    if a.device.type != "cpu":
+        return (a * b).sum((1, 2))
+    return torch.stack([torch.dot(x, y) for x, y in zip(a.flatten(1), b.flatten(1), strict=True)])
 
 
 def _less(old: tuple[Kept, ...], steps: Matrices) -> Matrices:
@@ -266,28 +236,30 @@ def _less(old: tuple[Kept, ...], steps: Matrices) -> Matrices:
     return tuple(full(x) - s for x, s in zip(old, steps, strict=True))
 
 
-def _square(own: Continuum, g: Tensor) -> Tensor:
-    """Sum of the squares in every lane."""
-    if own.outer != "first_order":
-        return g.square().sum((1, 2))  # differentiated in some modes, and the same in all
-    size: Tensor = torch.linalg.vector_norm(g, dim=(1, 2))  # in one pass
-    return size.square()
-
-
 def _cut(own: Continuum, x: Held, period: int, window: Window) -> Held:
     """Without its history in lanes where a truncated stretch ends."""
     if isinstance(own.outer, str):
         return x
     ends = window.due(own.outer * period)
-    return where(ends, fast.detach(x), x) if bool(ends.any()) else x
+    return x if ends is None else where(ends, fast.detach(x), x)
 
 
-def _update(own: Continuum, old: tuple[Kept, ...], new: Matrices, due: Tensor) -> tuple[tuple[Kept, ...], Tensor]:
-    """New matrices in lanes that are due, unless they are not finite; and in which lanes they were not."""
-    total = sum(d.sum((1, 2)) for d in new)
+def _update(
+    own: Continuum, old: tuple[Kept, ...], new: Matrices, due: Tensor
+) -> tuple[tuple[Kept, ...], Tensor | None]:
+    """New matrices in lanes that are due, unless they are not finite; and in which lanes they were not, None: in no lane."""
+    total = sum(d.detach().sum((1, 2)) for d in new)
     assert isinstance(total, Tensor)
-    broken = due.to(total.device) & ~total.isfinite()
-    return _hold(own, due.to(total.device) & ~broken, new, old), broken
+    finite = total.isfinite()
+    if surely(finite):
+        return _hold(own, due, new, old), None
+    broken = due.to(total.device) & ~finite
+    return _hold(own, due.to(total.device) & finite, new, old), broken
+
+
+def _counted(state: ContinuumState, broken: Tensor | None) -> ContinuumState:
+    """With the faults of these lanes."""
+    return state if broken is None else state._replace(faults=state.faults + broken)
 
 
 def _hold(own: Continuum, mask: Tensor, new: Matrices, old: tuple[Kept, ...]) -> tuple[Kept, ...]:
@@ -307,10 +279,6 @@ def where(mask: Tensor, a: Held, b: Held) -> Held:
 def dense(moved: Moved) -> Gradients:
     """All matrices in full."""
     return tuple(tuple(full(x) for x in level) for level in moved)
-
-
-def _lanes(per_lane: Tensor, like: Tensor) -> Tensor:
-    return per_lane.view(-1, *[1] * (like.dim() - 1))
 
 
 def _put(items: tuple[T, ...], number: int, item: T) -> tuple[T, ...]:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nestling import state as fast
 from nestling.layers import descent
-from nestling.layers.descent import ContinuumState, Matrices, Window
+from nestling.layers.descent import ContinuumState
 from nestling.layers.pieces import Piece, merge, pieces, place, write
+from nestling.layers.stride import Matrices, Window
 from nestling.memory import GatedMLP, Report
 from nestling.state import register
 
@@ -113,7 +114,8 @@ def _piece(own: Continuum, x: Tensor, state: LocalState, piece: Piece) -> tuple[
         gradients = tuple(
             _gradients(own, level, found[n], moved[n]) if n in found else () for n, (_, level) in enumerate(own.each())
         )
-        continuum = descent.learn(own, continuum, gradients, Window(own.window - 1, piece.closing, position))
+        window = Window(own.window - 1, piece.closing, position)
+        (continuum,) = descent.learn([own], [continuum], [gradients], window)
         inputs = tuple(torch.where(piece.closing.to(u.device)[:, None, None], 0.0, u) for u in inputs)
     return y, LocalState(continuum, inputs, position)
 

@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling import state as fast
-from nestling.layers.descent import Gradients, Moved, Used, dense, note
+from nestling.layers.descent import Moved, Used, dense, learn, note
 from nestling.layers.low_rank import Whole
 from nestling.layers.pieces import Piece, merge, pieces, place, write
 from nestling.layers.stretch import stretch
+from nestling.layers.stride import Gradients, Window
 from nestling.memory import Report
 from nestling.state import register
 
@@ -108,10 +109,8 @@ def _piece(
     position = state.position + piece.length
     continuum = state.continuum
     if gradients is not None:
-        continuum = tuple(
-            model.continuum(number).learn(c, g, model.window - 1, piece.closing, position)
-            for number, c, g in zip(model.learning, continuum, gradients, strict=True)
-        )
+        owns = [model.continuum(number) for number in model.learning]
+        continuum = tuple(learn(owns, continuum, gradients, Window(model.window - 1, piece.closing, position)))
     if report is not None:
         for number, old, new in zip(model.learning, state.continuum, continuum, strict=True):
             note(report.scope(f"blocks.{number}.continuum"), old, new, piece)
