@@ -587,7 +587,7 @@ def test_a_window_is_differentiated_without_a_walk_through_those_before_it() -> 
     _, state = model(torch.randint(257, (2, 12)))
     history = {x.grad_fn for x in nl.state.leaves(state.blocks) if x.requires_grad}
     ((leaf,),) = windows._leaves([((torch.ones(2, 3, 3),),)], state.blocks)[0]
-    (_, _), (behind, _) = leaf.grad_fn.next_functions
+    (behind, _), (_, _) = leaf.grad_fn.next_functions
     assert len(history) > 1
     assert history <= {node for node, _ in behind.next_functions}
     (gradient,) = torch.autograd.grad(leaf.square().sum(), [leaf])

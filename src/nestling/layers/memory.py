@@ -122,7 +122,7 @@ class Memory(Layer):
                         own[:, 0] = 3.0
 
     def start(self, lanes: int) -> MemoryLayerState:
-        return MemoryLayerState(self.convolution.start(lanes), self.spec.start(tuple(self.initial), lanes))
+        return MemoryLayerState(self.convolution.start(lanes), self.spec.start(self._first(), lanes))
 
     def forward(
         self,
@@ -154,7 +154,7 @@ class Memory(Layer):
             mixed, tail = self._mix(x, state.tail, reset, valid)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.chunk(3, -1))
         y, memory = self.spec.scan(
-            tuple(self.initial),
+            self._first(),
             unit_heads(q),
             unit_heads(k),
             unit_heads(v) if self.unit_values else v.transpose(1, 2).contiguous(),
@@ -180,10 +180,14 @@ class Memory(Layer):
         """
         assert isinstance(self.spec, MemorySpec)
         q = unit_heads(query.view(*query.shape[:2], self.heads, -1))
-        return self.spec.recall(tuple(self.initial), weights, q).transpose(1, 2).flatten(2)
+        return self.spec.recall(self._first(), weights, q).transpose(1, 2).flatten(2)
+
+    def _first(self) -> tuple[Tensor, ...]:
+        """The initial weights; the list by itself looks each of them up by its name, which takes longer than a small memory."""
+        return tuple(w for w in self.initial._parameters.values() if w is not None)
 
     def levels(self) -> list[Level]:
-        state = self.spec.start(tuple(self.initial), 0)
+        state = self.spec.start(self._first(), 0)
         carried = [field for field, value in zip(state._fields, state, strict=True) if list(leaves(value))]
         shared = ("tail", *(f"memory.{field}" for field in carried if field != "parts"))
         parts = self.spec.parts

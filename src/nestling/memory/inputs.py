@@ -144,6 +144,8 @@ def token_guard(tokens: Weights, gates: Gates, *, forward: bool = False) -> tupl
 
     forward   a step size below 0 is not legal: what divides by a sum with it would have a pole there
     """
+    if not gates.items() and _small(tokens):
+        return torch.ones(len(tokens[0]), tokens[0].shape[2], dtype=torch.bool), tokens, gates
     total = sum(torch.linalg.vector_norm(x.detach(), dim=-1).square_().sum(1) for x in tokens)
     assert isinstance(total, Tensor)
     for _, gate in gates.items():
@@ -161,6 +163,14 @@ def token_guard(tokens: Weights, gates: Gates, *, forward: bool = False) -> tupl
         **{n: torch.where(per_token if g.dim() > 3 else fine[:, None], g, _neutral(n)) for n, g in gates.items()}
     )
     return fine, tokens, gates
+
+
+def _small(tokens: Weights) -> bool:
+    """True if the squares of all of them together are finite, and looking is free."""
+    if not free(tokens[0]):
+        return False
+    norms = [float(torch.linalg.vector_norm(x.detach())) for x in tokens]
+    return sum(norm * norm for norm in norms) < torch.finfo(tokens[0].dtype).max
 
 
 def _neutral(gate: str) -> float:

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Shared = tuple[int, int, tuple[int, ...], int, int]
+"""Phase, time, periods, tile and halo."""
+
 
 class Layout(NamedTuple):
     """The cut of one call. Tokens are numbered in the stream `[tail (halo tokens) | call]`.
@@ -27,6 +30,7 @@ class Layout(NamedTuple):
     reset     bool `[tiles, lane]`: the lane is put at position 0 before this tile;  None: no reset in the call
     position  `[lane]` after the call
     tail      `[lane, halo]` the tokens that the next call's window needs, and whether each is there
+    shared    what alone says how the call is cut, where lanes are in step and none begins anew;  None: more does
     """
 
     tokens: Tensor
@@ -38,6 +42,7 @@ class Layout(NamedTuple):
     tail: Tensor
     tail_ok: Tensor
     size: int
+    shared: Shared | None = None
 
     @property
     def border(self) -> Tensor:
@@ -65,7 +70,8 @@ def layout(
         position = torch.where(fresh, 0, position)
         places = tuple(int(p) for p in position.tolist())
     if reset is None and valid is None and len({p % cycle for p in places}) == 1:
-        shared = _uniform(places[0] % cycle, time, periods, tile, halo)
+        key = places[0] % cycle, time, periods, tile, halo
+        shared = _uniform(*key)
         tiles = shared.tokens.shape[1]
         return shared._replace(
             reset=None if fresh is None else torch.cat([fresh[None], fresh.new_zeros(tiles - 1, lanes)]),
@@ -75,6 +81,7 @@ def layout(
             position=position + time,
             tail=shared.tail.expand(lanes, -1),
             tail_ok=shared.tail_ok.expand(lanes, -1),
+            shared=key if fresh is None else None,
         )
     if fresh is not None:  # lanes out of step, or some of them
         reset = torch.cat([fresh[:, None], fresh.new_zeros(lanes, time - 1)], 1)

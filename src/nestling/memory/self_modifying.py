@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -177,17 +178,17 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
                 )
             network.shapes(self.key_dim, self.key_dim)
 
-    @property
+    @cached_property
     def gates(self) -> tuple[str, ...]:
         """The gates it makes for itself."""
         return ("lr", "retention") if self.retention.decays else ("lr",)
 
-    @property
+    @cached_property
     def generators(self) -> tuple[str, ...]:
         """Names of the memories that make what the main memory is given."""
         return ("k", "v", *self.gates, *(("q",) if self.adaptive_q else ()))
 
-    @property
+    @cached_property
     def banks(self) -> tuple[Bank, Bank]:
         """The generators and the main memory. A bank is one level: one period, and its own tensors of the state."""
         depth = self.others.depth
@@ -196,13 +197,13 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
             Bank(("main",), self.network, self.chunk, slice(depth, depth + self.network.depth)),
         )
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Name of each of w0's weights: "k.0", …, "main.1", then a read-out per gate: "lr.weight", "lr.bias", …"""
         weights = [f"{name}.{n}" for bank in self.banks for name in bank.names for n in range(bank.network.depth)]
         return (*weights, *(f"{gate}.{part}" for gate in self.gates for part in ("weight", "bias")))
 
-    @property
+    @cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(in, out) of each of w0's weights, in the order of `names`."""
         d = self.key_dim
@@ -232,7 +233,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
         """Tokens between two anchors of the main memory."""
         return self.chunk
 
-    @property
+    @cached_property
     def gates_used(self) -> frozenset[str]:
         """Names of the gates that are given from outside."""
         return frozenset({"momentum"} if self.rule.momentum else ())

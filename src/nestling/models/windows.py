@@ -70,6 +70,8 @@ def read(
         state = state if kept is None else kept.published(state)
     if not cut:  # no valid token at all
         return model.embedding.weight.new_zeros(*tokens.shape, model.config.vocab_size), state
+    if state.open is not None and not model.twice:  # once: what the call itself needs of it may have a history
+        state = state._replace(open=state.open._replace(blocks=fast.detach(state.open.blocks)))
     whole = all(piece.mask is None for piece in cut) and reset is None and valid is None
     if report is not None:
         merge(report, [note for note in notes if note is not None], cut, time)
@@ -115,7 +117,7 @@ def _piece(
         for number, old, new in zip(model.learning, state.continuum, continuum, strict=True):
             note(report.scope(f"blocks.{number}.continuum"), old, new, piece)
     heard = torch.where(piece.closing.to(heard.device)[:, None], 0, heard)
-    opened = _choose(piece.closing, blocks if model.twice else fast.detach(blocks), state.open.blocks)
+    opened = _choose(piece.closing, blocks, state.open.blocks)
     return logits, state._replace(blocks=blocks, position=position, continuum=continuum, open=Open(heard, opened))
 
 
@@ -171,9 +173,10 @@ def _gradients(
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     flat = fast.leaves(tuple(leaves))
     with torch.autocast(logits.device.type, enabled=False):  # the backward's products are of the forward's own dtypes
-        found = iter(torch.autograd.grad(loss, flat, retain_graph=keep, create_graph=model.twice))
+        found = torch.autograd.grad(loss, flat, retain_graph=keep, create_graph=model.twice)
     live = keep and model.twice
-    return [fast.tree_map(lambda _: next(found) if live else next(found).detach(), moved) for moved in leaves]
+    given = (g if live or not g.requires_grad else g.detach() for g in found)
+    return [tuple(tuple(next(given) for _ in level) for level in own) for own in leaves]
 
 
 Seen = dict[tuple[int, int], tuple[Tensor, tuple[Tensor, ...]]]
@@ -251,20 +254,17 @@ def _whole(weights: Sequence[Gradients]) -> list[Used]:
     return [tuple(tuple(Whole(w) for w in level) for level in own) for own in weights]
 
 
-class _Leaf(torch.autograd.Function):
-    """The identity; what comes out can be differentiated by, also where nothing behind it asks for a gradient."""
+class _Aliases(torch.autograd.Function):
+    """Identities; what comes out can be differentiated by, also where nothing behind it asks for a gradient."""
 
     @staticmethod
-    def forward(x: Tensor, asking: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, asking: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(one.view_as(one) for one in x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
-        return gradient if ctx.needs_input_grad[0] else None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *(g if asked else None for g, asked in zip(grads, ctx.needs_input_grad[1:], strict=True))
 
 
 class _Behind(torch.autograd.Function):
@@ -290,10 +290,8 @@ def _leaves(weights: Sequence[Gradients], since: Sequence[Any]) -> list[Gradient
     """
     history = [x for x in fast.leaves(tuple(since)) if x.requires_grad]
     asking = _Behind.apply(torch.zeros((), requires_grad=True), *history)  # type: ignore[no-untyped-call]
-    return [
-        tuple(tuple(_Leaf.apply(w, asking) for w in level) for level in own)  # type: ignore[no-untyped-call]
-        for own in weights
-    ]
+    aliases = iter(_Aliases.apply(asking, *fast.leaves(tuple(weights))))  # type: ignore[no-untyped-call]
+    return [tuple(tuple(next(aliases) for _ in level) for level in own) for own in weights]
 
 
 @contextmanager
@@ -302,6 +300,8 @@ def _differentiating() -> Iterator[Any]:
     inference = torch.is_inference_mode_enabled()
 
     def usable(tree: Any) -> Any:
+        if not any(x.is_inference() for x in fast.leaves(tree)):
+            return tree
         return fast.tree_map(lambda x: x.clone() if x.is_inference() else x, tree)
 
     if not inference:

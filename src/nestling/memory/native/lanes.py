@@ -194,8 +194,9 @@ class Lanes(ABC):
     def _point(self, c: Any, names: Sequence[str], groups: Sequence[Given]) -> None:
         for store, layers in self.stores(c):
             for name, group in zip(names, groups, strict=True):
-                own = group[layers]
-                getattr(store, name)[: len(own)] = [None if w is None else w.data_ptr() for w in own]
+                if group:
+                    own = group[layers]
+                    getattr(store, name)[: len(own)] = [None if w is None else w.data_ptr() for w in own]
 
     def _call(self, c: Any, dtype: torch.dtype, backward: bool) -> None:
         self._code = self._code or library(self.source, dtype)  # a backward pass goes the way the forward pass went

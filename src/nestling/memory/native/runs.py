@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nestling.memory.layout import Layout
+from nestling.memory.layout import Layout, Shared, layout
 from nestling.memory.native.fields import CLOSES, FRESH
 
 
@@ -41,6 +42,22 @@ def runs(cut: Layout, time: int, tail: Tensor | None = None) -> Runs | None:
 
     tail   bool `[lane, halo]`: which tokens of a window before the call are there: the last ones
     """
+    if cut.shared is not None and tail is None:
+        return _shared(cut.shared, len(cut.tokens))
+    return _made(cut, time, tail)
+
+
+@lru_cache(maxsize=256)
+def _shared(key: Shared, lanes: int) -> Runs | None:
+    """Lanes in step: made once, and only read."""
+    _, time, periods, tile, halo = key
+    with torch.inference_mode(False):
+        return _made(
+            layout(torch.full((lanes,), key[0]), time, None, None, period=periods, tile=tile, halo=halo), time, None
+        )
+
+
+def _made(cut: Layout, time: int, tail: Tensor | None) -> Runs | None:
     tokens = cut.tokens.numpy()
     lanes, tiles, width = tokens.shape
     halo = width - cut.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,20 @@ def cells(spec: SelfModifying) -> list[Cell]:
     return [Cell.of(spec, bank.network) for bank in spec.banks]
 
 
+@lru_cache(maxsize=64)
+def _settings(spec: SelfModifying, shapes: tuple[tuple[int, int], ...]) -> bytes:
+    """The C structure with what does not change from call to call. shapes: of each of the state's weights (in, out)."""
+    c = fields.SelfModifying(generators=len(spec.generators))
+    for number, (cell, bank) in enumerate(zip(cells(spec), spec.banks, strict=True)):
+        c.cells[number] = cell.fields(shapes[bank.layers])
+    makes = {"key": "k", "value": "v", "query": "q", "lr": "lr", "retention": "retention"}
+    for field, name in makes.items():
+        setattr(c, field, spec.generators.index(name) if name in spec.generators else -1)
+    c.unit_values, c.after_decay = spec.unit_values, spec.rule.erase == "after_decay"
+    c.lr_max, c.step, c.epsilon = spec.lr_max, spec.rule.step(spec.key_dim), EPS
+    return bytes(c)
+
+
 class Scan(Lanes):
     """One scan. Streams: q, k, v `[lane, head, time, dim]`, log μ `[lane, head, time]` or None, and the read-outs' weights
     `[head, dim, 1]` and biases `[head, 1, 1]`, of lr and retention, None where there is none."""
@@ -43,16 +58,10 @@ class Scan(Lanes):
         self.spec = spec
 
     def structure(self, streams: Given, stand: Stand) -> fields.SelfModifying:
-        spec, (q, *_) = self.spec, streams
+        (q, *_) = streams
         assert q is not None
-        c = fields.SelfModifying(time=q.shape[2], generators=len(spec.generators))
-        for number, (cell, bank) in enumerate(zip(cells(spec), spec.banks, strict=True)):
-            c.cells[number] = cell.fields([(w.shape[-2], w.shape[-1]) for w in stand.weights[bank.layers]])
-        makes = {"key": "k", "value": "v", "query": "q", "lr": "lr", "retention": "retention"}
-        for field, name in makes.items():
-            setattr(c, field, spec.generators.index(name) if name in spec.generators else -1)
-        c.unit_values, c.after_decay = spec.unit_values, spec.rule.erase == "after_decay"
-        c.lr_max, c.step, c.epsilon = spec.lr_max, spec.rule.step(spec.key_dim), EPS
+        c = fields.SelfModifying.from_buffer_copy(_settings(self.spec, tuple(w.shape[-2:] for w in stand.weights)))
+        c.time = q.shape[2]
         return c
 
     def stores(self, structure: fields.SelfModifying) -> Sequence[tuple[fields.Store, slice]]:
