@@ -16,6 +16,7 @@ from nestling.memory import (
     MLP,
     DotProduct,
     Full,
+    GatedMLP,
     Huber,
     Identity,
     Matrix,
@@ -40,6 +41,13 @@ CELLS: dict[str, dict[str, Any]] = {
     "a matrix, no window": {**PLAIN, "network": Matrix(), "bias": L2()},
     "a matrix, dot product": {**PLAIN, "network": Matrix(), "bias": Omega(DotProduct(), 3)},
     "three layers, nothing forgotten": {**PLAIN, "network": MLP(depth=3, norm=False), "retention": Full()},
+    "gated, polynomials": {"network": GatedMLP(leading=True), "features": Polynomial(2, reduce=3)},
+    "gated, dot product, read before": {
+        "network": GatedMLP(expansion=0.7, norm=False, residual=False, activation="silu"),
+        "features": Identity(),
+        "bias": Omega(DotProduct(), 3),
+        "read": "before",
+    },
     "Huber": {**PLAIN, "bias": Omega(Huber(), 3)},
     "cubic": {**PLAIN, "rule": Muon(steps=3, iteration="cubic")},
     "normalized alone": {**PLAIN, "rule": Muon(steps=0)},
@@ -71,7 +79,7 @@ def test_equals_the_definition(cell: str, dim: int, chunk: int, time: int, seed:
 
 
 @NEEDS
-@pytest.mark.parametrize("cell", ["polynomials", "at every third token"])
+@pytest.mark.parametrize("cell", ["gated, polynomials", "at every third token"])
 def test_every_split_gives_the_same(cell: str) -> None:
     assert_split_anywhere(made(cell, key_dim=4), 26, 3)
 
@@ -80,7 +88,7 @@ def test_every_split_gives_the_same(cell: str) -> None:
 @pytest.mark.parametrize(("chunk", "time"), [(150, 320), (4, 210)])
 def test_chunks_longer_than_a_tile_and_texts_of_many_groups(chunk: int, time: int, calls: list[int]) -> None:
     """Where the weights that are read go on decaying while the anchor stands; where weights are kept in between."""
-    spec = made("polynomials", chunk=chunk)
+    spec = made("polynomials" if chunk > time // 4 else "gated, polynomials", chunk=chunk)
     found = everything(spec, time, 3, torch.float64)
     assert len(calls) == 1
     with without():
@@ -88,7 +96,7 @@ def test_chunks_longer_than_a_tile_and_texts_of_many_groups(chunk: int, time: in
 
 
 @NEEDS
-@pytest.mark.parametrize("cell", ["polynomials", "at every third token, read before"])
+@pytest.mark.parametrize("cell", ["polynomials", "gated, polynomials", "at every third token, read before"])
 def test_single_precision_is_as_good_as_the_framework_s(cell: str) -> None:
     spec = made(cell, key_dim=16, chunk=15)
     expected = everything(spec, 30, 1, torch.float64)

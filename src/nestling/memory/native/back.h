@@ -8,7 +8,7 @@
 // end = … − Σ_i a_i x_iᵀ r_i of a layer: from its gradient to those of a, x and r.
 static void back_written(const Cell *cell, Space *m, int N, int l, const real *a, real *of_a, const real *end) {
     const Network *net = &cell->network;
-    int in = net->width[l], out = net->width[l + 1], narrow = in <= out, few = narrow ? in : out;
+    int in = in_of(net, l), out = net->width[l + 1], narrow = in <= out, few = narrow ? in : out;
     const real *x = m->at.x[l], *r = m->rows[l], *slim = narrow ? x : r;
     real *of_slim = narrow ? m->of_x[l] : m->of_delta[l];
     scaled(N, few, a, slim, m->spare);
@@ -167,12 +167,28 @@ static void back_misfit(const Cell *cell, const Space *m, const Tile *t, int i, 
     less(last, 1, of, g->v + at);
 }
 
+// δ_1 = u ∘ z_2 ∘ σ'(z_1) and δ_2 = u ∘ σ(z_1) with u = δ_3 A_3ᵀ: from their gradients to that of u, in place of the second, and
+// of the others, that of z_2 in place of the first.
+static void back_gated_errors(Space *m, int size) {
+    const real *restrict up = m->up[1], *restrict passed = m->at.z[1], *restrict slope = m->at.slope[0], *restrict gate = m->at.slope[1];
+    real *restrict first = m->of_delta[0], *restrict second = m->of_delta[1];
+    real *restrict of_slope = m->of_slope[0], *restrict of_gate = m->of_slope[1];
+    for (int i = 0; i < size; i++) {
+        real a = first[i], b = second[i];
+        of_slope[i] = a * up[i] * passed[i];
+        of_gate[i] = b * up[i];
+        first[i] = a * up[i] * slope[i];
+        second[i] = a * passed[i] * slope[i] + b * gate[i];
+    }
+}
+
 // From the gradients of δ and x to those of keys, values and the anchor.
 static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *of, OfTile *g) {
     const Network *net = &cell->network;
     int N = t->rows, D = net->depth, last = net->width[D];
-    for (int l = 0; l < D - 1; l++) {
-        int out = net->width[l + 1], next = net->width[l + 2], n = N * out;
+    if (net->gated) back_gated_errors(m, N * net->width[1]);
+    for (int l = net->gated; l < D - 1; l++) {
+        int out = net->width[l + 1], next = net->width[l + 2], n = net->gated ? 0 : N * out;
         real *restrict of_up = m->of_delta[l], *restrict of_slope = m->of_slope[l];
         for (int i = 0; i < n; i++) of_slope[i] = of_up[i] * m->up[l][i], of_up[i] *= m->at.slope[l][i];
         product(N, out, next, plain(of_up, out), plain(at->a[l + 1], next), m->of_delta[l + 1], next, 1, m->panel);
@@ -202,8 +218,9 @@ static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stan
     }
     if (reads_prediction(&cell->bias) && net->residual) add_part(N, last, of_error, last, g->k, net->width[0]);
     int read = cell->erases && t->begun;
+    real *more[DEPTH] = {0, m->of_delta[0]};
     back_layers(
-        net, N, &m->at, at->a, at->turned, of_z, m->of_x, m->of_slope, read ? m->of_read : 0, g->unasked ? 0 : of->a, answers_itself(cell) || read, m->of_h,
+        net, N, &m->at, at->a, at->turned, of_z, m->of_x, m->of_slope, net->gated ? more : read ? m->of_read : 0, g->unasked ? 0 : of->a, answers_itself(cell) || read, m->of_h,
         m->panel
     );
     add((size_t)N * net->width[0], m->of_x[0], g->k);
@@ -213,7 +230,7 @@ static void back_gradients(const Cell *cell, Space *m, const Tile *t, const Stan
 static void clear_rows(const Cell *cell, Space *m, const Tile *t) {
     const Network *n = &cell->network;
     for (int l = 0; l < n->depth; l++) {
-        memset(m->of_x[l], 0, (size_t)t->rows * n->width[l] * sizeof(real));
+        memset(m->of_x[l], 0, (size_t)t->rows * in_of(n, l) * sizeof(real));
         memset(m->of_delta[l], 0, (size_t)t->rows * n->width[l + 1] * sizeof(real));
     }
 }

@@ -54,7 +54,7 @@ static size_t lay(const Scan *s, int backward, void *hand, real *space) {
     h->made = take(&room, h->apiece * (backward ? s->group : 1));
     lay_step(cell, s->longest, rows_of(s), &h->space, &room);
     for (int l = 0; l < n->depth; l++) {
-        lay_schulz(&directed(s)->iteration, n->width[l], n->width[l + 1], backward, &h->schulz[l], &room);
+        lay_schulz(&directed(s)->iteration, in_of(n, l), n->width[l + 1], backward, &h->schulz[l], &room);
         h->next.w[l] = take(&room, backward ? size_of(cell, l) : 0);
         most = size_of(cell, l) > most ? size_of(cell, l) : most;
     }
@@ -91,7 +91,7 @@ static void move(const Scan *s, Hand *h, const Tile *t, int acts, const Stand *a
     int L = t->tokens, N = t->rows;
     real keep = h->c.keep[L];
     for (int l = 0; l < net->depth; l++) {
-        int in = net->width[l], out = net->width[l + 1], narrow = in <= out;
+        int in = in_of(net, l), out = net->width[l + 1], narrow = in <= out;
         const real *x = m->at.x[l], *r = m->rows[l];
         scaled(N, narrow ? in : out, h->c.impulse, narrow ? x : r, m->spare);
         blended(
@@ -157,7 +157,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     Tile t = tile_of(s, h, memory, runs, n);
     Stand at = *m;
     int last = closes(s, run), before = t.tokens - last, does = acts(s, run);
-    p->at.x[0] = (real *)t.k;
+    p->at.x[0] = p->at.x[net->gated] = (real *)t.k;
     if (run->halo + run->tokens > PANEL) turn(cell, &at, h->turned);  // few rows need no copy
     if (s->features.in) map_queries(s, &h->mapped, memory, run, &t);
     OfTile of = of_tile_at(s, &h->of_gates, memory, run);
@@ -178,7 +178,8 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     clear_rows(cell, p, &t);
     if (!(of.quiet && !last)) back_move(s, h, &t, does, &at, g, &of);
     directed_answers(cell, p, &t, &h->c, before, &at, 0);
-    back_directed_answers(cell, p, &t, &h->c, before, &at, of_y, g, &h->of_c, &of);
+    Asked asked = {before, &h->c, &h->of_c, &at, g, t.begun ? at.turned : 0, of.unasked};
+    back_directed_answers(cell, p, &asked, of_y, of.q);
     back_gradients(cell, p, &t, &at, g, &of);
     if (s->features.in) back_mapped(s, &h->mapped, memory, run, &t);
     back_course(t.tokens, t.rows, cell->window, &h->gates, &h->c, &h->of_c, &h->of_gates);

@@ -74,8 +74,9 @@ static void directed_answers(const Cell *cell, Space *m, const Tile *t, const Co
     Tile read = *t;
     read.tokens = tokens;
     m->h[0] = (real *)t->q;
+    if (n->gated) m->h[1] = m->h[0];
     for (int l = 0; l < n->depth; l++) {
-        int in = n->width[l], out = n->width[l + 1];
+        int in = in_of(n, l), out = n->width[l + 1];
         product(tokens, in, out, plain(m->h[l], in), plain(at->w[l], out), m->at_w[l], out, 0, m->panel);
         scaled(tokens, out, c->keep + !cell->before, m->at_w[l], m->ahead[l]);
         activate_asked(n, m, tokens, l, !y);
@@ -83,30 +84,47 @@ static void directed_answers(const Cell *cell, Space *m, const Tile *t, const Co
     finish(n, m, &read, y);
 }
 
-static void back_directed_answers(
-    const Cell *cell, Space *m, const Tile *t, const Course *c, int tokens, const Stand *at, const real *of_y, const Stand *of,
-    const Course *of_c, OfTile *g
-) {
+// Gradients of such answers come in, and of all they are made of leave.
+typedef struct {
+    int tokens;
+    const Course *c, *of_c;
+    const Stand *at, *of;
+    real *const *turned;  // the weights transposed, or null
+    int unasked;          // nobody asks for the weights' gradients
+} Asked;
+
+// ẑ = γ (h W): from the gradient of ẑ_l to those of γ, W_l and h; sign as in `product`.
+static void back_read(const Cell *cell, Space *m, const Asked *a, int l, const real *of_z, real *of_h, int sign) {
     const Network *n = &cell->network;
-    int D = n->depth, first = !cell->before, last = n->width[D];
+    int in = in_of(n, l), out = n->width[l + 1], first = !cell->before, L = a->tokens;
+    for (int i = 0; i < L; i++) a->of_c->keep[first + i] += dot(of_z + (size_t)i * out, m->at_w[l] + (size_t)i * out, out);
+    scaled(L, out, a->c->keep + first, of_z, m->other);
+    product(L, out, in, plain(m->other, out), transposed(a->at->w, a->turned, l, in, out), of_h, in, sign, m->panel);
+    if (!a->unasked) product(in, L, out, turned(m->h[l], in), plain(m->other, out), a->of->w[l], out, 1, m->panel);
+}
+
+static void back_directed_answers(const Cell *cell, Space *m, const Asked *a, const real *of_y, real *of_q) {
+    const Network *n = &cell->network;
+    int D = n->depth, L = a->tokens, last = n->width[D], l = D - 1;
     real *of_z = m->of_z, *of_h = m->of_h;
-    memcpy(of_z, of_y, (size_t)tokens * last * sizeof(real));
-    if (n->norm) denormalize(tokens, last, m->normed, m->scale, of_y, of_z);
-    for (int l = D - 1; l >= 0; l--) {
-        int in = n->width[l], out = n->width[l + 1];
-        for (int i = 0; i < tokens; i++) of_c->keep[first + i] += dot(of_z + (size_t)i * out, m->at_w[l] + (size_t)i * out, out);
-        scaled(tokens, out, c->keep + first, of_z, m->other);
-        Operand back = transposed(at->w, t->begun ? at->turned : 0, l, in, out);
-        product(tokens, out, in, plain(m->other, out), back, of_h, in, 0, m->panel);
-        if (!g->unasked) product(in, tokens, out, turned(m->h[l], in), plain(m->other, out), of->w[l], out, 1, m->panel);
-        if (l) {
-            for (int i = 0; i < tokens * in; i++) of_h[i] *= m->rise[l - 1][i];
-            real *swap = of_z;
-            of_z = of_h, of_h = swap;
-        }
+    memcpy(of_z, of_y, (size_t)L * last * sizeof(real));
+    if (n->norm) denormalize(L, last, m->normed, m->scale, of_y, of_z);
+    for (; l > n->gated; l--) {
+        back_read(cell, m, a, l, of_z, of_h, 0);
+        if (n->gated) continue;
+        for (int i = 0; i < L * n->width[l]; i++) of_h[i] *= m->rise[l - 1][i];
+        real *swap = of_z;
+        of_z = of_h, of_h = swap;
     }
-    add((size_t)tokens * n->width[0], of_h, g->q);
-    if (n->residual) add_part(tokens, last, of_y, last, g->q, n->width[0]);
+    if (n->gated) {
+        real *restrict first = of_z, *restrict second = m->spare;
+        const real *restrict of = of_h, *restrict passed = m->ahead[1], *restrict gate = m->rise[1], *restrict slope = m->rise[0];
+        for (int i = 0; i < L * n->width[1]; i++) first[i] = of[i] * passed[i] * slope[i], second[i] = of[i] * gate[i];
+        back_read(cell, m, a, 1, m->spare, of_h, 0);
+    }
+    back_read(cell, m, a, 0, of_z, of_h, n->gated);
+    add((size_t)L * n->width[0], of_h, of_q);
+    if (n->residual) add_part(L, last, of_y, last, of_q, n->width[0]);
 }
 
 #endif

@@ -21,7 +21,7 @@ class Network(ctypes.Structure):
     _fields_ = [
         ("depth", INT),
         ("width", INT * (DEPTH + 1)),
-        *((name, INT) for name in ("activation", "residual", "norm")),
+        *((name, INT) for name in ("activation", "residual", "norm", "gated")),
         ("epsilon", ctypes.c_double),
     ]
 

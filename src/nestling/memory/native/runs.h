@@ -14,10 +14,12 @@ static int begins(int apart, const Run *runs, int n, int bank) {
 // Numbers of one memory between two tiles. apart: with the anchor.
 static size_t numbers(const Cell *c, int apart) { return weights_of(&c->network) * (1 + c->momentum + apart); }
 
+static size_t size_of(const Cell *c, int l) { return (size_t)in_of(&c->network, l) * c->network.width[l + 1]; }
+
 // Let the memory be what lies at `at`: layer after layer, W, S and A.
 static real *stand(const Cell *c, int apart, Stand *m, real *at) {
     for (int l = 0; l < c->network.depth; l++) {
-        size_t n = (size_t)c->network.width[l] * c->network.width[l + 1];
+        size_t n = size_of(c, l);
         m->w[l] = at, at += n;
         m->s[l] = 0;
         if (c->momentum) m->s[l] = at, at += n;
@@ -27,8 +29,6 @@ static real *stand(const Cell *c, int apart, Stand *m, real *at) {
     }
     return at;
 }
-
-static size_t size_of(const Cell *c, int l) { return (size_t)c->network.width[l] * c->network.width[l + 1]; }
 
 // Room for the anchor transposed.
 static void lay_turned(const Cell *c, real **turned, Room *room) {

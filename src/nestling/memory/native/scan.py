@@ -21,7 +21,7 @@ from nestling.memory.native import fields
 from nestling.memory.native.call import Given
 from nestling.memory.native.lanes import Again, Ends, Lanes, Stand, stand, states
 from nestling.memory.native.runs import Runs, runs
-from nestling.memory.networks import MLP, Matrix
+from nestling.memory.networks import MLP, GatedMLP, Matrix
 from nestling.memory.networks.base import Network
 from nestling.memory.networks.layer_norm import EPS
 from nestling.memory.newton_schulz import EPS as NO_DIRECTION
@@ -73,7 +73,9 @@ class Cell:
         """As the C code reads it; shapes: (in, out) of each layer."""
         network = fields.Network(depth=len(shapes), epsilon=EPS)
         network.width[: len(shapes) + 1] = [*(shape[0] for shape in shapes), shapes[-1][1]]
-        if isinstance(self.network, MLP):
+        if isinstance(self.network, GatedMLP):
+            network.gated, network.width[1] = True, shapes[0][1]
+        if isinstance(self.network, MLP | GatedMLP):
             network.activation = ACTIVATIONS[self.network.activation]
             network.residual, network.norm = self.network.residual, self.network.norm
         return fields.Cell(
@@ -112,7 +114,7 @@ def _source(cell: Cell) -> Path:
 def _known(cell: Cell) -> bool:
     network, retention, rule = cell.network, cell.retention, cell.rule
     return (
-        type(network) in (MLP, Matrix)
+        type(network) in ((MLP, Matrix, GatedMLP) if type(rule) is Muon else (MLP, Matrix))
         and network.depth <= fields.DEPTH
         and _bias(cell.bias) is not None
         and (link := _link(retention)) is not None

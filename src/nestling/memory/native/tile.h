@@ -83,7 +83,7 @@ static void lay_step(const Cell *cell, int tokens, int rows, Space *m, Room *roo
     const Network *n = &cell->network;
     int most = widest(n) > rows ? widest(n) : rows, last = n->width[n->depth];
     for (int l = 0; l < n->depth; l++) {
-        int in = n->width[l], out = n->width[l + 1];
+        int in = in_of(n, l), out = n->width[l + 1];
         m->h[l] = take(room, l ? (size_t)tokens * in : 0);
         m->at_w[l] = take(room, (size_t)tokens * out);
         m->at_s[l] = take(room, cell->momentum ? (size_t)tokens * out : 0);
@@ -161,7 +161,16 @@ static void gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at
     if (misfit != error)
         for (int i = 0; i < N; i++) bend(&cell->bias, last, t->v + (size_t)i * wide, misfit + (size_t)i * last, error + (size_t)i * last);
     if (n->norm) denormalize(N, last, m->at.normed, m->at.scale, error, m->delta[D - 1]);
-    for (int l = D - 2; l >= 0; l--) {
+    if (n->gated) {
+        int out = n->width[2], size = N * out;
+        const real *restrict up = m->up[1], *restrict gate = m->at.slope[1], *restrict passed = m->at.z[1];
+        product(N, last, out, plain(m->delta[2], last), transposed(at->a, at->turned, 2, out, last), m->up[1], out, 0, m->panel);
+        for (int i = 0; i < size; i++) {
+            m->delta[0][i] = up[i] * passed[i] * m->at.slope[0][i];
+            m->delta[1][i] = up[i] * gate[i];
+        }
+    }
+    for (int l = D - 2; l >= 0 && !n->gated; l--) {
         int out = n->width[l + 1], next = n->width[l + 2];
         product(N, next, out, plain(m->delta[l + 1], next), transposed(at->a, at->turned, l + 1, out, next), m->up[l], out, 0, m->panel);
         for (int i = 0; i < N * out; i++) m->delta[l][i] = m->up[l][i] * m->at.slope[l][i];
@@ -170,10 +179,14 @@ static void gradients(const Cell *cell, Space *m, const Tile *t, const Stand *at
         for (int l = 0; l < D; l++) erased(cell, m, t, at, l);
 }
 
-// h of the next layer from ẑ_l; keeps: σ'(ẑ_l) too, for the way back.
+// h of the next layer from ẑ_l; keeps: σ'(ẑ_l) too, for the way back. Of a gated network: both, and σ(ẑ_1).
 static void activate_asked(const Network *n, Space *m, int tokens, int l, int keeps) {
     int size = tokens * n->width[l + 1];
     if (l == n->depth - 1) return;
+    if (n->gated) {
+        if (l == 1) open_gate(n, size, m->ahead, m->rise[1], m->rise[0], m->h[2]);
+        return;
+    }
     if (keeps) activate_with_slope(n->activation, size, m->ahead[l], m->h[l + 1], m->rise[l]);
     else activate(n->activation, size, m->ahead[l], m->h[l + 1]);
 }
@@ -246,11 +259,11 @@ static int sound(const Cell *cell, const Space *m, const Tile *t, const Stand *a
     const Network *net = &cell->network;
     real total = 0;
     for (int l = 0; l < net->depth; l++) {
-        size_t n = (size_t)net->width[l] * net->width[l + 1];
+        size_t n = (size_t)in_of(net, l) * net->width[l + 1];
         total += sum(at->w[l], n);
         if (cell->momentum) total += sum(at->s[l], n);
         total += sum(m->rows[l], (size_t)t->rows * net->width[l + 1]);
-        total += sum(m->at.x[l], (size_t)t->rows * net->width[l]);
+        total += sum(m->at.x[l], (size_t)t->rows * in_of(net, l));
     }
     return total - total == 0;
 }
