@@ -69,7 +69,7 @@ class MemoryState(NamedTuple):
         return cls(
             weights,
             weights,
-            tuple(torch.zeros_like(w) for w in weights) if momentum else (),
+            tuple(w.new_zeros(()).expand_as(w) for w in weights) if momentum else (),  # which takes no room
             tail,
             torch.zeros(lanes, dtype=torch.int64),
             torch.zeros(lanes, dtype=torch.int64, device=device),

@@ -18,8 +18,7 @@ typedef struct {
     Gates gates;
     OfGates of_gates;
     Course c, of_c;
-    real *made, *of_c_begin, *of_c_end;
-    size_t apiece;  // numbers of `made` for each tile
+    real *of_c_begin, *of_c_end;
     real *turned[DEPTH];
     Schulz schulz[DEPTH];
     Stand next;     // on the way back: what stands behind a tile whose rule acts
@@ -35,23 +34,14 @@ static int acts(const Scan *s, const Run *run) { return (run->flags & directed(s
 // Whether the run's last token reads the weights behind it.
 static int closes(const Scan *s, const Run *run) { return acts(s, run) && !s->cell.before; }
 
-// Takes in hand what is made of a group's tile.
-static size_t hold(const Scan *s, Hand *h, int place) {
-    Room room = {h->made ? h->made + place * h->apiece : 0, 0};
-    lay_made(&s->cell, rows_of(s), &h->space, &room);
-    lay_course(s->longest, rows_of(s), &h->c, &room);
-    return room.used;
-}
-
 static size_t lay(const Scan *s, int backward, void *hand, real *space) {
     Hand *h = hand;
     const Cell *cell = &s->cell;
     const Network *n = &cell->network;
     size_t most = 0;
     Room room = {space, 0};
-    h->made = 0;
-    h->apiece = hold(s, h, 0);
-    h->made = take(&room, h->apiece * (backward ? s->group : 1));
+    lay_made(cell, rows_of(s), &h->space, &room);
+    lay_course(s->longest, rows_of(s), &h->c, &room);
     lay_step(cell, s->longest, rows_of(s), &h->space, &room);
     for (int l = 0; l < n->depth; l++) {
         lay_schulz(&directed(s)->iteration, in_of(n, l), n->width[l + 1], backward, &h->schulz[l], &room);
@@ -69,16 +59,13 @@ static size_t lay(const Scan *s, int backward, void *hand, real *space) {
     return room.used;
 }
 
-static Tile tile_of(const Scan *s, Hand *h, int memory, const Run *runs, int n) {
-    Tile t = tile_at(s, &h->gates, memory, &runs[n], begins(s->apart, runs, n, 0));
-    if (s->features.in) map_keys(s, &h->mapped, memory, &runs[n], &t);
-    return t;
-}
-
+// Room for the gradients of one tile alone: beside Newton–Schulz it costs little to make them again.
 static void make(const Scan *s, void *hand, int memory, const Run *runs, int n, int place, const Stand *m) {
     Hand *h = hand;
-    hold(s, h, place);
-    Tile t = h->tile = tile_of(s, h, memory, runs, n);
+    Tile t = tile_at(s, &h->gates, memory, &runs[n], begins(s->apart, runs, n, 0));
+    (void)place;
+    if (s->features.in) map_keys(s, &h->mapped, memory, &runs[n], &t);
+    h->tile = t;
     course(t.tokens, t.rows, s->cell.window, &h->gates, &h->c);
     gradients(&s->cell, &h->space, &t, m);
 }
@@ -152,12 +139,11 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     const Network *net = &cell->network;
     const Run *run = &runs[n];
     Hand *h = hand;
-    hold(s, h, place);
     Space *p = &h->space;
-    Tile t = tile_of(s, h, memory, runs, n);
     Stand at = *m;
+    make(s, hand, memory, runs, n, place, m);
+    Tile t = h->tile;
     int last = closes(s, run), before = t.tokens - last, does = acts(s, run);
-    p->at.x[0] = p->at.x[net->gated] = (real *)t.k;
     if (run->halo + run->tokens > PANEL) turn(cell, &at, h->turned);  // few rows need no copy
     if (s->features.in) map_queries(s, &h->mapped, memory, run, &t);
     OfTile of = of_tile_at(s, &h->of_gates, memory, run);

@@ -188,11 +188,11 @@ class Scan(Lanes):
 
     def group(self, stand: Stand) -> int:
         """Where Newton–Schulz acts, memories are large: what is kept of all of them, and what is made again of the one that a
-        thread has in hand, take least room together where a group grows with the root of the memories, too."""
+        thread has in hand, take least room together where groups are longer by the root of the memories."""
         if self.source != DIRECTED:
             return super().group(stand)
-        lanes, heads = stand.weights[0].shape[:2]
-        return max(1, isqrt(self.cut.table.shape[1] * lanes * heads // threads(lanes * heads)))
+        memories, tiles = stand.weights[0][..., 0, 0].numel(), self.cut.table.shape[1]
+        return -(-tiles // max(1, isqrt(tiles * threads(memories) // memories)))
 
     def stores(self, structure: fields.Scan) -> list[tuple[fields.Store, slice]]:
         return [(structure.store, slice(None))]
