@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nestling as nl
-from nestling.layers import Attention, SlidingAttention, stretch
+from nestling.layers import Attention, SlidingAttention, attention_back, stretch
 from nestling.models import windows
 
 Layer = Attention | SlidingAttention
@@ -46,7 +46,7 @@ def test_calls_in_a_stretch_are_calls_with_every_gradient(
     window: int | None, carried: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also those of the state at its start and from the state at its end; the way back in tiles that end anywhere."""
-    monkeypatch.setattr(stretch, "TILE", 3)
+    monkeypatch.setattr(attention_back, "TILE", 3)
     own, rooms = layer(window), []
     monkeypatch.setattr(stretch, "Room", lambda *given: rooms.append(stretch_room(*given)) or rooms[-1])
     x = torch.randn(2, 24, 8, dtype=torch.float64, requires_grad=True)

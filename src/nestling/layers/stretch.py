@@ -5,10 +5,7 @@ read and what is new in every call, keeps the joint for the way back, and adds u
 memory for copies that grow with the square of the length. Inside a `stretch` the keys and values of a layer stand in one `Room`
 instead, a state is a view of its rows, and so is the gradient of a state: a window adds to the rows that it has seen, in place.
 
-    y = softmax(q Kᵀ/√d) V,   D = Σ_channels y ∘ ∂y,   P = exp(q Kᵀ/√d − L),   S = P ∘ (∂y Vᵀ − D)
-    ∂q = S K/√d,  ∂K = Sᵀ q/√d,  ∂V = Pᵀ ∂y            L the logarithm of the softmax's sum, of the forward pass
-
-Where nobody waits for the gradient of earlier tokens, as in a window's own, ∂K and ∂V are taken of the window's tokens alone.
+Where nobody waits for the gradient of earlier tokens, as in a window's own, that of the window's tokens alone is computed.
 """
 
 from __future__ import annotations
@@ -23,12 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nestling import state as fast
+from nestling.layers.attention_back import Read, attention_back
 from nestling.layers.rotary import angles, turn
 from nestling.memory.wanted import wanted
 
 T = TypeVar("T")
-TILE = 512
-"""Keys that the way back takes at once, so that what it makes of them stays in the cache."""
 
 
 class Room:
@@ -233,7 +229,9 @@ class _Window(torch.autograd.Function):
                     mine[:, :, time - both :] = g[:, g.shape[1] - both :].transpose(1, 2)
         of_q = torch.zeros_like(q)
         if grad is not None:
-            _back(q, y, log, grad, room.pairs, ctx.own.start, sight, of_q, own, sums)
+            rows = slice(ctx.own.start - sight.visible, ctx.own.stop)
+            seen = Read(q, room.pairs[..., rows, :], y, log, sight.window)
+            of_q = attention_back(seen, grad, own if sums is None else sums[..., rows, :])
         of_input = None
         if of_qkv:
             of_input = q.new_empty(lanes, time, 3, heads, dim)
@@ -243,44 +241,6 @@ class _Window(torch.autograd.Function):
             new_value.copy_(own[1])
         past = (None, None) if sums is None else sums[..., ctx.came, :].transpose(2, 3).unbind(0)
         return of_input, *past, None, None
-
-
-def _back(
-    q: Tensor,
-    y: Tensor,
-    log: Tensor,
-    grad: Tensor,
-    pairs: Tensor,
-    start: int,
-    sight: Sight,
-    of_q: Tensor,
-    own: Tensor,
-    sums: Tensor | None,
-) -> None:
-    """Add what is said above to of_q `[lane, head, time, head_dim]`, to own `[2, …]`, the gradients of the call's keys and
-    values, and to sums, of all; None: those of earlier tokens are not wanted. start: row of the call's first."""
-    time, dim = q.shape[2:]
-    scale = dim**-0.5
-    mean = (grad * y).sum(-1, keepdim=True).flatten(0, 1)
-    q, grad, log = (q * scale).flatten(0, 1), grad.flatten(0, 1), log.flatten(0, 1).unsqueeze(-1)
-    of_q = of_q.flatten(0, 1)
-    edge = 0 if sight.window is None else sight.visible + 1 - sight.window  # key n is seen by query m if n − m ≥ edge
-    for first in (*range(0, sight.visible, TILE), sight.visible):
-        last = min(first + TILE, sight.visible) if first < sight.visible else first + time
-        rows = slice(start - sight.visible + first, start - sight.visible + last)
-        keys, values = (u.flatten(0, 1) for u in pairs[..., rows, :])
-        share = torch.baddbmm(log, q, keys.mT, beta=-1).exp_()
-        if first == sight.visible:
-            share.tril_()
-        elif sight.window is not None and first < edge + time - 1:
-            share[..., : edge + time - 1 - first].triu_(edge - first)
-        slope = torch.baddbmm(mean, grad, values.mT, beta=-1).mul_(share)
-        of_q.baddbmm_(slope, keys, alpha=scale)
-        target = own if first == sight.visible else None if sums is None else sums[..., rows, :]
-        if target is not None:
-            of_keys, of_values = (u.flatten(0, 1) for u in target)
-            of_keys.baddbmm_(slope.mT, q)
-            of_values.baddbmm_(share.mT, grad)
 
 
 def _mask(visible: int, time: int, window: int | None, like: Tensor) -> Tensor | None:
