@@ -138,8 +138,8 @@ def test_all_modes_are_equal(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_half_precision_changes_no_more_than_rounding_and_no_fast_weight(name: str) -> None:
-    torch.manual_seed(0)
-    model, tokens = nl.models.build(name, dim=16, vocab_size=31, ffn=16), text(10, 2, 13)
+    torch.manual_seed(0)  # heads of four channels would lie too near a layer norm's pole
+    model, tokens = nl.models.build(name, dim=32, vocab_size=31, ffn=32), text(10, 2, 13)
     reset = torch.zeros(2, 13, dtype=torch.bool)
     reset[1, 5] = True
     expected, _ = model(tokens, reset=reset)

@@ -177,6 +177,8 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
                     f"{self.name}: {field}={network!r} starts at 0, would generate 0 and so stay 0: use Matrix(identity=True)"
                 )
             network.shapes(self.key_dim, self.key_dim)
+        # Once now, as torch.compile cannot enter the lock under which they are made.
+        _ = self.names, self.shapes, self.gates_used
 
     @cached_property
     def gates(self) -> tuple[str, ...]:
