@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from nestling.memory import pieces
 from nestling.memory.cost import FLOPS
 
 Run = Callable[[], object]
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says each time that it starts and stops
 
 
 class Spread(NamedTuple):
