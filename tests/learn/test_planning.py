@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from unittest import mock
 
 import pytest
@@ -24,14 +25,15 @@ def kept(model: models.LanguageModel, length: int) -> float:
 
 # Attention; alternating blocks and windows; fast weights; learning from the model's loss. And lengths that are no multiple of
 # a chunk, a segment or a window, as nothing is scaled in length.
-@pytest.mark.parametrize(
-    ("name", "length"),
-    [
-        *((name, 8) for name in ("transformer", "samba_like", "ttt_e2e")),
-        ("swa_transformer", 45),
-        ("gated_deltanet", 21),
-    ],
-)
+SOME = [
+    *((name, 8) for name in ("transformer", "samba_like", "ttt_e2e")),
+    ("swa_transformer", 45),
+    ("gated_deltanet", 21),
+]
+ALL = [(name, 21) for name in models.names()]  # minutes
+
+
+@pytest.mark.parametrize(("name", "length"), SOME + (ALL if os.environ.get("NESTLING_DEEP") == "1" else [("lstm", 21)]))
 def test_counts_are_those_of_a_real_model(name: str, length: int) -> None:
     planned = plan(name, "tiny", length)
     model = models.build(name)
@@ -39,7 +41,8 @@ def test_counts_are_those_of_a_real_model(name: str, length: int) -> None:
     assert planned.slow == sum(p.numel() for p in model.parameters())
     for field in ("forward", "backward", "decode"):
         assert getattr(planned.counts, field) == pytest.approx(getattr(real, field), rel=CLOSE), field
-    assert planned.counts.activations == pytest.approx(kept(model, length), rel=CLOSE)
+    if name != "lstm":  # the CPU's code keeps twice what PyTorch's fused one does, which is what is planned
+        assert planned.counts.activations == pytest.approx(kept(model, length), rel=CLOSE)
     _, state = model(torch.zeros(1, length, dtype=torch.int64))
     assert planned.counts.state == fast.nbytes(state)
 
