@@ -71,7 +71,7 @@ static void make(const Scan *s, void *hand, int memory, const Run *runs, int n, 
 }
 
 // Weights and momentum after a tile; `to` may be `at`. keeps: what the way back through Newton–Schulz needs.
-static void move(const Scan *s, Hand *h, const Tile *t, int acts, const Stand *at, const Stand *to, int keeps) {
+static void move(const Scan *s, Hand *h, const Tile *t, int steps, const Stand *at, const Stand *to, int keeps) {
     const Network *net = &s->cell.network;
     const Iteration *it = &directed(s)->iteration;
     Space *m = &h->space;
@@ -85,7 +85,7 @@ static void move(const Scan *s, Hand *h, const Tile *t, int acts, const Stand *a
             in, N, out, turned(narrow ? m->spare : x, in), plain(narrow ? r : m->spare, out), to->s[l], out,
             (Blend){h->c.fade[0], 0, at->s[l], 0}, m->panel
         );
-        if (acts) {
+        if (steps) {
             const real *step = orthogonalize(it, &h->schulz[l], to->s[l], keeps);
             add_step(&h->schulz[l], keep, at->w[l], t->gates->lr[L - 1], step, to->w[l]);
         } else {
@@ -119,12 +119,12 @@ static void onward(const Scan *s, void *hand, int memory, const Run *runs, int n
 }
 
 // W ← γW + η NS(S), S ← mS − Σ P x_iᵀ δ_i
-static void back_move(const Scan *s, Hand *h, const Tile *t, int acts, const Stand *at, const Stand *of, OfTile *g) {
+static void back_move(const Scan *s, Hand *h, const Tile *t, int steps, const Stand *at, const Stand *of, OfTile *g) {
     int L = t->tokens;
     for (int l = 0; l < s->cell.network.depth; l++) {
         size_t n = size_of(&s->cell, l);
         real *of_w = of->w[l], *of_s = of->s[l];
-        if (acts)
+        if (steps)
             g->gates->lr[L - 1] +=
                 back_orthogonalize(&directed(s)->iteration, &h->schulz[l], of_w, t->gates->lr[L - 1], of_s);
         h->of_c.keep[L] += dot(of_w, at->w[l], n);

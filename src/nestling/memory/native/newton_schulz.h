@@ -102,19 +102,19 @@ static void mix(const Iteration *it, const Schulz *h, const real *y, real *gram,
 
 // Orthogonalizes s `[in, out]`; keeps: what the way back needs. Returns where it lies, as it lies here.
 static const real *orthogonalize(const Iteration *it, Schulz *h, const real *s, int keeps) {
-    size_t all = (size_t)h->in * h->out;
-    int n = h->rows, m = h->columns, broken = 0;
-    real largest = 0;
-    for (size_t i = 0; i < all; i++) {
-        real size = s[i] < 0 ? -s[i] : s[i];
-        largest = size > largest ? size : largest;
-        broken |= size != size;
-    }
-    real unit = largest > 0 ? largest : 1, *y = h->y;
+    int n = h->rows, m = h->columns;
+    real top[LANES] = {0}, largest = 0, *y = h->y;
     take_in(h, s, y);
+    for (size_t i = 0; i < h->wide; i += LANES)
+        for (int j = 0; j < LANES; j++) {
+            real size = y[i + j] < 0 ? -y[i + j] : y[i + j];
+            top[j] = size > top[j] ? size : top[j];
+        }
+    for (int j = 0; j < LANES; j++) largest = top[j] > largest ? top[j] : largest;
+    real unit = largest > 0 ? largest : 1;
     for (size_t i = 0; i < h->wide; i++) y[i] /= unit;  // squares of very large or small entries leave the range
     real norm = (real)sqrt(dot(y, y, h->wide));
-    h->scale = !broken && norm * largest <= (real)it->epsilon ? 0 : R(1.0) / norm;
+    h->scale = norm * largest <= (real)it->epsilon ? 0 : R(1.0) / norm;  // what is no number goes on to the guards
     for (size_t i = 0; i < h->wide; i++) y[i] = h->scale == 0 ? 0 : y[i] * h->scale;
     h->scale /= unit;
     for (int step = 0; step < it->steps; step++) {
