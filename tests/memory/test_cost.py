@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestling as nl
+from nestling import native
 
 
 def count(name: str, position: int) -> tuple[int, int]:
@@ -15,7 +16,7 @@ def count(name: str, position: int) -> tuple[int, int]:
     w0 = spec.init(2, torch.Generator().manual_seed(0))
     q, k, v, gates = spec.example(torch.Generator().manual_seed(1), time=1)
     state = spec.start(w0, 2)._replace(position=torch.full((2,), position))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), native.without(), FlopCounterMode(display=False) as counter:
         _, state = nl.memory.scan(spec, w0, q, k, v, gates, state)
     return counter.get_total_flops(), nl.state.nbytes(state)
 

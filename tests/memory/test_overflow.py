@@ -59,7 +59,7 @@ def test_no_token_is_damaged_by_a_later_one(name: str, code: str) -> None:
             assert_close(y[0, :, :FIRST], clean[0, :, :FIRST], f"answers before {part} · {size:g}", 1e-5)
             assert finite(state), (part, size)
             # Bit for bit, unless the C code left a call to the framework, which rounds otherwise, for a lane of huge numbers.
-            allowed = 1e-6 if code == "native" else 0.0
+            allowed = 1e-5 if code == "native" else 0.0
             assert_close(y[1], clean[1], f"the other lane, {part} · {size:g}", allowed)
             for a, b in zip(nl.state.leaves(state), nl.state.leaves(untouched), strict=True):
                 if a.shape == b.shape and a.is_floating_point():

@@ -255,7 +255,13 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         return None if self.span is not None else lambda state: state.pairs[:2]
 
     def _piece(self, call: Call, tile: int | None) -> Size | None:
-        shape, unit = check_call(self, call), min(tile or TILE, self.chunk) if self.span is None else tile or TILE
+        from nestling.memory.native import kernel as native
+        from nestling.memory.native.lanes import in_step
+
+        shape, like = check_call(self, call), call.q.new_empty(0, dtype=widest(torch.float32, *call[1:4], *call.w0))
+        if native.serves(self, like) and (self.span is not None or in_step(call)):
+            return None  # the C code makes again by itself what it needs
+        unit = min(tile or TILE, self.chunk) if self.span is None else tile or TILE
         rows, width = sum(i + o for i, o in self.fast_shapes), self.halo + unit
         inside: float = INSIDE * width * (rows + width)
         if self.span is not None:

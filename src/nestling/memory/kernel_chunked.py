@@ -25,6 +25,7 @@ from nestling.memory.inputs import lanes_where, overflowed, surely
 from nestling.memory.kernel import TILE, KernelMemory, KernelState, Pairs, Streams
 from nestling.memory.kernel_sum import Sum
 from nestling.memory.layout import Layout, layout
+from nestling.memory.native import kernel as native
 from nestling.memory.networks.base import at
 from nestling.memory.report import Report
 from nestling.memory.state import Weights
@@ -92,12 +93,19 @@ def scan(
     cut = layout(x.state.position, time, x.reset, x.valid, period=period, tile=size, halo=spec.halo)
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return silence, x.state
+    if report is None and (found := native.scan(spec, x, cut, scan)) is not None:
+        ends, own = found
+        tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut)
+        end = x.state._replace(tail=tail, position=cut.position, faults=x.state.faults + _skipped(x))
+        if x.state.pairs is not None:
+            anchor, weights, _ = ends.stand
+            end = end._replace(anchor=anchor, weights=weights, pairs=Pairs(*(part.transpose(1, 2) for part in own)))
+        return ends.y, end
     cells = _tiles(spec, x, cut)
     run = _grown if spec.span is None else _spanned
     y, anchor, weights, pairs, faults, notes = run(spec, x, cut, cells)
     y = back(y, cut, time)
-    skipped = ~x.fine if x.valid is None else ~x.fine & x.valid
-    faults = faults + skipped.sum(1)
+    faults = faults + _skipped(x)
     if report is not None:
         surprise, update = series(notes, cut, time)
         report.add(surprise=surprise, update=update, lr=x.lr)
@@ -106,6 +114,11 @@ def scan(
         report.count(faults=faults - x.state.faults)
     tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut)
     return y, KernelState(anchor, weights, pairs, tail, cut.position, faults)
+
+
+def _skipped(x: Streams) -> Tensor:
+    """How many tokens of each lane the token guard left out."""
+    return (~x.fine if x.valid is None else ~x.fine & x.valid).sum(1)
 
 
 Result = tuple[Tensor, Weights, Weights, Pairs | None, Tensor, list[Weights]]

@@ -51,6 +51,7 @@ def summed(kind: Kind, x: Tensor, theta: Tensor, share: Tensor | None, sets: Seq
     kind, sets = kind._replace(rows=len(some)), [*some, *sets[kind.rows :]]
     if not sets:
         return x.new_zeros(())
+    share = share if some else None  # nothing of its gradient comes from here, and a second derivative would miss it
     tensors = [flat(lead, u, 2) for u in (x, theta, share, *(u for part in sets for u in part))]
     compiling = torch.compiler.is_compiling()
     z: Tensor = _formula(kind, *tensors) if compiling else _Sum.apply(kind, *tensors)  # type: ignore[no-untyped-call]

@@ -18,11 +18,11 @@ class Pass(Protocol):
 
     name: str
 
-    def forward(self, given: Given, keep: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Outputs, and what `backward` needs besides what was given, if it is to `keep` that."""
+    def forward(self, given: Given, keep: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Outputs, and what `backward` needs besides what was given, if it is to `keep` that; outputs may be among it."""
         ...
 
-    def backward(self, given: Given, kept: Tensor, grads: Given, wanted: Sequence[bool]) -> Given:
+    def backward(self, given: Given, kept: Sequence[Tensor], grads: Given, wanted: Sequence[bool]) -> Given:
         """Gradients of what was given, at least of what is `wanted`, from whole ones of the outputs; None: all 0."""
         ...
 
@@ -42,15 +42,16 @@ class _Call(torch.autograd.Function):
     def forward(ctx: Any, work: Pass, *given: Tensor | None) -> tuple[Tensor, ...]:
         outputs, kept = work.forward(_whole(given), any(ctx.needs_input_grad))
         ctx.set_materialize_grads(False)
-        ctx.work, ctx.kinds = work, _kinds((*given, kept))
-        ctx.save_for_backward(*given, kept)  # as given: a second derivative goes through them
+        ctx.work, ctx.count, ctx.kinds = work, len(given), _kinds((*given, *kept))
+        ctx.save_for_backward(*given, *kept)  # as given: a second derivative goes through them
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         work: Pass = ctx.work
-        *given, kept = ctx.saved_tensors
-        if _kinds((*given, kept)) != ctx.kinds:  # C code would read beyond their ends
+        saved = ctx.saved_tensors  # to be looked at once: a checkpoint makes them for it
+        given, kept = saved[: ctx.count], saved[ctx.count :]
+        if _kinds((*given, *kept)) != ctx.kinds:  # C code would read beyond their ends
             raise RuntimeError(
                 f"{work.name}: the backward pass found other tensors than the forward pass kept. What was made again for it "
                 "went another way: leave inputs and weights as they are, and the C code on or off, until it is done"

@@ -130,6 +130,25 @@ class Trellis(Scan):
     ]
 
 
+PAIRS = ("key", "write", "weight", "still")
+
+
+class Kernel(Scan):
+    """`Kernel` of kernel.c."""
+
+    _fields_ = [
+        *((name, INT) for name in ("normalized", "unit_peak")),
+        ("cap", ctypes.c_double),
+        *((name, INT) for name in ("span", "count", "room", "halo", "opens")),
+        ("scale", POINTER),
+        *((name, POINTER) for name in PAIRS),
+        *((f"{name}_end", POINTER) for name in PAIRS),
+        *((f"from_{name}", POINTER) for name in PAIRS),
+        *((f"of_{name}", POINTER) for name in PAIRS),
+        ("of_scale", POINTER),
+    ]
+
+
 CHANNEL = ("q", "k", "v", "lr", "retention", "erase")
 
 

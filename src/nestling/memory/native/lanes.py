@@ -6,7 +6,7 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,13 +55,17 @@ Again = Callable[[Given, Stand], Ends]
 T = TypeVar("T")
 
 
+def apart(weights: Weights, anchor: Weights) -> Weights:
+    """The anchor, or () where it is the weights."""
+    pairs = zip(weights, anchor, strict=True)
+    same = all(w is a or (not (w.requires_grad or a.requires_grad) and torch.equal(w, a)) for w, a in pairs)
+    return () if same else anchor
+
+
 def stand(state: MemoryState, start: MemoryState, cut: Runs) -> Stand:
     """What a call starts from."""
-    at_anchor = all(
-        w is a or (not (w.requires_grad or a.requires_grad) and torch.equal(w, a))
-        for w, a in zip(state.weights, state.anchor, strict=True)
-    )
-    return Stand(state.weights, state.momentum, () if at_anchor else state.anchor, start.weights if cut.fresh else ())
+    own = apart(state.weights, state.anchor)
+    return Stand(state.weights, state.momentum, own, start.weights if cut.fresh else ())
 
 
 def states(state: MemoryState, start: MemoryState, at: Stand) -> tuple[MemoryState, MemoryState]:
@@ -70,6 +74,24 @@ def states(state: MemoryState, start: MemoryState, at: Stand) -> tuple[MemorySta
         start._replace(anchor=at.start, weights=at.start) if at.start else start,
         state._replace(anchor=at.anchor or at.weights, weights=at.weights, momentum=at.momentum),
     )
+
+
+class Stream(Protocol):
+    """What `in_step` asks of a call."""
+
+    @property
+    def state(self) -> Any: ...
+    @property
+    def reset(self) -> Tensor | None: ...
+    @property
+    def valid(self) -> Tensor | None: ...
+
+
+def in_step(call: Stream) -> bool:
+    """Whether all lanes are at the same position all the time."""
+    reset, valid = call.reset, call.valid
+    masked = (reset is not None and bool(reset.any())) or (valid is not None and not bool(valid.all()))
+    return not masked and (call.state is None or len(set(call.state.position.tolist())) == 1)
 
 
 class Lanes(ABC):
@@ -116,6 +138,11 @@ class Lanes(ABC):
 
     def scan(self, streams: Given, stand: Stand) -> Ends | None:
         """None where something was not finite, or tensors are of several kinds."""
+        found = self.outputs(streams, stand)
+        return None if found is None else Ends(found[0], *self._groups(found[1:])[:3])
+
+    def outputs(self, streams: Given, stand: Stand) -> tuple[Tensor, ...] | None:
+        """All that `forward` finds, or None as in `scan`."""
         q = streams[0] if streams[0] is not None else stand.weights[0]
         if not self.cut.whole and not stand.anchor:
             stand = stand._replace(anchor=stand.weights)
@@ -124,9 +151,9 @@ class Lanes(ABC):
             return None
         self._counts = tuple(len(group) for group in stand)  # type: ignore[assignment]
         found = run(self, given)
-        return None if bool(self.broken.any()) else Ends(found[0], *self._groups(found[1:])[:3])
+        return None if bool(self.broken.any()) else found
 
-    def forward(self, given: Given, keep: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def forward(self, given: Given, keep: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         streams, stand = self._split(given)
         c = self._filled(streams, stand)
         like = stand.weights[-1]
@@ -141,9 +168,9 @@ class Lanes(ABC):
         fields.point(c, {"y": y, "kept": kept, "broken": self.broken})
         self._point(c, ("w_end", "s_end", "a_end"), ends)
         self._call(c, like.dtype, False)
-        return (y, *(w for group in ends for w in group)), kept
+        return (y, *(w for group in ends for w in group)), () if kept is None else (kept,)
 
-    def backward(self, given: Given, kept: Tensor, grads: Given, wanted: Sequence[bool]) -> Given:
+    def backward(self, given: Given, kept: Sequence[Tensor], grads: Given, wanted: Sequence[bool]) -> Given:
         streams, stand = self._split(given)
         c = self._filled(streams, stand)
         named = zip(self.names, streams, strict=True)
@@ -157,11 +184,11 @@ class Lanes(ABC):
         of = (*of_first, tuple(map(torch.zeros_like, stand.start)))
         like = stand.weights[-1]
         of_y = like.new_zeros(c.lanes, c.heads, c.time, self.width(stand)) if grads[0] is None else grads[0]
-        fields.point(c, {"kept": kept, "of_y": of_y})
+        fields.point(c, {"kept": kept[0], "of_y": of_y})
         fields.point(c, {f"of_{name}": x for name, x in zip(self.names, of_streams, strict=True)})
         self._point(c, ("from_w", "from_s", "from_a"), self._groups(grads[1:])[:3])
         self._point(c, ("of_w", "of_s", "of_a", "of_start"), of)
-        self._call(c, kept.dtype, True)
+        self._call(c, like.dtype, True)
         found = zip(streams, of_streams, strict=True)
         summed = (g if x is None or g is None or x.shape == g.shape else g.sum(0).view(x.shape) for x, g in found)
         return (*summed, *(w for group in of for w in group))
