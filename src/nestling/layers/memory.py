@@ -28,6 +28,12 @@ DEEP_RETENTION = 8.0
 grows as decay makes them small: at α ≈ 0.98 the outer gradient grew tenfold within 2,000 tokens, and training all but stopped."""
 
 
+def _carried(memory: Any) -> int:
+    """Numbers of a lane's state, of memories side by side those of the largest."""
+    parts = memory.parts if "parts" in memory._fields else (memory,)
+    return max(sum(w.shape[1:].numel() for w in leaves(part)) for part in parts)
+
+
 @register
 class MemoryLayerState(NamedTuple):
     """Tail of the convolution `[lane, width − 1, 3 · dim]`, and the memory's own state."""
@@ -134,11 +140,7 @@ class Memory(Layer):
         report: Report | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
         state = self.start(x.shape[0]) if state is None else state
-        if (
-            torch.is_grad_enabled()
-            and self.spec.deep
-            and x.shape[1:].numel() > sum(w.shape[1:].numel() for w in leaves(state.memory))
-        ):
+        if torch.is_grad_enabled() and self.spec.deep and x.shape[1:].numel() > _carried(state.memory):
             # Beside a deep memory one product more is cheap, and keeping what the convolution reads of many tokens is not.
             mixed, tail = checkpoint(
                 self._mix,

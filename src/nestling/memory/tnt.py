@@ -288,10 +288,21 @@ class Tnt(TwoEngines[Streams, TntState]):
         shape = check_call(self, call)
         if self.growth == "linear":
             return None
+        if self._makes_again(call, tile):
+            return None
         numbers = sum(i * o for i, o in self.shapes)
         rows = max(sum(i + o for i, o in memory.shapes) for memory in self.memories)
         inside = 2 * numbers + INSIDE * UNIT * (rows + UNIT)
         return fitting(shape, call.q, unit=UNIT, state=2 * numbers, inside=inside, memories=-(-FEW // numbers))
+
+    def _makes_again(self, call: Call, tile: int | None) -> bool:
+        """Whether every memory makes again by itself what it needs for its backward pass, so that none is to be cut."""
+        weights, gates = self.apart(call.w0), self._gates(call.gates)
+        for memory, w0, own in zip(self.memories, weights, gates, strict=True):
+            cut = getattr(memory, "_piece", None)
+            if cut is None or cut(call._replace(w0=w0, gates=own, state=None), tile) is not None:
+                return False
+        return True
 
     def _prepare(self, call: Call) -> Streams:
         lanes, _, _ = check_call(self, call)

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nestling.memory.gates import Gates
 from nestling.memory.norm import l2_norm
+from nestling.memory.pieces import uncut
 from nestling.memory.projection import project
 from nestling.memory.report import Report
 from nestling.memory.shards import pack, unfold
 from nestling.memory.tnt import Streams, Tnt, TntState
+
+LONG = 512  # tokens of a call whose projections are made again, at least
 
 
 def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | None = None) -> tuple[Tensor, TntState]:
@@ -31,9 +35,8 @@ def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | Non
     projections = []
     counts = _some(~(x.fine & alive.to(x.fine.device)))
     for shard, p in zip(spec.lengths, x.state.projection, strict=True):
-        read, p = project(p, x.q, x.k, begins[shard], None if counts is None else ~counts)
+        asked[shard], p = _projected(spec, p, x.q, x.k, begins[shard], None if counts is None else ~counts)
         projections.append(p)
-        asked[shard] = l2_norm(read) if spec.projection == "normalized" else read
 
     skipped = (~x.fine & alive.to(x.fine.device)).sum(1)
     parts: list[Any] = []
@@ -51,6 +54,28 @@ def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | Non
     if report is not None:
         report.count(faults=faults - x.state.faults)
     return total, TntState(tuple(parts), tuple(projections), position, faults)
+
+
+def _projected(
+    spec: Tnt, p: Tensor, q: Tensor, k: Tensor, fresh: Tensor | None, alive: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the memories of a length of shards are asked with, and the last P.
+
+    Many tokens go lane by lane, made again in the backward pass: what is inside is several times as wide as what goes in.
+    """
+
+    def asked(p: Tensor, q: Tensor, k: Tensor, fresh: Tensor | None, alive: Tensor | None) -> tuple[Tensor, Tensor]:
+        read, p = project(p, q, k, fresh, alive)
+        return (l2_norm(read) if spec.projection == "normalized" else read), p
+
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not uncut()
+    if not again or q.shape[2] < LONG:
+        return asked(p, q, k, fresh, alive)
+    parts = ((None,) * len(q) if x is None else torch.split(x, 1) for x in (p, q, k, fresh, alive))
+    lanes = zip(*parts, strict=True)
+    found = [checkpoint(asked, *lane, use_reentrant=False, preserve_rng_state=False) for lane in lanes]
+    reads, projections = zip(*found, strict=True)
+    return torch.cat(reads), torch.cat(projections)
 
 
 def places(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: int) -> tuple[Tensor, Tensor, Tensor]:
