@@ -15,7 +15,6 @@ from pathlib import Path
 from rich.console import Console
 
 from nestling.bench.adaptation import Adaptation, draw, pool, tell
-from nestling.learn import mean_and_error
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
         console.print(
             f"running against {worse} at the last position, seed by seed: {', '.join(f'{g:+.3f}' for g in gains)}"
         )
-    again = [float(mean_and_error((r.rows["running"] - r.rows["second"]).mean(1, keepdim=True))[0]) for r in results]
+    again = [float(r.total("second", "running")[0]) for r in results]
     console.print(f"first minus second reading, seed by seed: {', '.join(f'{g:+.3f}' for g in again)}")
     pooled.save(given.out / "adaptation.json")
     title = f"{memory['model']} {memory['size']}, {len(results)} seeds"

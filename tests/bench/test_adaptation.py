@@ -90,3 +90,11 @@ def test_the_table_says_what_was_measured() -> None:
     )
     assert "transformer" not in text
     assert "same document costs 1.000 ± 0.000 bits per byte less" in text
+
+
+def test_over_all_positions_a_position_counts_as_often_as_it_is_there() -> None:
+    rows = {"running": torch.tensor([[4.0, 3.0], [4.0, 5.0]]), "second": torch.tensor([[3.0, 1.0], [3.0, 1.0]])}
+    found = Adaptation((0, 2, 8), ("a", "b"), {name: row.double() for name, row in rows.items()})
+    mean, error = found.total("second", "running")
+    assert float(mean) == pytest.approx((2 * 1 + 6 * 3) / 8), "a third of the documents' bytes are not half"
+    assert float(error) == pytest.approx(0.75), "(2 + 12) / 8 and (2 + 24) / 8: 1.75 and 3.25"

@@ -53,6 +53,13 @@ class Adaptation:
         mean, error, _ = mean_and_error(self.rows[worse] - self.rows[better])
         return mean, error
 
+    def total(self, better: str, worse: str) -> tuple[Tensor, Tensor]:
+        """The same over all positions, each bin with the weight of its width: scalars."""
+        width = torch.tensor([float(last - first) for first, last in pairwise(self.edges)])
+        apart = (self.rows[worse] - self.rows[better]) @ width.to(self.rows[worse].dtype) / width.sum()
+        mean, error, _ = mean_and_error(apart[:, None])
+        return mean[0], error[0]
+
 
 def measure(
     model: LanguageModel,
@@ -126,8 +133,9 @@ def tell(result: Adaptation, console: Console) -> None:
         if worse in words:
             gain, error = result.gain("running", worse)
             console.print(f"At the last position the running memory {_against(gain[-1], error[-1])} than {says}.")
-    gain, error, _ = mean_and_error((result.rows["running"] - result.rows["second"]).mean(1, keepdim=True))
-    console.print(f"A second reading of the same document {_against(gain[0], error[0])} than the first.")
+    console.print(
+        f"A second reading of the same document {_against(*result.total('second', 'running'))} than the first."
+    )
 
 
 def _against(gain: Tensor, error: Tensor) -> str:
