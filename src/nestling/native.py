@@ -56,6 +56,17 @@ def library(source: Path, dtype: torch.dtype) -> ctypes.CDLL | None:
     return None if _AWAY.get() else _load(source, dtype)[0]
 
 
+def plain(*given: torch.Tensor) -> bool:
+    """Whether somebody looks at every operation (transforms, modes, subclasses), so that none is to pass by the framework."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in given)
+    )
+
+
 def status() -> str:
     """Whether the C code is used, and if not, why not."""
     return _load(SCAN, torch.float32)[1]

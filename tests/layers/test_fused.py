@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from nestling import native
 from nestling.layers import fused, l2_norm
+from nestling.layers.mlp import SwiGLU
 
 
 def normal(*shape: int) -> Tensor:
@@ -132,3 +134,27 @@ def test_wide_convolutions_by_threads_and_in_single_precision() -> None:
     torch.testing.assert_close(y, expected)
     for a, b in zip(found, torch.autograd.grad(expected, (x, tail, weight), grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_under_transforms_the_framework_does_it_all() -> None:
+    """Who looks at every operation sees tensors that have no memory of their own, or must not."""
+    torch.manual_seed(0)
+    x, weight = normal(2, 5, 4), normal(4)
+    mlp = SwiGLU(4, 6).double()
+    parameters = {name: p.detach() for name, p in mlp.named_parameters()}
+    for function, given in (
+        (lambda u: rms_norm(x, u).square().sum(), weight.detach()),
+        (lambda u: torch.func.functional_call(mlp, u, (x,)).square().sum(), parameters),
+    ):
+        found = torch.func.grad(function)(given)
+        leaves = [u.clone().requires_grad_() for u in (given.values() if isinstance(given, dict) else [given])]
+        again = dict(zip(given, leaves, strict=True)) if isinstance(given, dict) else leaves[0]
+        wanted = torch.autograd.grad(function(again), leaves)
+        for a, b in zip(found.values() if isinstance(found, dict) else [found], wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    mode = FakeTensorMode()
+    shadows = mode.from_tensor(x.detach()), mode.from_tensor(weight.detach())
+    with mode:
+        y = rms_norm(*shadows)
+        assert isinstance(y, FakeTensor)
+        assert y.shape == x.shape

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import nestling as nl
 from nestling.layers import Attention, SlidingAttention, attention_back, stretch
@@ -171,3 +173,45 @@ def test_attention_by_its_formula_is_differentiated_twice_in_a_stretch_too() -> 
         slope.square().sum().backward()
     assert x.grad is not None
     assert x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_derivative_is_refused_in_words(name: str) -> None:
+    model = nl.models.build(name, dim=8, heads=2, layers=1, ffn=8, vocab_size=VOCAB, **NAMES[name])
+    logits, _ = model(torch.randint(VOCAB, (1, 14), generator=torch.Generator().manual_seed(0)))
+    gain = model.blocks[0].mixer_norm.weight
+    (first,) = torch.autograd.grad(logits.square().sum(), gain, create_graph=True)
+    with pytest.raises(RuntimeError, match="SDPBackend"):
+        torch.autograd.grad(first.square().sum(), list(model.parameters()), allow_unused=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_may_be_checkpointed(name: str) -> None:
+    """A block that is read again outside of the stretch gives the gradients that it gives inside."""
+    torch.manual_seed(0)
+    model = nl.models.build(name, dim=8, heads=2, layers=2, ffn=8, vocab_size=VOCAB, **NAMES[name]).double()
+    tokens, found = torch.randint(VOCAB, (2, 21)), []
+    for block in (None, *model.blocks):
+        if block is not None:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if block is not model.blocks[-1]:
+                continue
+        model.zero_grad()
+        model(tokens)[0].square().sum().backward()
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_sums_of_gradients_end_with_the_way_back() -> None:
+    """Each text within a call has a room of its own: what they would hold on to grows with their number times the call."""
+    own, x = layer(None), torch.randn(1, 24, 8, dtype=torch.float64, requires_grad=True)
+    with stretch.stretch(24) as kept:
+        assert kept is not None
+        answers, state = [], own.start(1)
+        for first in range(0, 24, 4):
+            y, state = own(x[:, first : first + 4], own.start(1) if first % 8 == 0 else state)
+            answers.append(y)
+        torch.cat(answers, 1).square().sum().backward()
+        assert len(kept._rooms) == 3
+        assert all(room._sums is None for room in kept._rooms.values())

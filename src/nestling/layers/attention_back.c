@@ -41,7 +41,7 @@ static void part(const Back *c, int number, real *room) {
             low = low < 0 ? 0 : low > n ? n : low;
             high = high < low ? low : high > n ? n : high;
             for (int i = 0; i < low; i++) p[i] = s[i] = 0;
-            for (int i = low; i < high; i++) p[i] = exponential(p[i] - l), s[i] = p[i] * (s[i] - d);
+            for (int i = low; i < high; i++) p[i] = exponential(p[i] > l ? 0 : p[i] - l), s[i] = p[i] * (s[i] - d);
             for (int i = high; i < n; i++) p[i] = s[i] = 0;
         }
         product(time, n, dim, plain(slope, n), plain(keys, dim), c->of_q + tokens * dim, dim, 1, panel);

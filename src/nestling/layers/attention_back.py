@@ -69,7 +69,7 @@ def _plainly(read: Read, q: Tensor, grad: Tensor, log: Tensor, mean: Tensor, of_
     for first in (*range(0, visible, TILE), visible):
         last = min(first + TILE, visible) if first < visible else first + time
         keys, values = (u.flatten(0, 1) for u in read.pairs[..., first:last, :])
-        share = torch.baddbmm(log, q, keys.mT, beta=-1).exp_()
+        share = torch.baddbmm(log, q, keys.mT, beta=-1).clamp_(max=0.0).exp_()  # rounding aside it is
         if first == visible:
             share.tril_()
         elif first < edge + time - 1:

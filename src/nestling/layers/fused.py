@@ -19,7 +19,7 @@ from torch import Tensor
 from nestling.memory.norm import EPS
 from nestling.memory.unit import unit_rows
 from nestling.memory.wanted import wanted
-from nestling.native import DEFINES, library, threads
+from nestling.native import DEFINES, library, plain, threads
 
 CONVOLUTION = Path(__file__).parent / "convolution.c"
 GATED_NORM = Path(__file__).parent / "gated_norm.c"
@@ -46,7 +46,7 @@ def gated_norm(y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x ∘ w / √(mean x² + ε) along the last dimension, w `[dim]`."""
     served = x.device.type == "cpu" and x.dtype in DEFINES and x.dtype == weight.dtype and x.numel() > 0
-    if torch.compiler.is_compiling() or not served or library(GATED_NORM, x.dtype) is None:
+    if plain(x, weight) or not served or library(GATED_NORM, x.dtype) is None:
         return F.rms_norm(x, weight.shape, weight, epsilon)
     y: Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
     return y

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nestling.layers.fused import again
 from nestling.layers.low_rank import Kept, LowRank, Whole, used
 from nestling.memory.wanted import wanted
-from nestling.native import DEFINES, library, threads
+from nestling.native import DEFINES, library, plain, threads
 from nestling.optim.joined import Joined
 
 SOURCE = Path(__file__).parent / "swiglu.c"
@@ -40,7 +40,7 @@ class SwiGLU(nn.Module):
             return down
         with torch.autocast(x.device.type, enabled=False):  # in less than float32 small moves would vanish in the sum
             up, out = moved
-            if not (isinstance(up, LowRank) or isinstance(out, LowRank) or torch.compiler.is_compiling()):
+            if not (isinstance(up, LowRank) or isinstance(out, LowRank) or plain(x, self.up.weight)):
                 u, d = used(self.up.weight, up), used(self.down.weight, out)
                 if x.dim() == 3 and u.dtype == d.dtype:
                     y: Tensor = _Moved.apply(x.to(u.dtype), u, d)  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ def _moved(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def _hidden(z: Tensor) -> Tensor:
     """SiLU(a) ∘ b of z = [a | b], bit for bit as `_Moved` has it."""
-    if torch.compiler.is_compiling() or z.dtype not in DEFINES:
+    if plain(z) or z.dtype not in DEFINES:
         return _formula(z)
     h: Tensor = _Hidden.apply(z)  # type: ignore[no-untyped-call]
     return h

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nestling import state as fast
 from nestling.layers.attention_back import Read, attention_back
@@ -66,7 +65,7 @@ class Room:
             views = held[..., rows, :].transpose(2, 3)
             if all(g is not None and _same(g, own) for g, own in zip(given, views, strict=True)):
                 return held
-        held = torch.zeros_like(self.pairs)
+        held = torch.zeros_like(self.pairs[..., : self.filled, :], memory_format=torch.contiguous_format)
         for own, g in zip(held[..., rows, :], given, strict=True):
             if g is not None:
                 own.copy_(g.transpose(1, 2))
@@ -211,15 +210,28 @@ class _Window(torch.autograd.Function):
         return (y, *room.state(first))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         q, y, log = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            found = _Window._found(ctx, q, y, log, grad, given)
+        if not torch.is_grad_enabled():
+            return found
+        # y stands behind all that this was made of, so that a gradient of the gradient cannot pass by.
+        asked = iter(_Once.apply(y, grad, *given, *(g for g in found if g is not None)))  # type: ignore[no-untyped-call]
+        return tuple(None if g is None else next(asked) for g in found)
+
+    @staticmethod
+    def _found(
+        ctx: Any, q: Tensor, y: Tensor, log: Tensor, grad: Tensor | None, given: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
         room, sight = ctx.room, ctx.sight
         of_qkv, *of_past = wanted(ctx)[:3]
         lanes, heads, time, dim = q.shape
         if any(of_past):
             sums = room.sums(ctx.left, given)
             own = sums[..., ctx.own, :]
+            if ctx.came.start == 0:  # nobody adds to them behind its first call
+                room.release()
         else:
             room.release()
             sums, own = None, q.new_zeros(2, lanes, heads, time, dim)
@@ -241,6 +253,23 @@ class _Window(torch.autograd.Function):
             new_value.copy_(own[1])
         past = (None, None) if sums is None else sums[..., ctx.came, :].transpose(2, 3).unbind(0)
         return of_input, *past, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which are not to be differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, grad: Tensor | None, of_key: Tensor | None, of_value: Tensor | None, *found: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple(u.view_as(u) for u in found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "attention's gradient cannot be differentiated; run the model inside of "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), whose can be"
+        )
 
 
 def _mask(visible: int, time: int, window: int | None, like: Tensor) -> Tensor | None:
@@ -269,6 +298,7 @@ def _served(qkv: Tensor, key: Tensor, value: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_flash_sdp_enabled()
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # as of checkpoints, made again outside
     )
 
 
