@@ -34,6 +34,14 @@ class Broken(MemorySpec):
     def scan(self, w0: Any, q: Any, k: Any, v: Any, gates: Any = None, state: Any = None, **options: Any) -> Any:
         if self.defect == "forgets the state":
             state = None
+        if self.defect == "cuts gradients" and state is not None:
+            state = nl.state.detach(state)
+        if self.defect == "works more and more" and state is not None:
+            q = q + 0 * sum(q @ torch.eye(q.shape[-1]).to(q.dtype) for _ in range(int(state.position[0]) // 10_000))
+        if self.defect == "state of its own" and state is not None and not hasattr(state.position, "own"):
+            v = 2 * v
+        if self.defect == "writes what is no number":
+            k = torch.where(k.isnan(), 3.0, k)
         if self.defect == "mixes lanes":
             v = v + v.mean(0, keepdim=True)
         if self.defect == "looks ahead":
@@ -61,6 +69,9 @@ class Broken(MemorySpec):
             y = v
         if self.defect == "counts nothing":
             new = new._replace(position=torch.zeros_like(new.position))
+        if self.defect == "counts no faults":
+            new = new._replace(faults=torch.zeros_like(new.faults))
+        new.position.own = True
         return y, new
 
 
@@ -95,6 +106,11 @@ def case(**choices: Any) -> testing.Case:
             "otherwise than in float32",
         ),
         ("counts nothing", testing.lanes_are_read_as_if_alone, "position"),
+        ("cuts gradients", testing.gradients_pass_through_a_state, "gradient 0 through a state"),
+        ("works more and more", testing.a_token_costs_the_same_everywhere, "at position 1,000 are"),
+        ("state of its own", testing.the_state_is_data, "saved and loaded"),
+        ("writes what is no number", testing.a_token_that_is_no_number_is_left_out, "faults are|not finite"),
+        ("counts no faults", testing.a_token_that_is_no_number_is_left_out, "faults are"),
     ],
 )
 def test_a_defect_is_found(defect: str, check: Any, words: str) -> None:

@@ -11,16 +11,21 @@ is slow. The tests of every registered memory are these.
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from nestling import native
 from nestling import state as fast
 from nestling.memory import Memory
+from nestling.memory.cost import FLOPS
 from nestling.memory.protocol import Example, Read
 
 HEADS = 2
@@ -305,11 +310,80 @@ def no_tokens_is_the_start(spec: Memory) -> None:
     assert_same(state, made.start(w0, 2), 0.0)
 
 
+def gradients_pass_through_a_state(spec: Memory) -> None:
+    """Two calls with a state between them have the gradients of one (C1)."""
+    made, w0 = small(spec, 29, chunk=5)
+    w0 = [w.requires_grad_() for w in w0]
+    example = inputs(made, 29, 17)
+    given = [*w0, *(x.requires_grad_() for x in example[:3])]
+    found = []
+    for bounds in ([0, 17], [0, 7, 17]):
+        state, outputs = None, []
+        for first, last in itertools.pairwise(bounds):
+            y, state = run(made, w0, cut(example, first, last), state)
+            outputs.append(y)
+        probe = torch.randn(torch.cat(outputs, 2).shape, generator=torch.Generator().manual_seed(7)).double()
+        grads = torch.autograd.grad(torch.cat(outputs, 2), given, probe, allow_unused=True)
+        found.append([torch.zeros_like(x) if g is None else g for x, g in zip(given, grads, strict=True)])
+    for number, (whole, parts) in enumerate(zip(*found, strict=True)):
+        assert_close(parts, whole, f"gradient {number} through a state")
+
+
+def a_token_costs_the_same_everywhere(spec: Memory) -> None:
+    """FLOPs of one token and bytes of the state, for a lane at position 1,000 and at 100,000 (C5). One whose growth is "linear"
+    says that this does not hold of it."""
+    if spec.growth != "constant":
+        return
+    made, w0 = small(spec, 31)
+    example, found = inputs(made, 31, 1), []
+    for position in (1_000, 100_000):
+        state = made.start(w0, 2)._replace(position=torch.full((2,), position))
+        with torch.no_grad(), native.without(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            _, state = run(made, w0, example, state)
+        found.append((counter.get_total_flops(), fast.nbytes(state)))
+    assert found[0] == found[1], f"(FLOPs, bytes) at position 1,000 are {found[0]}, at 100,000 {found[1]}"
+
+
+def the_state_is_data(spec: Memory) -> None:
+    """Saved and loaded, or taken apart by lanes and put together, a state goes on as it would have (C6)."""
+    made, w0 = small(spec, 37, chunk=5)
+    example = inputs(made, 37, 19)
+    _, state = run(made, w0, cut(example, 0, 12))
+    rest, end = run(made, w0, cut(example, 12, 19), state)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state"
+        fast.save(path, state)
+        loaded = fast.load(path)
+    for other, what in ((loaded, "saved and loaded"), (fast.stack(fast.split(state)), "split and stacked")):
+        y, after = run(made, w0, cut(example, 12, 19), other)
+        assert_close(y, rest, f"outputs behind a state that was {what}")
+        assert_same(after, end)
+
+
+def a_token_that_is_no_number_is_left_out(spec: Memory) -> None:
+    """A NaN key is not written, and counted once; another lane does not notice, and what follows is finite (C8)."""
+    made, w0 = small(spec, 41, chunk=5)
+    example = inputs(made, 41, 19)
+    clean, end = run(made, w0, example)
+    q, k, v, gates = example
+    k[0, 0, 6] = torch.nan
+    y, state = run(made, w0, (q, k, v, gates))
+    assert state.faults.tolist() == [1, 0], f"faults are {state.faults.tolist()}; expected [1, 0]"
+    assert_close(y[1], clean[1], "another lane's outputs")
+    assert_same(fast.take(state, [1]), fast.take(end, [1]))
+    assert all(bool(x.isfinite().all()) for x in fast.leaves(state) if x.is_floating_point()), "the state is not finite"
+    assert bool(y[0, :, 7:].isfinite().all()), "outputs behind the token are not finite"
+
+
 CHECKS: tuple[Callable[[Memory], None], ...] = (
     dropping_the_state_is_noticed,
     lanes_are_read_as_if_alone,
     all_modes_are_equal,
     float32_is_within_its_tolerance,
     no_tokens_is_the_start,
+    gradients_pass_through_a_state,
+    a_token_costs_the_same_everywhere,
+    the_state_is_data,
+    a_token_that_is_no_number_is_left_out,
 )
 """Those that need no case."""
