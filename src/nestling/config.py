@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,20 @@ Config = TypeVar("Config")
 
 class SettingError(ValueError):
     """A setting that is unknown, impossible, or at odds with another; the message says what to change."""
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of CPU threads that no machine of this size can use: PyTorch does not survive starting very many.
+
+    At most 1024, or 4 for every core where that is more. Raises `SettingError`; None (PyTorch's own choice) passes.
+    """
+    cores = os.cpu_count() or 1
+    most = max(1024, 4 * cores)
+    if threads is not None and not 1 <= threads <= most:
+        raise SettingError(
+            f"threads: got {threads}, but expected a number from 1 to {most}; this machine has {cores} cores, and more "
+            "threads than cores are slow."
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -258,7 +258,7 @@ def test_the_command_trains_prints_and_writes(tmp_path, capsys):
         (["--tasks", "paritty"], "tasks: there is none named 'paritty'. Did you mean 'parity'"),
         (["--models", "hop"], "models: there is none named 'hop'. Did you mean 'hope'"),
         (["--tasks", "aa", "--models", "titans_lmm"], "models: titans_lmm have no part in aa"),
-        (["--threads", "0"], "threads is 0, but expected at least 1"),
+        (["--threads", "0"], "threads: got 0, but expected a number from 1 to"),
     ],
 )
 def test_what_cannot_be_is_said(argv, words, capsys):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from nestling.config import SettingError, did_you_mean
+from nestling.config import SettingError, check_threads, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class CapacityConfig:
     """Folder for capacity.json and capacity.png."""
 
     def __post_init__(self) -> None:
-        for name, number in (("seeds", self.seeds), ("threads", self.threads)):
-            if number < 1:
-                raise SettingError(f"{name} is {number}, but expected at least 1.")
+        check_threads(self.threads)
+        if self.seeds < 1:
+            raise SettingError(f"seeds is {self.seeds}, but expected at least 1.")
 
 
 def run(config: CapacityConfig) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from nestling.config import SettingError, did_you_mean
+from nestling.config import SettingError, check_threads, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class LearningConfig:
     """Folder for learning.json and learning.png."""
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise SettingError(f"threads is {self.threads}, but expected at least 1.")
+        check_threads(self.threads)
 
 
 def run(config: LearningConfig) -> int:

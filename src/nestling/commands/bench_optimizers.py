@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from nestling.config import SettingError, did_you_mean
+from nestling.config import SettingError, check_threads, did_you_mean
 
 Data = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Steps = Annotated[int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="")]
@@ -46,8 +46,8 @@ class OptimizersConfig:
     """Folder for optimizers.json and optimizers.png."""
 
     def __post_init__(self) -> None:
-        least = (("seeds", self.seeds), ("threads", self.threads), ("steps", 1 if self.steps is None else self.steps))
-        for name, number in least:
+        check_threads(self.threads)
+        for name, number in (("seeds", self.seeds), ("steps", 1 if self.steps is None else self.steps)):
             if number < 1:
                 raise SettingError(f"{name} is {number}, but expected at least 1.")
         if self.pixels < 4 or self.pixels % 4:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
-from nestling.config import SettingError
+from nestling.config import SettingError, check_threads
 from nestling.schedule import Shape
 
 
@@ -145,6 +145,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
                 raise SettingError(f"{name}: got {value}, but expected a number from {least} on.")
+        check_threads(self.threads)
+        if self.lanes > MOST_LANES:
+            raise SettingError(f"lanes: got {self.lanes}, but expected a number from 1 to {MOST_LANES:,}: give fewer.")
+        if self.lanes * self.length > MOST_TOKENS:
+            raise SettingError(
+                f"lanes × length: got {self.lanes} × {self.length} = {self.lanes * self.length:,} tokens a step, but expected "
+                f"up to {MOST_TOKENS:,}: give fewer lanes or a shorter length."
+            )
         for name in ("minutes", "lr", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -181,5 +189,8 @@ _LEAST = {
     "horizon": 1,
     "checkpoint_every": 1,
     "eval_documents": 0,
-    "threads": 1,
 }
+
+MOST_LANES = 2**20
+MOST_TOKENS = 2**28
+"""Of one step: its numbers alone take 4 GiB."""
