@@ -188,8 +188,49 @@ def test_what_cannot_be_is_one_message_that_says_what_can(nestling, tmp_path, mo
 
 
 @pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--data", ""],
+        ["train", "--data", "a", ""],
+        ["train", "--data", "a", "--data="],
+        ["train", "--out", ""],
+        ["train", "--out="],
+        ["train", "--resume", ""],
+        ["train", "--resume="],
+        ["train", "--from", ""],
+        ["train", "--optimizer="],
+        ["train", "--config", ""],
+        ["train", "--config="],
+        ["eval", ""],
+        ["eval", "--data", ""],
+        ["generate", "--read="],
+        ["generate", "--prompt-file", ""],
+        ["convert", "--to", ""],
+        ["levels", "--model", ""],
+        ["levels", ""],
+        ["levels", "--draw="],
+        ["memories", ""],
+        ["bench", "capacity", "--out="],
+    ],
+)
+def test_an_empty_word_is_no_path_and_no_name(nestling, tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = nestling(*argv)
+    assert (code, out) == (2, "")
+    options = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    assert one_message(err).startswith(f"{options[-1]}: got '' (empty), but expected" if options else "got '' (empty)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_can_be_empty():
+    assert cli.parse("generate", ["--prompt", ""]).prompt == cli.parse("generate", ["--prompt="]).prompt == ""
+
+
+@pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        ("c.yaml", "out: ''", r"c\.yaml: out = '', but expected something: give a value, or leave the setting out\."),
+        ("c.json", '{"data": [""]}', r"c\.json: data = \[''\], but expected something"),
         ("c.yaml", "lans: 3", r"c\.yaml: there is no setting 'lans'\. Did you mean 'lanes'"),
         ("c.toml", "lanes = 'two'", r"c\.toml: lanes = 'two', but expected a whole number"),
         ("c.json", '{"lanes": 0}', r"c\.json: lanes: got 0, but expected a number from 1 on\."),

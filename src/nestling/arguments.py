@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from nestling.config import LARGEST, SettingError, from_text, too_large
+from nestling.config import LARGEST, SettingError, from_text, may_be_empty, too_large
 
 Settings = TypeVar("Settings")
 
@@ -107,13 +107,27 @@ def _plain(option: str) -> str:
     return option.removeprefix("--").replace("_", "-")
 
 
+def empty(option: str) -> SettingError:
+    """What is said of an empty word after `option` ("": on its own), which a shell makes of a variable that is not set."""
+    return SettingError(
+        f"{option}: got '' (empty), but expected a value: give one, or leave {option} out."
+        if option
+        else "got '' (empty) as a word on its own, but expected a name or a path: give one, or leave it out."
+    )
+
+
 def gather(kind: type, argv: list[str]) -> list[str]:
-    """`argv` with the values of an option that takes several, and was given several times, behind its first."""
+    """`argv` with the values of an option that takes several, and was given several times, behind its first.
+
+    Raises `SettingError` for an empty word: as a path it would be the current folder.
+    """
     options = options_of(kind)
     many: dict[str, list[str]] = {}
     order = []
     for option, values in _words(kind, argv):
         name = _plain(option)
+        if "" in values and name.replace("-", "_") not in may_be_empty(kind):
+            raise empty(option)
         if not option or not _takes_many(options.get(name)):
             order.append([option, *values] if option else values)
             continue

@@ -232,11 +232,14 @@ def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
             given = next(words, None)
             if given is None:
                 raise SettingError("--config: expected a file after it.")
-            file = Path(given)
         elif word.startswith("--config="):
-            file = Path(word.removeprefix("--config="))
+            given = word.removeprefix("--config=")
         else:
             rest.append(word)
+            continue
+        if not given:
+            raise arguments.empty("--config")
+        file = Path(given)
     return rest, file
 
 
@@ -244,6 +247,8 @@ def _spell_out_resume(argv: list[str]) -> list[str]:
     """`--resume FOLDER` as `--resume --out FOLDER`."""
     spelled = []
     for before, word in zip(["", *argv], argv, strict=False):
+        if word == "--resume=" or (before == "--resume" and not word):
+            raise arguments.empty("--resume")
         if word.startswith("--resume="):
             spelled += ["--resume", "--out", word.removeprefix("--resume=")]
         elif before == "--resume" and not word.startswith("-"):

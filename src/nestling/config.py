@@ -95,6 +95,10 @@ def override(config: Config, settings: Mapping[str, Any], source: str) -> Config
         if name not in hints:
             raise SettingError(f"{source}: there is no setting {key!r}.{did_you_mean(name, hints)}")
         try:
+            if "" in (value if isinstance(value, (list, tuple)) else [value]) and name not in may_be_empty(
+                type(config)
+            ):
+                raise TypeError("something: give a value, or leave the setting out")
             values[name] = _fit(value, hints[name])
         except TypeError as error:
             raise SettingError(f"{source}: {key} = {value!r}, but expected {error}.") from None
@@ -122,6 +126,11 @@ def from_text(text: str, hint: Any) -> Any:
     if get_origin(hint) is Literal:
         return _fit(text, hint)
     return text
+
+
+def may_be_empty(kind: type) -> set[str]:
+    """The settings that can be empty text, as they are by default; to every other one it is a name or a path left out."""
+    return {field.name for field in dataclasses.fields(kind) if field.default == ""}
 
 
 def to_json(config: Any) -> dict[str, Any]:
