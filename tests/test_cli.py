@@ -267,12 +267,19 @@ def test_values_of_an_option_given_twice_add_up():
 
 def broken(folder, kind):
     """A file with bad data of this kind."""
-    path = folder / {"gzip": "a.txt.gz", "cut": "a.txt.gz", "field": "a.jsonl", "json": "a.jsonl"}.get(kind, "a.txt")
+    path = folder / {
+        "gzip": "a.txt.gz",
+        "cut": "a.txt.gz",
+        "field": "a.jsonl",
+        "json": "a.jsonl",
+        "number": "a.jsonl",
+    }.get(kind, "a.txt")
     content = {
         "utf-8": b"nest \xff nest",
         "gzip": b"no gzip at all",
         "cut": gzip.compress(b"nest " * 100)[:-20],
         "field": b'{"text": "a nest"}\n{"body": "an egg"}\n',
+        "number": b'{"text": "a nest"}\n{"text": 5}\n',
         "json": b'{"text": "a nest"}\n{"text": \n',
         "empty": b" \n",
         "zero": b"a\0b",
@@ -290,6 +297,7 @@ def broken(folder, kind):
         ("gzip", r"a\.txt\.gz is not a whole gzip file"),
         ("cut", r"a\.txt\.gz is not a whole gzip file"),
         ("field", r"a\.jsonl, line 2, has no text in a field 'text' \(found: body\)"),
+        ("number", r"a\.jsonl, line 2: the field 'text' is a number, but expected text: write it in quotes"),
         ("json", r"a\.jsonl, line 2, is not JSON"),
         ("empty", r"no text was found in .*a\.txt"),
         ("zero", r"a\.txt holds zero bytes"),

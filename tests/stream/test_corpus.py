@@ -77,7 +77,7 @@ def test_two_documents_always_leave_one_for_each_part(tmp_path: Path) -> None:
         ("a.gz", gzip.compress(b"x" * 1000, mtime=0)[:-12], "not a whole gzip file"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2, is not JSON"),
         ("a.jsonl", b'{"body": "x"}', "found: body"),
-        ("a.jsonl", b"[1]", "found: list"),
+        ("a.jsonl", b"[1]", "found: a list"),
         ("a.txt", b"x", "single character"),
     ],
 )

@@ -198,6 +198,18 @@ def _read(path: Path, field: str) -> Iterator[Document]:
         yield Document(str(path), text)
 
 
+_KINDS = {
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+    list: "a list",
+    dict: "an object",
+    str: "text",
+}
+"""What JSON reads as, in words."""
+
+
 def _json_lines(path: Path, text: str, field: str) -> Iterator[Document]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -207,7 +219,12 @@ def _json_lines(path: Path, text: str, field: str) -> Iterator[Document]:
         except (ValueError, RecursionError) as error:  # also numbers of too many digits, lists too deep
             raise CorpusError(f"{path}, line {number}, is not JSON ({error}): mend the line or take it out") from error
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+            if isinstance(record, dict) and field in record:
+                raise CorpusError(
+                    f"{path}, line {number}: the field {field!r} is {_KINDS[type(record[field])]}, but expected text: "
+                    "write it in quotes, or take the line out"
+                )
+            found = ", ".join(sorted(record)) if isinstance(record, dict) else _KINDS[type(record)]
             raise CorpusError(
                 f"{path}, line {number}, has no text in a field {field!r} (found: {found}): rename the field that holds the text"
             )
