@@ -427,13 +427,46 @@ def test_a_damaged_checkpoint_is_told_and_the_way_out(nestling, tmp_path, traine
             assert torch.equal(a, b)
 
 
-def test_a_record_that_is_no_record_is_damage(nestling, tmp_path, trained):
+@pytest.mark.parametrize("content", ["[1]", "{}", "null", "5"])
+def test_a_record_that_is_no_record_is_damage(nestling, tmp_path, trained, content):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    (run / "checkpoints" / "step-00000010" / "checkpoint.json").write_text("[1]")
+    (run / "checkpoints" / "step-00000010" / "checkpoint.json").write_text(content)
     code, _, err = nestling("eval", run)
     assert code == 1
-    assert "checkpoint.json cannot be read" in one_message(err)
+    words = r"damaged, checkpoint\.json is no record of a checkpoint\. Remove that folder to go on from step-00000008\."
+    assert re.search(words, one_message(err))
+    (run / "config.json").write_text(content)
+    code, _, err = nestling("eval", run)
+    assert code == 1
+    assert re.search(
+        "config.json cannot be read: expected settings" if content != "{}" else "damaged", one_message(err)
+    )
+
+
+@pytest.mark.parametrize("argv", [["eval"], ["generate"], ["train", "--resume"], ["train", "--from"]])
+def test_a_file_is_no_run(nestling, trained, argv):
+    code, out, err = nestling(*argv, trained / "checkpoints" / "latest")
+    assert (code, out) == (1, "")
+    assert re.search(r"latest is no folder, but expected a run's folder, or one of its checkpoints", one_message(err))
+
+
+def test_a_folder_that_cannot_be_made_is_named_as_it_was_given(nestling, tmp_path, texts):
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / "sub" / "run"
+    code, _, err = nestling("train", *TINY, "--tokens", "64", "--data", texts, "--out", out)
+    assert code == 1
+    assert one_message(err).startswith(f"out: {out} cannot be made (Not a directory). Choose a folder")
+
+
+def test_a_folder_in_a_place_that_takes_no_files_is_named_as_it_was_given(nestling, tmp_path, texts, monkeypatch):
+    def refused(*where, **settings):
+        raise PermissionError(13, "Permission denied", str(tmp_path / ".run-abc"))
+
+    monkeypatch.setattr("nestling.learn.folder.tempfile.mkdtemp", refused)
+    code, _, err = nestling("train", *TINY, "--tokens", "64", "--data", texts, "--out", tmp_path / "run")
+    assert code == 1
+    assert one_message(err).startswith(f"out: {tmp_path / 'run'} cannot be made (Permission denied).")
 
 
 # ---- from training to writing ----------------------------------------------------------------------------------------

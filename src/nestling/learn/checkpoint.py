@@ -115,12 +115,14 @@ def read_record(path: Path) -> dict[str, Any]:
     """`checkpoint.json` of the checkpoint folder `path`, checked against its own digest; raises `CheckpointError`."""
     file = path / "checkpoint.json"
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        digest = record.pop("digest")
+        record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no checkpoint here (no checkpoint.json).") from error
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, f"checkpoint.json cannot be read ({error})") from error
+    if not isinstance(record, dict) or "digest" not in record:
+        raise _damaged(path, "checkpoint.json is no record of a checkpoint")
+    digest = record.pop("digest")
     if digest != _digest_json(record):
         raise _damaged(path, "checkpoint.json is not what was written")
     if record["format"] != FORMAT:

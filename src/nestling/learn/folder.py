@@ -40,10 +40,19 @@ def check_free(folder: Path) -> None:
 
 def create(config: TrainConfig) -> Path:
     """Make the folder of a new run, `config.json` in it from its first moment; raises `SettingError` as
-    `check_free` does.
+    `check_free` does, and `CheckpointError` if the folder cannot be made.
     """
     folder = config.folder
     check_free(folder)
+    try:
+        return _make(folder, config)
+    except OSError as error:  # it names a file that nobody asked for
+        raise CheckpointError(
+            f"out: {folder} cannot be made ({error.strerror or error}). Choose a folder where files can be written (--out …)."
+        ) from error
+
+
+def _make(folder: Path, config: TrainConfig) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A folder with settings in it, moved into place in one rename: a run's folder never stands there without.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -59,11 +68,17 @@ def read_config(folder: Path) -> TrainConfig:
     """The settings of the run in `folder` (its `out` is `folder`); raises `CheckpointError` if there is no run."""
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("expected settings by name")
         return override(TrainConfig(out=folder), settings, str(folder / "config.json"))
+    except NotADirectoryError as error:
+        raise CheckpointError(
+            f"{folder} is no folder, but expected a run's folder, or one of its checkpoints (checkpoints/step-…)."
+        ) from error
     except FileNotFoundError as error:
         near = did_you_mean(str(folder), [str(path) for path in _runs(folder.parent)]) if _runs(folder.parent) else ""
         raise CheckpointError(f"{folder}: there is no run here (no config.json).{near}") from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
 
 
