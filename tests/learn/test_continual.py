@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -146,6 +147,12 @@ def test_parts_of_the_embedded_corpus_are_packages_with_held_out_files():
     assert all(p.corpus.heldout and all(d.name.startswith(f"{p.name}/") for d in p.corpus.train) for p in found)
     joined = stream.joined(found)
     assert len(joined.train) == sum(len(p.corpus.train) for p in found)
+
+
+def test_a_part_is_not_given_twice(paths):
+    again = f"{paths[0]}/../{os.path.basename(paths[0])}"
+    with pytest.raises(CorpusError, match=r"data: got .* twice, but every part of a changing stream is read once"):
+        parts_of([*paths, again])
 
 
 def test_one_part_is_no_changing_stream(paths):

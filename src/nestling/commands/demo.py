@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from nestling.config import SettingError
-from nestling.learn.config import Tokens
+from nestling.learn.config import DEFAULT_MINUTES, Minutes, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class DemoConfig:
     """Which memory model."""
     size: str = "small"
     """How large."""
-    minutes: float = 3.0
-    """How long to train the memory model; the transformer then gets as many tokens."""
+    minutes: Minutes = None
+    """How long to train the memory model (default 3, if --tokens is not given); the transformer then gets as many tokens."""
     tokens: Tokens = None
     """How many tokens to train each on, instead of --minutes."""
     segment: int = 256
@@ -37,10 +37,14 @@ class DemoConfig:
     """Where everything goes (default runs/demo-DATE-TIME)."""
 
     def __post_init__(self) -> None:
-        for name, least in (("segment", 8), ("documents", 2)):
+        if self.minutes is not None and self.tokens is not None:
+            raise SettingError(
+                f"minutes ({self.minutes}) and tokens ({self.tokens}) exclude each other: give one of them."
+            )
+        for name, least in (("segment", 8), ("documents", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise SettingError(f"{name}: got {getattr(self, name)}, but expected at least {least}.")
-        if not 0 < self.minutes < float("inf"):
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
             raise SettingError(f"minutes: got {self.minutes}, but expected a number above 0.")
         if self.tokens is not None and self.tokens < 1:
             raise SettingError(f"tokens: got {self.tokens}, but expected at least 1.")
@@ -72,9 +76,9 @@ def run(config: DemoConfig) -> int:
     common = TrainConfig(
         size=config.size, seed=config.seed, lanes=4, length=config.segment, carry=8, warmup=20, eval_documents=0
     )
-    budget = {"minutes": config.minutes} if config.tokens is None else {"tokens": config.tokens}
+    minutes = DEFAULT_MINUTES if config.minutes is None and config.tokens is None else config.minutes
     console.rule(f"1. {config.model} learns the embedded corpus")
-    first = train(replace(common, model=config.model, out=out / config.model, **budget))
+    first = train(replace(common, model=config.model, out=out / config.model, minutes=minutes, tokens=config.tokens))
     if first.interrupted is not None:
         return 128 + first.interrupted
     console.rule("2. a transformer of the same size reads as many tokens")

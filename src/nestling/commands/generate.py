@@ -47,6 +47,8 @@ class GenerateConfig:
             raise SettingError("prompt and prompt-file exclude each other: give one of them.")
         if self.count < 1:
             raise SettingError(f"count: got {self.count}, but expected at least 1.")
+        if self.seed < 0:
+            raise SettingError(f"seed: got {self.seed}, but expected a number from 0 on.")
         if not 0 <= self.temperature < float("inf"):
             raise SettingError(f"temperature: got {self.temperature}, but expected a number from 0 on.")
         if not 0 < self.top_p <= 1:

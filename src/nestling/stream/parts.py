@@ -24,8 +24,14 @@ class Part:
 
 def parts_of(paths: Sequence[str | Path], count: int = EMBEDDED) -> tuple[Part, ...]:
     """Every path as a part, in the order given; none: the `count` largest packages of the standard library that have held-out
-    files. Raises CorpusError for what cannot be read, and for fewer than two parts.
+    files. Raises CorpusError for what cannot be read, for fewer than two parts, and for one that is given twice.
     """
+    places = [Path(path).expanduser().resolve() for path in paths]
+    for at, place in enumerate(places):
+        if place in places[:at]:
+            raise CorpusError(
+                f"data: got {paths[at]} twice, but every part of a changing stream is read once: name each path once"
+            )
     given = tuple(Part(str(path), from_paths([path])) for path in paths)
     found = given if paths else _packages(standard_library(), count)
     if len(found) < 2:
