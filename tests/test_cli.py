@@ -171,6 +171,7 @@ def test_help_needs_no_pytorch():
         ("levels --model gated_deltanet --set depth=3", r"has no setting depth; expected some of: .*layers"),
         ("levels --set dim=100000000000000000000", r"overrides: got {'dim': 1.*}, but expected whole numbers up to"),
         ("train --seed 100000000000000000000", r"seed: got 1.*, but expected whole numbers up to"),
+        ("train --tokens 64 --set layers=1 --optimizer-set foo=1", r"no setting 'foo'; expected some of .*betas, .*eps"),
         ("train --tokens 64 --set layers=1 --optimizer-set betas=[0.9]", r"adamw expected more numbers in a list"),
         ("demo --minutes 0", r"minutes: got 0\.0, but expected a number above 0\."),
         ("demo --minutes 1 --tokens 100", r"minutes \(1\.0\) and tokens \(100\) exclude each other: give one of them\."),

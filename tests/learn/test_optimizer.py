@@ -86,7 +86,14 @@ def test_settings_of_the_optimizer_reach_it():
     ("settings", "words"),
     [
         ({"optimizer": "adan"}, r"optimizer: there is none named 'adan'.*adamw"),
-        ({"optimizer_set": {"nesterov": True}}, r"optimizer: optimizer adamw: .*nesterov"),
+        (
+            {"optimizer_set": {"nesterov": True}},
+            r"adamw has no setting 'nesterov'; expected some of amsgrad, betas, .*eps",
+        ),
+        (
+            {"optimizer_set": {"lr": 1.0}},
+            r"optimizer-set: adamw has no setting 'lr'; .*\(lr, .* are options of their own\)",
+        ),
         ({"every": {"block*": 0}}, r"optimizer: every: 'block\*' has 0; expected a whole number"),
         ({"every": {"layers.*": 2}}, r"'layers\.\*' is no level and fits no parameter"),
     ],

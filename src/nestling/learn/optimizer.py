@@ -37,6 +37,13 @@ def adamw(
 def from_config(config: TrainConfig, model: models.LanguageModel) -> torch.optim.Optimizer:
     """The optimizer that a run's settings name, over the levels of its model; raises `SettingError`."""
     settings = dict(config.optimizer_set)
+    known = optim.settings_of(config.optimizer)
+    for name in settings:
+        if name not in known:
+            raise SettingError(
+                f"optimizer-set: {config.optimizer} has no setting {name!r}; expected some of {', '.join(known)} "
+                "(lr, weight-decay and horizon are options of their own)."
+            )
     if config.lr is not None:
         settings["lr"] = config.lr
     try:

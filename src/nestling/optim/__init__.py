@@ -13,7 +13,7 @@ from nestling.optim.levels import from_levels, groups, split
 from nestling.optim.m3 import M3
 from nestling.optim.momentum import PreconditionedMomentum
 from nestling.optim.muon import Muon
-from nestling.optim.named import default_lr, describe, make, names
+from nestling.optim.named import default_lr, describe, make, names, settings_of
 from nestling.optim.periodic import Periodic
 from nestling.optim.preconditioners import Diagonal, Fixed, Identity, Preconditioner
 from nestling.optim.scheduled import Scheduled
@@ -49,5 +49,6 @@ __all__ = [
     "make",
     "memories",
     "names",
+    "settings_of",
     "split",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,29 +49,33 @@ def _ours(kind: type[Optimizer], **defaults: Any) -> Maker:
 
 
 class Entry(NamedTuple):
-    """How it is made, what it is in a phrase, and the learning rate that small models train well with (ours)."""
+    """How it is made, what it is in a phrase, the learning rate that small models train well with (ours), and its class."""
 
     make: Maker
     about: str
     lr: float
+    kind: type[torch.optim.Optimizer]
 
 
 _ENTRIES = {
-    "adamw": Entry(_adamw, "AdamW of PyTorch", 2e-3),
-    "sgd": Entry(_sgd, "SGD of PyTorch with momentum 0.9", 0.1),
-    "muon": Entry(_ours(Muon, adjust_lr_fn="match_rms_adamw"), "Muon on hidden matrices, Adam on the rest", 2e-3),
-    "m3": Entry(_ours(M3), "M3, multi-scale momentum Muon, on hidden matrices, Adam on the rest", 2e-3),
+    "adamw": Entry(_adamw, "AdamW of PyTorch", 2e-3, torch.optim.AdamW),
+    "sgd": Entry(_sgd, "SGD of PyTorch with momentum 0.9", 0.1, torch.optim.SGD),
+    "muon": Entry(_ours(Muon, adjust_lr_fn="match_rms_adamw"), "Muon on hidden matrices, Adam on the rest", 2e-3, Muon),
+    "m3": Entry(_ours(M3), "M3, multi-scale momentum Muon, on hidden matrices, Adam on the rest", 2e-3, M3),
     "dgd": Entry(
         _dgd,
         "delta gradient descent with momentum 0.9 and coupling 0.1; SGD for weights used behind their layers",
         0.1,
+        DGD,
     ),
-    "delta_momentum": Entry(_delta, "momentum with the delta rule", 0.1),
-    "deep_momentum": Entry(_ours(DeepMomentum), "momentum that is a network", 0.3),
-    "feature_momentum": Entry(_ours(FeatureMomentum), "momentum in features of the gradient", 0.1),
-    "preconditioned_momentum": Entry(_ours(PreconditionedMomentum), "heavy-ball momentum", 0.1),
-    "adam_memory": Entry(_ours(AdamMemory, betas=(0.9, 0.95)), "Adam, as the optimal memory of gradients", 2e-3),
-    "adagrad_memory": Entry(_ours(AdaGradMemory), "AdaGrad, as the optimal memory of gradients", 2e-2),
+    "delta_momentum": Entry(_delta, "momentum with the delta rule", 0.1, DeltaMomentum),
+    "deep_momentum": Entry(_ours(DeepMomentum), "momentum that is a network", 0.3, DeepMomentum),
+    "feature_momentum": Entry(_ours(FeatureMomentum), "momentum in features of the gradient", 0.1, FeatureMomentum),
+    "preconditioned_momentum": Entry(_ours(PreconditionedMomentum), "heavy-ball momentum", 0.1, PreconditionedMomentum),
+    "adam_memory": Entry(
+        _ours(AdamMemory, betas=(0.9, 0.95)), "Adam, as the optimal memory of gradients", 2e-3, AdamMemory
+    ),
+    "adagrad_memory": Entry(_ours(AdaGradMemory), "AdaGrad, as the optimal memory of gradients", 2e-2, AdaGradMemory),
 }
 
 
@@ -91,6 +96,14 @@ def make(name: str, module: nn.Module, groups: Groups, **settings: Any) -> torch
         return maker(module, groups, **settings)
     except TypeError as error:  # a setting that it does not have
         raise ValueError(f"optimizer {name}: {error}") from error
+
+
+def settings_of(name: str) -> list[str]:
+    """What can be set of it beside its learning rate and weight decay. Raises ValueError for one that is not known."""
+    return sorted(inspect.signature(_entry(name).kind).parameters.keys() - _SET_ELSEWHERE)
+
+
+_SET_ELSEWHERE = {"params", "module", "lr", "weight_decay", "matrix", "parts"}
 
 
 def takes_matrices(name: str) -> bool:
