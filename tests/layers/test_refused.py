@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import nestling as nl
-from nestling.layers import Attention, Layer, MemoryAsContext, SlidingAttention
+from nestling.layers import Attention, Layer, Memory, MemoryAsContext, SelfModifying, SlidingAttention
 from nestling.layers.lstm import LSTM
+from nestling.learn.learner import count_faults
 from nestling.testing import assert_close, assert_same
 
 DIM, TIME, BAD = 8, 14, 5
@@ -18,7 +21,25 @@ LAYERS = {
     "memory as context": lambda: MemoryAsContext(
         DIM, 2, nl.memory.named("titans", key_dim=4, chunk=4), segment=4, persistent=2
     ),
+    **{
+        name: lambda name=name: Memory(DIM, 2, nl.memory.named(name, key_dim=4, chunk=4))
+        for name in ("titans", "omeganet", "deep_transformer", "trellis", "tnt")
+    },
+    "retnet": lambda: Memory(DIM, 2, nl.memory.named("retnet", key_dim=4), width=3),
+    "self-modifying": lambda: SelfModifying(
+        DIM, 2, nl.memory.named("self_modifying", key_dim=4, chunk=4, unit_values=True)
+    ),
 }
+
+
+def counted(state: Any) -> Any:
+    """The part of a layer's state that has position and faults."""
+    return state if hasattr(state, "faults") else state.memory
+
+
+def without_faults(state: Any) -> Any:
+    own = counted(state)._replace(faults=torch.zeros(2, dtype=torch.int64))
+    return own if hasattr(state, "faults") else state._replace(memory=own)
 
 
 def build(name: str) -> tuple[Layer, torch.Tensor]:
@@ -42,8 +63,8 @@ def test_a_token_that_is_not_finite_is_as_if_not_valid(name: str, bad: float) ->
     for y, new in (layer(broken), (torch.cat(outputs, 1), state)):
         assert y[0, BAD].isnan().all()
         assert_close(y[valid], expected[valid], "answers")
-        assert new.faults.tolist() == [1, 0]
-        assert_same(new._replace(faults=end.faults), end)
+        assert counted(new).faults.tolist() == [1, 0]
+        assert_same(without_faults(new), without_faults(end))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -59,28 +80,44 @@ def test_a_reset_at_such_a_token_goes_to_the_next_one(name: str, last: bool) -> 
     y, state = layer(x, reset=reset, valid=valid)
     alone, end = layer(x[:1, BAD + 1 :])
     assert_close(y[:1, BAD + 1 :], alone, "answers")
-    assert state.faults.tolist() == [2, 0]
+    assert counted(state).faults.tolist() == [2, 0]
     first = nl.state.take(state, [0])
     if last:
         end = layer.start(1)
-    assert first.position.tolist() == end.position.tolist()
-    if not last:
-        assert_close(layer(x[:1, -3:], first)[0], layer(x[:1, -3:], end)[0], "what follows")
+    assert counted(first).position.tolist() == counted(end).position.tolist()
+    probe = torch.randn(1, 3, DIM, dtype=torch.float64)
+    assert_close(layer(probe, first)[0], layer(probe, end)[0], "what follows")
 
 
-def test_a_model_goes_on_behind_such_a_token() -> None:
+@pytest.mark.parametrize("name", [name for name, make in LAYERS.items() if isinstance(make(), Memory | LSTM)])
+def test_gradients_beside_such_a_token_are_those_without_it(name: str) -> None:
+    layer, x = build(name)
+    valid = torch.ones(2, TIME, dtype=torch.bool)
+    valid[0, BAD] = False
+    broken = x.clone()
+    broken[0, BAD] = float("nan")
+    found = []
+    for y in (layer(x, valid=valid)[0], layer(broken)[0]):
+        found.append(torch.autograd.grad(y[valid].square().sum(), list(layer.parameters()), allow_unused=True))
+    for expected, gradient in zip(*found, strict=True):
+        if expected is not None:
+            assert_close(gradient, expected, "gradient")
+
+
+@pytest.mark.parametrize("name", nl.models.names())
+@torch.no_grad()
+def test_a_model_goes_on_behind_such_a_token(name: str) -> None:
     """An embedding that overflows: the answers behind it are finite, and the learner is told."""
     torch.manual_seed(0)
-    model = nl.models.build("transformer", "tiny")
-    tokens = torch.randint(200, (2, 20))
-    tokens[0, 7] = 250
-    with torch.no_grad():
-        model.embedding.weight[250] = float("inf")
-        logits, state = model(tokens)
-        more, state = model(tokens[:, :3], state)
+    model = nl.models.build(name, dim=16, vocab_size=31, ffn=16)
+    tokens = torch.randint(30, (2, 20))
+    tokens[0, 7] = 30
+    model.embedding.weight[30] = float("inf")
+    logits, state = model(tokens)
+    more, state = model(tokens[:, :3], state)
     assert logits[0, 7].isnan().all()
+    assert torch.isfinite(logits[0, :7]).all()
     assert torch.isfinite(logits[0, 8:]).all()
     assert torch.isfinite(logits[1]).all()
     assert torch.isfinite(more).all()
-    faults = [leaf for block in state.blocks for leaf in block.faults.tolist()]
-    assert sum(faults) > 0
+    assert count_faults(state) > 0

@@ -16,6 +16,7 @@ from nestling.layers.convolution import ShortConvolution
 from nestling.layers.fused import gated_norm, unit_heads
 from nestling.layers.level import Level, Period
 from nestling.layers.norm import EPS
+from nestling.layers.stream import kept
 from nestling.memory import Gates, MemorySpec, Report
 from nestling.memory import Memory as AnyMemory
 from nestling.optim.joined import Joined
@@ -60,6 +61,8 @@ class Memory(Layer):
             learned per head (Mamba-2).
         output: False leaves out the last line: y are the heads side by side as the memory answers, for layers that go on
             with them in their own way.
+
+    A token that is not finite is left out of convolution and memory (`layers.stream.kept`).
 
     Initially α ≈ 0.98, in deep memories 0.9997, and μ ≈ 0.5 (Titans gives the ranges, not the values). The initial weights are
     slow parameters.
@@ -128,7 +131,7 @@ class Memory(Layer):
                         own[:, 0] = 3.0
 
     def start(self, lanes: int) -> MemoryLayerState:
-        return MemoryLayerState(self.convolution.start(lanes), self.spec.start(self._first(), lanes))
+        return MemoryLayerState(self.convolution.start(lanes), self._begin(lanes))
 
     def forward(
         self,
@@ -140,6 +143,8 @@ class Memory(Layer):
         report: Report | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
         state = self.start(x.shape[0]) if state is None else state
+        own = kept((x,), reset, valid)
+        (x,), reset, valid = own.rows, own.reset, own.valid
         if torch.is_grad_enabled() and self.spec.deep and x.shape[1:].numel() > _carried(state.memory):
             # Beside a deep memory one product more is cheap, and keeping what the convolution reads of many tokens is not.
             mixed, tail = checkpoint(
@@ -155,6 +160,10 @@ class Memory(Layer):
         else:
             mixed, tail = self._mix(x, state.tail, reset, valid)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.chunk(3, -1))
+        if (
+            own.lost is not None and torch.compiler.is_compiling()
+        ):  # then the memory's own guard leaves it out, and counts
+            k = torch.where(own.lost[..., None, None], torch.nan, k)
         y, memory = self.spec.scan(
             self._first(),
             unit_heads(q),
@@ -166,10 +175,13 @@ class Memory(Layer):
             valid=valid,
             report=report,
         )
-        if not self.output:
-            return y.transpose(1, 2).flatten(2), MemoryLayerState(tail, memory)
-        y = gated_norm(y, self.norm.weight, self.gate(x))
-        return self.out(y), MemoryLayerState(tail, memory)
+        if not torch.compiler.is_compiling():
+            memory = own.ended(memory, self._begin)
+            tail = tail if own.emptied is None else torch.where(own.emptied[:, None, None], 0.0, tail)
+            if report is not None and own.lost is not None:
+                report.count(faults=own.lost.sum(1))
+        y = self.out(gated_norm(y, self.norm.weight, self.gate(x))) if self.output else y.transpose(1, 2).flatten(2)
+        return own.answered(y), MemoryLayerState(tail, memory)
 
     def query(self, x: Tensor) -> Tensor:
         """What `recall` is asked for x: q before unit norm and without the convolution, `[lane, time, dim]`."""
@@ -187,6 +199,10 @@ class Memory(Layer):
     def _first(self) -> tuple[Tensor, ...]:
         """The initial weights; the list by itself looks each of them up by its name, which takes longer than a small memory."""
         return tuple(w for w in self.initial._parameters.values() if w is not None)
+
+    def _begin(self, lanes: int) -> Any:
+        """The memory's state of lanes that have read nothing."""
+        return self.spec.start(self._first(), lanes)
 
     def levels(self) -> list[Level]:
         state = self.spec.start(self._first(), 0)

@@ -1,5 +1,5 @@
-"""Bookkeeping that convolution and attention share: which earlier tokens a token may see, given resets and invalid tokens, and
-those that are refused as they are not finite."""
+"""Bookkeeping that convolution, memory and attention share: which earlier tokens a token may see, given resets and invalid
+tokens, and those that are refused as they are not finite."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling import state as fast
+from nestling.memory.inputs import small
 
 S = TypeVar("S", bound=Any)
 
@@ -77,6 +78,8 @@ class Kept(NamedTuple):
 def kept(rows: tuple[Tensor, ...], reset: Tensor | None, valid: Tensor | None) -> Kept:
     """See `Kept`; rows `[lane, time, …]`, whose squares must be finite, as products with them then are. A compiled call
     does not look: zeros stand for those tokens in its cache."""
+    if small(rows):
+        return Kept(rows, reset, valid, None, None)
     fine = _fine(rows[0])
     for x in rows[1:]:
         fine = fine & _fine(x)

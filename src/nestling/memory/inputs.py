@@ -144,7 +144,7 @@ def token_guard(tokens: Weights, gates: Gates, *, forward: bool = False) -> tupl
 
     forward   a step size below 0 is not legal: what divides by a sum with it would have a pole there
     """
-    if not gates.items() and _small(tokens):
+    if not gates.items() and small(tokens):
         return torch.ones(len(tokens[0]), tokens[0].shape[2], dtype=torch.bool), tokens, gates
     total = sum(torch.linalg.vector_norm(x.detach(), dim=-1).square_().sum(1) for x in tokens)
     assert isinstance(total, Tensor)
@@ -165,7 +165,7 @@ def token_guard(tokens: Weights, gates: Gates, *, forward: bool = False) -> tupl
     return fine, tokens, gates
 
 
-def _small(tokens: Weights) -> bool:
+def small(tokens: Weights) -> bool:
     """True if the squares of all of them together are finite, and looking is free."""
     if not free(tokens[0]):
         return False
