@@ -202,6 +202,17 @@ def test_a_memory_layer_gives_every_system_its_gates(name: str) -> None:
         (lambda: nl.memory.SelfModifying(4, 4, retention=Decay(per_channel=True)), "does not fit"),
         (lambda: nl.memory.SelfModifying(4, 4, bias=nl.memory.Huber()), "does not fit"),
         (lambda: nl.memory.SelfModifying(4, 4, rule=Implicit()), "linear in its gates"),
+        (
+            lambda: MemorySpec(4, 4, Matrix(), L2(), rule=Implicit(), chunk=1),
+            r"L2\(\).*choose DotProduct\(\) and Matrix",
+        ),
+        (lambda: nl.memory.named("longhorn", key_dim=4, bias=nl.memory.Lp(3)), r"Lp\(.*choose DotProduct"),
+        (lambda: nl.memory.named("longhorn", key_dim=4, bias=Omega(L2())), r"Omega\(.*choose DotProduct"),
+        (
+            lambda: nl.memory.named("longhorn", key_dim=4, bias=Omega(nl.memory.DotProduct())),
+            r"Omega\(.*choose DotProduct",
+        ),
+        (lambda: nl.memory.named("longhorn", key_dim=4, network=MLP()), r"MLP\(.*choose DotProduct\(\) and Matrix"),
     ],
 )
 def test_mixtures_that_cannot_be_are_refused_in_words(call, words: str) -> None:

@@ -13,9 +13,11 @@ import nestling as nl
 from nestling.memory import (
     L2,
     Decay,
+    DotProduct,
     EpsilonInsensitive,
     Full,
     Gates,
+    Implicit,
     Leader,
     Matrix,
     MemorySpec,
@@ -56,6 +58,8 @@ def spec_of(axis: str, option: Any) -> MemorySpec:
     choices[CHOICE[axis]] = option
     if isinstance(option, Leader):
         choices["retention"] = Full()
+    if isinstance(option, Implicit):  # its squared error is its own
+        choices["bias"] = DotProduct()
     return MemorySpec(DIM, DIM, chunk=2, name=f"{axis}: {option}", **choices)
 
 

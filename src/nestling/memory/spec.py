@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nestling.memory.biases import L2, Bias, reads_threshold
+from nestling.memory.biases import L2, Bias, DotProduct, reads_threshold
 from nestling.memory.draw import Draw
 from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Gates
@@ -100,6 +100,13 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
             )
         self.shapes  # noqa: B018  refuses dimensions that do not fit
         self._check_inputs()
+        served = isinstance(self.bias, DotProduct) and isinstance(self.network, Matrix)
+        if isinstance(self.rule, Implicit) and not served:
+            raise ValueError(
+                f"{self.name}: {self.rule!r} is the implicit step of a matrix's squared error, which it makes itself of what "
+                f"DotProduct() writes, but here are {self.bias!r} and {self.network!r}: choose DotProduct() and Matrix(), or "
+                "another rule, such as Gradient()"
+            )
 
     def _check_choices(self) -> None:
         """Refuse what is no choice yet, or one that cannot be told from others of its class."""

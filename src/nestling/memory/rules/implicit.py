@@ -3,7 +3,8 @@
     W_t = αW_{t−1} − β kᵀ(kαW_{t−1} − v),      β = η/(1 + η‖k‖²)
 
 The gradient is taken where the step ends, not where it begins: β‖k‖² < 1 for every η, so that no step is too long. With the
-dot-product bias, erasing on the running weights, this is the recurrence of every token, whatever the chunk.
+dot-product bias, erasing on the running weights, this is the recurrence of every token, whatever the chunk. The squared error is
+the rule's own, in closed form for a matrix alone: other biases (L2 as well, which would erase twice) and networks are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from nestling.memory.rules.delta import proximal
 
 @dataclass(frozen=True)
 class Implicit(Rule):
-    """Erases and writes with the same strength η/(1 + η‖k‖²); η is `gates.lr`, any number of at least 0."""
+    """Erases and writes with the same strength η/(1 + η‖k‖²); η is `gates.lr`, any number of at least 0.
+
+    Needs `DotProduct()` and `Matrix()`.
+    """
 
     def __str__(self) -> str:
         return "implicit step, as strong to erase as to write"
