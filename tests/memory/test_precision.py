@@ -74,14 +74,19 @@ def test_logits_of_memora_saturate_and_come_back() -> None:
         torch.testing.assert_close(deep.retention.link(w).sum(-2), torch.ones_like(w[..., 0, :]))
 
 
-@pytest.mark.parametrize("bias", [Huber("norm"), Huber("mixture"), Robust(), Lp(1.0), Lp(1.5), Lp(3.0)], ids=str)
-def test_an_error_of_0_has_finite_slopes(bias: Bias) -> None:
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
+@pytest.mark.parametrize(
+    "bias",
+    [Huber("norm"), Huber("mixture"), Robust(), *(Lp(p, slope=a) for p in (1.0, 1.5, 3.0) for a in (10.0, None))],
+    ids=repr,
+)
+def test_an_error_of_0_has_finite_slopes(bias: Bias, engine: str) -> None:
     """e/‖e‖ and |e|^{p−1} where the prediction is the value already; also one order on, for the outer loop."""
     spec = MemorySpec(4, 4, Matrix(), bias, Decay(), chunk=2)
     w0 = torch.zeros(1, 4, 4).requires_grad_()
     k = torch.eye(4)[None, None].clone().requires_grad_()
     v = torch.zeros(1, 1, 4, 4).requires_grad_()
-    y, state = spec.scan([w0], k, k, v, Gates(lr=torch.full((1, 1, 4), 0.1)))
+    y, state = spec.scan([w0], k, k, v, Gates(lr=torch.full((1, 1, 4), 0.1)), engine=engine)
     gradients = torch.autograd.grad(y.sum() + y.square().sum(), (w0, k, v), allow_unused=True)
     assert_finite(nl.state.detach(state), y.detach(), *(g for g in gradients if g is not None))
     assert state.faults.tolist() == [0]

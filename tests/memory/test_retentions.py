@@ -84,18 +84,39 @@ def test_moneta_starts_where_weights_and_dual_agree() -> None:
     torch.testing.assert_close(LqDual().link(LqDual().dual(w)), w)
 
 
-@pytest.mark.parametrize("link", [Lq(), LqDual()], ids=str)
+@pytest.mark.parametrize("link", [Lq(), LqDual(), Lq(2.5), LqDual(2.5), LqDual(2.5, mean=True)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_lq_stays_finite_and_fades_where_the_dual_does(link: Retention, dtype: torch.dtype) -> None:
     """A norm of 0, of 1e-30 or of 1e30 gives finite weights and finite slopes; under the floor, less dual is less weight."""
     base = normal(4, 1, 4, 4).to(dtype)
+    base[0, 0, 1] = base[0, 2] = 0.0
     for size in (0.0, 1e-30, 1e-6, 1.0, 1e12):
         a = (size * base).requires_grad_()
         w = link.link(a)
-        (slope,) = torch.autograd.grad(w.square().sum(), a)
+        (slope,) = torch.autograd.grad(w.square().sum() + w.sum(), a)
         assert torch.isfinite(w).all()
         assert torch.isfinite(slope).all()
     assert link.link(1e-6 * base).norm() > link.link(1e-7 * base).norm() > 0
+
+
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
+@pytest.mark.parametrize("q", [2.0, 2.5, 4.0])
+def test_the_true_power_of_an_empty_dual_has_its_true_slope(q: float, engine: str) -> None:
+    """At entries of 0 it is 0 for every q above 2, as a difference of small steps is, and 1 at q = 2; in both engines."""
+    a = torch.zeros(1, 3, 3, dtype=torch.float64)
+    a[0, 0] = 1.0
+    (slope,) = torch.autograd.grad(LqDual(q).link(a.requires_grad_()).sum(), a)
+    bump = 1e-14 * (a.detach() == 0)
+    rise = (LqDual(q).link(a.detach() + bump) - LqDual(q).link(a.detach()))[0, 1:] / 1e-14
+    torch.testing.assert_close(slope[0, 1:], rise, rtol=0, atol=1e-6)
+    spec = MemorySpec(4, 4, Matrix(), L2(), LqDual(q), chunk=2)
+    w0 = [w.double().requires_grad_() for w in spec.init(1)]
+    inputs = spec.example(torch.Generator().manual_seed(0), heads=1, time=5, dtype=torch.float64)
+    y, state = spec.scan(w0, *inputs, engine=engine)
+    assert state.faults.tolist() == [0, 0]
+    (found,) = torch.autograd.grad(y.square().sum(), w0)
+    assert torch.isfinite(found).all()
+    assert found.any()
 
 
 def test_moneta_under_strong_decay_neither_explodes_nor_dies() -> None:

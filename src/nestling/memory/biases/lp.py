@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nestling.memory.biases.base import Bias
-from nestling.memory.biases.smooth import power, sign, signed_power_integral
+from nestling.memory.biases.smooth import exact_power, power, sign, signed_power_integral
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Lp(Bias):
     def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
         error = prediction - value
         if self.slope is None:
-            return (error.abs() ** self.p).sum(-1)
+            return exact_power(error, self.p).sum(-1)
         return self.p * signed_power_integral(error, self.p - 1, self.slope).sum(-1)
 
     def error(self, prediction: Tensor, value: Tensor) -> Tensor:
         error = prediction - value
-        size = error.abs() ** (self.p - 1) if self.slope is None else power(error, self.p - 1)
+        size = (exact_power if self.slope is None else power)(error, self.p - 1)
         return self.p * sign(error, self.slope) * size

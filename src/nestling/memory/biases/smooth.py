@@ -25,6 +25,12 @@ def power(x: Tensor, exponent: float) -> Tensor:
     return (x.square() + EPS) ** (exponent / 2)
 
 
+def exact_power(x: Tensor, exponent: float) -> Tensor:
+    """|x|^exponent, 0 and of slope 0 where x is 0: below an exponent of 1 the slope there is infinite, and 0 · ∞ no number."""
+    zero = x == 0
+    return torch.where(zero, 0.0, x.masked_fill(zero, 1.0).abs() ** exponent)
+
+
 @lru_cache(maxsize=1)
 def _quadrature() -> tuple[np.ndarray, np.ndarray]:
     """Gauss–Legendre nodes and weights on [0, 1], drawn towards 0, where the integrands have their bend: s = u⁴."""

@@ -94,7 +94,12 @@ class LqDual(Retention):
         return _norm(x, self.q, self.floor * spread) / spread
 
     def link(self, dual: Tensor) -> Tensor:
-        return dual * (dual.abs() / self._size(dual)) ** (self.q - 2)
+        if self.q == 2:
+            return dual
+        share = dual.abs() / self._size(dual)
+        # Below q = 3 the power's slope at 0 is infinite, though W's own is 0: 0 · ∞ would be no number.
+        zero = share == 0
+        return dual * torch.where(zero, 0.0, share.masked_fill(zero, 1.0) ** (self.q - 2))
 
     def dual(self, initial: Tensor) -> Tensor:
         """The inverse map, so that link(dual(W)) = W (where the norm is above the floor): |A| ∝ |W|^{1/(q−1)}."""
