@@ -191,6 +191,6 @@ _LEAST = {
     "eval_documents": 0,
 }
 
-MOST_LANES = 2**20
+MOST_LANES = 2**16
 MOST_TOKENS = 2**28
 """Of one step: its numbers alone take 4 GiB."""
