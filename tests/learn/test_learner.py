@@ -210,15 +210,18 @@ def test_refused_writes_are_counted_once():
     assert learner.progress.faults == 5
 
 
-@pytest.mark.parametrize("name", ["gated_deltanet", "titans_lmm"])
-def test_a_learner_restored_from_a_file_goes_on_bit_for_bit(tmp_path, name):
-    one = learner_of(name, carry=4)
+@pytest.mark.parametrize(("name", "length"), [("gated_deltanet", 16), ("titans_lmm", 16), ("hope", 10)])
+def test_a_learner_restored_from_a_file_goes_on_bit_for_bit(tmp_path, name, length):
+    """Hope's levels learn from windows, and the file is written inside of one of each."""
+    one = learner_of(name, length=length, carry=4)
     for _ in range(5):
         one.step()
+    if name == "hope":
+        assert all((one.state.position % period).all() for period in one.model.config.periods)
     path = checkpoint.save(tmp_path, one.checkpoint({}))
     expected = [one.step() for _ in range(5)]
 
-    other = learner_of(name, carry=4)
+    other = learner_of(name, length=length, carry=4)
     for parameter in other.model.parameters():
         parameter.data.zero_()
     other.restore(checkpoint.load(path))
