@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestling as nl
+from nestling import native
 
 NAMES = nl.models.names()
 FAST = ("anchor", "weights", "momentum", "boundary", "delta", "pending", "base", "moving")
@@ -204,7 +205,7 @@ def test_growth_is_what_is_declared(name: str) -> None:
 
     def cost(state: nl.models.ModelState) -> tuple[int, int]:
         """FLOPs of a whole slowest period, one token at a time, and bytes after it."""
-        with FlopCounterMode(display=False) as counter:
+        with native.without(), FlopCounterMode(display=False) as counter:
             for token in text(0, 1, 8).unbind(1):
                 _, state = model(token[:, None], state)
         return counter.get_total_flops(), nl.state.nbytes(state)
