@@ -1,4 +1,4 @@
-"""The layer norm inside a memory, without gain and shift: values are a learned projection, which can take both up."""
+"""The layer norm inside a memory, of gain 1 and shift 0. A gain would also weight the inner error's coordinates by its square."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """M(x) = x + LN(σ(… σ(x W_1) …) W_n), the deep memory (Miras, §5.3: two layers, expansion 4, GELU, residual, layer norm).
 
 Every part is a setting: depth, expansion, activation, residual, norm. Depth 1 with residual and norm is TTT-Linear's map.
-The layer norm has no gain and shift of its own here: values are a learned projection, which can take both up.
+The layer norm has gain 1 and shift 0. A value stands for a shift as v − shift, and for a gain γ as x + (v − x)/γ, but then every
+coordinate of the loss would weigh γ² as well, which no value can make up for.
 """
 
 from __future__ import annotations

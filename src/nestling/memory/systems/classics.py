@@ -32,7 +32,8 @@ register(
     source="Miras, Table 1; Nested Learning, eq. 64",
     notes="Like Mamba-2: our source is not its paper. Equal to retnet on equal gates. What tells them apart is where the gates "
     "come from: RetNet's α is one number per head and its write has no step; here one step size Δ per token, read from input, "
-    "both writes (lr = Δ) and decays (log_retention = −aΔ), with a > 0 per head. A memory layer reads both gates apart.",
+    "both writes (lr = Δ) and decays (log_retention = −aΔ), with a > 0 per head. A memory layer reads both gates "
+    "apart, unless it is made with tied=True, as that of the zoo's model is.",
     network=Matrix(),
     bias=DotProduct(),
     retention=Decay(),
@@ -109,7 +110,8 @@ register(
     "ttt_linear",
     equation="W ← W − (η/d) ∇½‖k + LN(kW) − v‖²",
     source="Miras, Table 1; the settings of the TTT paper: residual, layer norm, step 1/d, mini-batch 16",
-    notes="From the paper; the layer norm has no gain and shift, and there is no bias vector.",
+    notes="From the paper, but for this: the layer norm has gain 1 and shift 0, where the TTT references have a slow affine map, "
+    "and there is no fast bias vector.",
     network=MLP(depth=1, init_scale=0.16),
     bias=L2(),
     retention=Full(),
@@ -120,7 +122,8 @@ register(
     "ttt_mlp",
     equation="W ← W − (η/d) ∇½‖k + LN(GELU(kW₁)W₂) − v‖²",
     source="Miras, Table 1; the settings of the TTT paper: expansion 4, tanh-GELU, residual, layer norm, step 1/d, mini-batch 16",
-    notes="From the paper; the layer norm has no gain and shift, and there are no bias vectors.",
+    notes="From the paper, but for this: the layer norm has gain 1 and shift 0, where the TTT references have a slow affine map, "
+    "and there are no fast bias vectors.",
     network=MLP(depth=2, expansion=4.0, activation="gelu_tanh", init_scale=0.16),
     bias=L2(),
     retention=Full(),
