@@ -146,6 +146,29 @@ def test_gated_deltanet_is_titans_with_rescaled_step_and_value() -> None:
     assert (scan(titans, w0, q, k, v, plain) - scan(gdn, w0, q, k, v, plain)).abs().max() > 1e-3
 
 
+def test_a_gradient_taken_at_the_decayed_state_is_gated_deltanet() -> None:
+    """W' = αW, W ← W' − β∇½‖kW' − v‖², by autograd; Titans takes it before it decays (Titans, appendix C; derived)."""
+    q, k, v, alpha, beta = data(6)
+    w0 = matrix0()
+
+    def descend(at: Tensor, t: int) -> Tensor:
+        leaf = at.detach().requires_grad_()
+        loss = 0.5 * (k[0, 0, t] @ leaf - v[0, 0, t]).square().sum()
+        return beta[0, 0, t] * torch.autograd.grad(loss, leaf)[0]
+
+    def decayed_first(w: Tensor, t: int) -> Tensor:
+        return alpha[0, 0, t] * w - descend(alpha[0, 0, t] * w, t)
+
+    def measured_first(w: Tensor, t: int) -> Tensor:
+        return alpha[0, 0, t] * w - descend(w, t)
+
+    gates = Gates(lr=beta, retention=alpha)
+    titans = nl.memory.named("titans", key_dim=D, network=Matrix(), chunk=1)
+    close(scan(nl.memory.named("gated_deltanet", key_dim=D), [w0], q, k, v, gates), loop(q, w0, decayed_first))
+    close(scan(titans, [w0], q, k, v, gates), loop(q, w0, measured_first))
+    assert (loop(q, w0, decayed_first) - loop(q, w0, measured_first)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_ttt_linear_primal_equals_its_published_dual_form(chunk: int) -> None:
     """Mini-batch dual: Z̄ = Q W − (η tril(Q Kᵀ)) ∇_Z, with the target v − k on LN's output, step η/d."""

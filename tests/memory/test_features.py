@@ -92,6 +92,30 @@ def test_capacity_of_features() -> None:
         close(keys[:rank] @ torch.linalg.lstsq(keys[:rank], values).solution, values, 1e-5)
 
 
+@pytest.mark.parametrize(("dim", "degree"), [(2, 2), (3, 2), (2, 3)])
+def test_no_matrix_of_features_holds_more_pairs_than_features(dim: int, degree: int) -> None:
+    """C(d + p, p) pairs are stored exactly by some weights, one more by none, for targets in general (Atlas, prop. 2).
+
+    Of the identity as target, the best weights leave one square over for each pair too many.
+    """
+    size = math.comb(dim + degree, degree)
+    for pairs in (size, size + 1, size + 3):
+        spec = MemorySpec(dim, pairs, Matrix(), L2(), features=Polynomial(degree))
+        w0 = [w.double() for w in spec.init(1)]
+        k = normal(1, 1, pairs, dim, seed=2)
+        lifted = spec.features.apply(k, w0[1:])[0, 0]
+        assert lifted.shape == (pairs, size)
+        for target, over in ((torch.eye(pairs).double(), pairs - size), (normal(pairs, pairs, seed=3), None)):
+            best = torch.linalg.pinv(lifted) @ target
+            error = float((spec.recall(w0, [best[None, None]], k)[0, 0] - target).square().sum())
+            if pairs == size:
+                assert error < 1e-12
+            elif over is None:
+                assert error > 0.1
+            else:
+                assert error == pytest.approx(over, abs=1e-9)
+
+
 def test_powers_are_the_entries_alone() -> None:
     q, k = normal(2, 7, 5)
     found = (features(Powers(3), q) * features(Powers(3), k)).sum(-1)

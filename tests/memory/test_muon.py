@@ -207,6 +207,29 @@ def test_every_engine_and_every_cut_agree(per: str, read: str, network: Matrix |
             assert float((a - b).detach().abs().max()) <= 1e-8 * scale
 
 
+@pytest.mark.parametrize("per", [2, "chunk", "token"])
+def test_a_token_changes_no_output_before_it(per: int | str) -> None:
+    """To the last bit, wherever it stands in its stride and chunk; and every token is heard of later."""
+    time = 8
+    spec = MemorySpec(D, D, MLP(), Omega(L2(), length=3), Decay(), Muon(per), chunk=4)
+    w0 = [w.double() for w in spec.init(1, torch.Generator().manual_seed(4))]
+    q, k, v = data(12, time)
+    gates = Gates(lr=torch.full((1, 1, time), 0.1).double(), momentum=torch.full((1, 1, time), 0.5).double())
+
+    def run() -> Tensor:
+        return nl.memory.scan(spec, w0, q, k, v, gates)[0]
+
+    expected, (_, other_k, other_v) = run(), data(13, time)
+    for t in range(time):
+        own = [x[:, :, t].clone() for x in (q, k, v)]
+        q[:, :, t], k[:, :, t], v[:, :, t] = own[0] + 1, other_k[:, :, t], other_v[:, :, t]
+        y = run()
+        assert torch.equal(y[:, :, :t], expected[:, :, :t]), t
+        q[:, :, t] = own[0]
+        assert (run()[:, :, t:] - expected[:, :, t:]).abs().max() > 1e-3, t
+        k[:, :, t], v[:, :, t] = own[1:]
+
+
 def test_what_it_cannot_do_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="dual variable"):
         MemorySpec(4, 4, MLP(), retention=Softmax(), rule=Muon())

@@ -116,3 +116,29 @@ def test_a_window_over_everything_fits_what_can_be_fitted() -> None:
     spec = MemorySpec(D, D, Matrix(), Omega(L2(), length=D), Full(), Gradient(), chunk=1)
     _, state = nl.memory.scan(spec, [torch.zeros(1, D, D).double()], keys, keys, values)
     close(keys @ state.weights[0], values)
+
+
+@pytest.mark.parametrize("pairs", [1, 3, D, D + 1, 2 * D])
+def test_full_batch_descent_fits_as_many_random_pairs_as_a_key_has_dimensions(pairs: int) -> None:
+    """To V K⁺ from an empty memory, by steps below 2/λ: exactly up to D pairs, and beyond not (Atlas, prop. 1)."""
+    steps = 300
+    g = torch.Generator().manual_seed(20)
+    keys, values = torch.randn(2, pairs, D, generator=g, dtype=torch.float64)
+    largest = float(torch.linalg.eigvalsh(keys.mT @ keys).max())
+    spec = MemorySpec(D, D, Matrix(), Omega(L2(), length=pairs), Full(), Gradient(), chunk=1)
+    turns = [x[torch.arange(pairs - 1 + steps) % pairs][None, None] for x in (keys, values)]
+
+    def left(step: float) -> tuple[Tensor, float]:
+        lr = torch.full((1, 1, pairs - 1 + steps), step / largest, dtype=torch.float64)
+        lr[..., : pairs - 1] = 0.0  # until the window holds every pair
+        _, state = nl.memory.scan(spec, [torch.zeros(1, D, D).double()], turns[0], *turns, Gates(lr=lr))
+        w = state.weights[0][0, 0]
+        return w, float((keys @ w - values).square().sum())
+
+    best = torch.linalg.pinv(keys) @ values
+    w, error = left(1.9)
+    torch.testing.assert_close(w, best, rtol=1e-6, atol=1e-6)
+    least = float((keys @ best - values).square().sum())
+    assert error == pytest.approx(least, abs=1e-9)
+    assert error < 1e-9 if pairs <= D else error > 0.1
+    assert left(2.05)[1] > 100 * float(values.square().sum()), "a step beyond 2/λ goes astray"
