@@ -298,8 +298,14 @@ def _served(qkv: Tensor, key: Tensor, value: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_flash_sdp_enabled()
         and not torch._C._are_functorch_transforms_active()
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # as of checkpoints, made again outside
+        and not _checkpointed()
     )
+
+
+def _checkpointed() -> bool:
+    """Whether this is inside of a checkpoint, which will be read again outside of the stretch."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def _storage(x: Tensor) -> int:
