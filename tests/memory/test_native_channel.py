@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from nestling.memory.native.channel import Scan
 from nestling.memory.native.fields import CLOSES, FRESH
 from nestling.memory.native.runs import tokens
 from nestling.native import status, without
+from nestling.state import leaves
 
 from .test_native import HEADS, assert_close, everything, example
 
@@ -39,9 +41,9 @@ def made(kind: str, **choices: object) -> MemorySpec:
 
 
 def differentiated(
-    spec: MemorySpec, w0: list[Tensor], streams: list[Tensor], gates: Gates, bounds: list[int], **options: object
+    spec: Any, w0: list[Tensor], streams: list[Tensor], gates: Gates, bounds: list[int], **options: Any
 ) -> list[Tensor]:
-    """Outputs, state and every gradient of an example read call after call, from each of the bounds to the next."""
+    """Outputs, all of the state and every gradient of an example read call after call, from each of the bounds to the next."""
     state, outputs = None, []
     for first, last in itertools.pairwise(bounds):
         here = slice(first, last)
@@ -49,8 +51,7 @@ def differentiated(
         part = [x[:, :, here] for x in streams]
         y, state = nl.memory.scan(spec, w0, *part, gates[here], state, **{**options, **masks})
         outputs.append(y)
-    assert state is not None
-    found = [torch.cat(outputs, 2), *state.weights, *state.anchor]
+    found = [torch.cat(outputs, 2), *(x for x in leaves(state) if x.is_floating_point())]
     g = torch.Generator().manual_seed(41)
     total = sum((x * torch.randn(x.shape, generator=g).to(x.dtype)).sum() for x in found)
     inputs = [*w0, *streams, *(gate for _, gate in gates.items())]
@@ -80,6 +81,17 @@ def assert_split_anywhere(spec: MemorySpec, time: int, step: int) -> None:
     whole = differentiated(spec, *given, [0, time])
     for bounds in (*([0, at, time] for at in range(1, time, step)), list(range(time + 1))):
         assert_close(differentiated(spec, *given, bounds), whole, 1e-10)
+
+
+def assert_left(spec: Any, given: Example, calls: list[int], **options: Any) -> None:
+    """The C code is not asked for this, and the framework's way equals the definition."""
+    w0, streams, gates = given
+    with torch.no_grad():
+        y, _ = nl.memory.scan(spec, w0, *streams, gates, **options)
+        assert not calls, (spec, options)
+        plain = {name: x for name, x in options.items() if name != "report"}
+        z, _ = nl.memory.scan(spec, w0, *streams, gates, engine="reference", **plain)
+    assert_close([y], [z], 1e-8)
 
 
 @NEEDS

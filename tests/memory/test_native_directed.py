@@ -28,7 +28,7 @@ from nestling.memory import (
 )
 from nestling.native import status, without
 
-from .test_native import assert_close, everything, example
+from .test_native import assert_close, assert_second_derivatives, everything, example
 from .test_native_channel import assert_defined, assert_split_anywhere
 
 NEEDS = pytest.mark.skipif(not status().startswith("on"), reason=f"the C code is not used here: {status()}")
@@ -175,19 +175,7 @@ def test_guards_step_in_as_ever(calls: list[int]) -> None:
 @NEEDS
 def test_second_derivatives(calls: list[int]) -> None:
     spec = made("polynomials", key_dim=4, chunk=4)
-
-    def twice() -> list[Tensor]:
-        w0, streams, gates = example(spec, 8, 13, torch.float64)
-        y, _ = nl.memory.scan(spec, w0, *streams, gates)
-        inputs = [*w0, *streams, *(gate for _, gate in gates.items())]
-        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True, allow_unused=True)
-        total = sum(g.square().sum() for g in first if g is not None)
-        return [x for x in torch.autograd.grad(total, inputs, allow_unused=True) if x is not None]
-
-    found = twice()
-    assert calls
-    with without():
-        assert_close(found, twice(), 1e-8)
+    assert_second_derivatives(spec, 8, calls)
 
 
 @NEEDS

@@ -3,7 +3,6 @@ the framework."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +14,11 @@ from torch import Tensor
 
 import nestling as nl
 from nestling import testing
-from nestling.memory import L2, MLP, Decay, DotProduct, Exponential, Full, Gates, KernelMemory, Lp, Matrix, Omega
+from nestling.memory import L2, MLP, Decay, DotProduct, Exponential, Full, KernelMemory, Lp, Matrix, Omega
 from nestling.native import without
-from nestling.state import leaves
 
 from .test_native import NEEDS, assert_close, example
+from .test_native_channel import assert_left, differentiated
 
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "deep transformer": ("deep_transformer", {}),
@@ -46,26 +45,6 @@ def made(cell: str, **choices: object) -> KernelMemory:
     found = nl.memory.named(name, **{"key_dim": 8, "chunk": 6, **own, **choices})
     assert isinstance(found, KernelMemory)
     return found
-
-
-def differentiated(
-    spec: KernelMemory, w0: list[Tensor], streams: list[Tensor], gates: Gates, bounds: list[int], **options: Any
-) -> list[Tensor]:
-    """Outputs, all of the state and every gradient of an example read call after call, from each of the bounds to the next."""
-    state, outputs = None, []
-    for first, last in itertools.pairwise(bounds):
-        here = slice(first, last)
-        masks = {name: options[name][:, here] for name in ("reset", "valid") if name in options}
-        part = [x[:, :, here] for x in streams]
-        y, state = nl.memory.scan(spec, w0, *part, gates[here], state, **{**options, **masks})
-        outputs.append(y)
-    found = [torch.cat(outputs, 2), *(x for x in leaves(state) if x.is_floating_point())]
-    g = torch.Generator().manual_seed(41)
-    total = sum((x * torch.randn(x.shape, generator=g).to(x.dtype)).sum() for x in found)
-    inputs = [*w0, *streams, *(gate for _, gate in gates.items())]
-    grads = torch.autograd.grad(total, inputs, allow_unused=True)
-    zeros = (torch.zeros_like(x) for x in inputs)
-    return [*(x.detach() for x in found), *(z if x is None else x for x, z in zip(grads, zeros, strict=True))]
 
 
 @NEEDS
@@ -206,13 +185,7 @@ def test_what_it_leaves_to_the_framework(calls: list[int]) -> None:
         ("dot", {}, {"report": nl.Report()}),
     ):
         spec = made(cell, **choices)
-        w0, streams, gates = example(spec, 12, 21, torch.float64)
-        with torch.no_grad():
-            y, _ = nl.memory.scan(spec, w0, *streams, gates, **options)
-            assert not calls, (cell, choices)
-            plain = {name: x for name, x in options.items() if name != "report"}
-            z, _ = nl.memory.scan(spec, w0, *streams, gates, engine="reference", **plain)
-        assert_close([y], [z], 1e-8)
+        assert_left(spec, example(spec, 12, 21, torch.float64), calls, **options)
     w0, streams, gates = example(made("dot"), 12, 21, torch.float64)
     with torch.no_grad():
         assert gates.retention is not None

@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 
 import nestling as nl
-from nestling.memory import MLP, DeltaGradient, DotProduct, Gates, Gradient, Matrix, Omega, tnt_chunked
+from nestling.memory import MLP, DeltaGradient, DotProduct, Gradient, Matrix, Omega, tnt_chunked
 from nestling.memory.native import stale
 from nestling.native import without
-from nestling.state import leaves
 
 from .test_native import NEEDS, assert_close, example
+from .test_native_channel import assert_left, differentiated
 
 CELLS: dict[str, dict[str, Any]] = {
     "titans": {},
@@ -32,33 +31,16 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tnt_chunked, "LONG", 5)
 
 
-def everything(
-    spec: Any, given: tuple[list[Tensor], list[Tensor], Gates], bounds: list[int], **options: Any
-) -> list[Tensor]:
-    """Outputs, the state and every gradient of a text read call after call."""
-    w0, streams, gates = given
-    state, outputs = None, []
-    for first, last in itertools.pairwise(bounds):
-        here = slice(first, last)
-        y, state = nl.memory.scan(spec, w0, *(x[:, :, here] for x in streams), gates[here], state, **options)
-        outputs.append(y)
-    found = [torch.cat(outputs, 2), *(x for x in leaves(state) if x.is_floating_point())]
-    g = torch.Generator().manual_seed(7)
-    total = sum((x * torch.randn(x.shape, generator=g).to(x.dtype)).sum() for x in found)
-    grads = torch.autograd.grad(total, [*w0, *streams, *(gate for _, gate in gates.items())])
-    return [*(x.detach() for x in found), *grads]
-
-
 @NEEDS
 @pytest.mark.parametrize("cell", CELLS)
 def test_equals_the_definition(cell: str, calls: list[int]) -> None:
     """Chunks that close inside calls, and calls that begin and end inside a chunk."""
     spec = nl.memory.named("titans", **{"key_dim": 6, "chunk": 7, "read": "boundary", **CELLS[cell]})
     given = example(spec, 25, 3, torch.float64)
-    expected = everything(spec, given, [0, 25], engine="reference")
-    assert_close(everything(spec, given, [0, 25]), expected, 1e-8)
+    expected = differentiated(spec, *given, [0, 25], engine="reference")
+    assert_close(differentiated(spec, *given, [0, 25]), expected, 1e-8)
     assert len(calls) == 4
-    assert_close(everything(spec, given, [0, 3, 12, 14, 25]), expected, 1e-8)
+    assert_close(differentiated(spec, *given, [0, 3, 12, 14, 25]), expected, 1e-8)
     assert len(calls) == 4 + 6
 
 
@@ -114,13 +96,7 @@ def test_what_it_leaves_to_the_framework(calls: list[int]) -> None:
         ({}, {"report": nl.Report()}),
     ):
         spec = nl.memory.named("titans", **{"key_dim": 6, "chunk": 7, "read": "boundary", **choices})
-        w0, streams, gates = example(spec, 25, 3, torch.float64)
-        with torch.no_grad():
-            y, _ = nl.memory.scan(spec, w0, *streams, gates, **options)
-            assert not calls, (choices, options)
-            plain = {name: x for name, x in options.items() if name != "report"}
-            z, _ = nl.memory.scan(spec, w0, *streams, gates, engine="reference", **plain)
-        assert_close([y], [z], 1e-8)
+        assert_left(spec, example(spec, 25, 3, torch.float64), calls, **options)
 
 
 @NEEDS
@@ -130,7 +106,7 @@ def test_tnt_is_read_in_c_whole(shard: int, projection: str, calls: list[int]) -
     """The global memory and the local one; projections are made again in the backward pass."""
     spec = nl.memory.named("tnt", key_dim=6, chunk=4, shard=shard, global_chunk=9, projection=projection)
     given = example(spec, 25, 3, torch.float64)
-    expected = everything(spec, given, [0, 25], engine="reference")
-    assert_close(everything(spec, given, [0, 25]), expected, 1e-8)
+    expected = differentiated(spec, *given, [0, 25], engine="reference")
+    assert_close(differentiated(spec, *given, [0, 25]), expected, 1e-8)
     assert len(calls) == 3 + 1
-    assert_close(everything(spec, given, [0, 11, 25]), expected, 1e-8)
+    assert_close(differentiated(spec, *given, [0, 11, 25]), expected, 1e-8)

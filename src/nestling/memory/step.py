@@ -90,42 +90,51 @@ def step(spec: MemorySpec, x: Inputs) -> tuple[Tensor, MemoryState]:
     return unharmed(partial(_token, spec), x, partial(refused, t=0))
 
 
+def _begun(x: Inputs, alive: Tensor | None) -> MemoryState:
+    """What the token finds: the state, anew where a lane begins."""
+    if x.reset is None:
+        return x.state
+    state, fresh = x.state, x.reset[:, 0] if alive is None else x.reset[:, 0] & alive
+    return state._replace(
+        anchor=lanes_where(fresh, x.start.weights, state.anchor),
+        weights=lanes_where(fresh, x.start.weights, state.weights),
+        momentum=lanes_where(fresh, x.start.momentum, state.momentum),
+        tail=None if state.tail is None else state.tail.only(~fresh[:, None]),
+        position=torch.where(fresh.cpu(), 0, state.position),
+    )
+
+
+def _gates(spec: MemorySpec, x: Inputs, live: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """η, α and β, neutral for tokens that are not live; live None: all are."""
+    lr, retention, erase = x.lr, None if x.retention is None else x.retention.plain(), x.erase
+    if retention is not None and per_channel(spec.retention):
+        retention = retention[:, :, 0]  # each channel's share stands where a head's would
+    if live is None:
+        return lr, retention, erase
+    return (
+        torch.where(live, lr, 0.0),
+        None if retention is None else torch.where(live, retention, 1.0),
+        None if erase is None else torch.where(live, erase, 0.0),
+    )
+
+
 def _token(spec: MemorySpec, x: Inputs, gone: Tensor | None) -> tuple[Tensor, MemoryState, Tensor]:
     """See `unharmed`."""
     from nestling.memory.tile import factors
     from nestling.memory.tiles import behind
 
-    state, alive, tail = x.state, None, x.state.tail
-    anchor, weights, momentum, position = state.anchor, state.weights, state.momentum, state.position
-    if x.valid is not None:
-        alive = x.valid[:, 0]
-    if x.reset is not None:
-        fresh = x.reset[:, 0] if alive is None else x.reset[:, 0] & alive
-        anchor = lanes_where(fresh, x.start.weights, anchor)
-        weights = lanes_where(fresh, x.start.weights, weights)
-        momentum = lanes_where(fresh, x.start.momentum, momentum)
-        position = torch.where(fresh.cpu(), 0, position)
-        if tail is not None:
-            tail = tail.only(~fresh[:, None])
+    alive = None if x.valid is None else x.valid[:, 0]
+    anchor, weights, momentum, tail, position, earlier = _begun(x, alive)
     keys, values, used = behind(tail, x.k, x.v, x.fine)
     halo = keys.shape[2] - 1
 
     standing = tuple(spec.retention.link(w) for w in anchor)
     found = factors(spec, standing, keys, values)
-    lr = x.lr
-    retention = None if x.retention is None else x.retention.plain()
-    shares = None
-    if retention is not None and per_channel(spec.retention):
-        retention = retention[:, :, 0]  # each channel's share stands where a head's would
-    erase = x.erase
     live = x.fine if alive is None else x.fine & alive.to(x.fine.device)[:, None]
     masked = not surely(live)
-    if masked:
-        lr = torch.where(live[:, None], lr, 0.0)
-        retention = None if retention is None else torch.where(live[:, None], retention, 1.0)
-        erase = None if erase is None else torch.where(live[:, None], erase, 0.0)
-    if erase is not None and per_channel(spec.retention) and spec.rule.erase == "after_decay":
-        shares = retention
+    lr, retention, erase = _gates(spec, x, live[:, None] if masked else None)
+    decays_first = per_channel(spec.retention) and spec.rule.erase == "after_decay"
+    shares = retention if erase is not None and decays_first else None
     leads = isinstance(spec.rule, Leader)
     weight = torch.ones_like(lr) if spec.directed or leads else lr  # whose η stands outside the sum
     size = weight.unsqueeze(-1)
@@ -188,7 +197,7 @@ def _token(spec: MemorySpec, x: Inputs, gone: Tensor | None) -> tuple[Tensor, Me
     if alive is not None:
         lost = lost & alive.to(lost.device)[:, None]
         y = torch.where(alive.to(y.device).view(-1, 1, 1, 1), y, 0.0)
-    faults = state.faults + lost.sum(1) + broken
+    faults = earlier + lost.sum(1) + broken
     if tail is not None:
         tail = shift_tail(tail, x.k, x.v, x.fine, keep_tail)
     return y, MemoryState(anchor, after, moved_s, tail, position, faults), broken
