@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestling as nl
-from nestling import native
+from nestling import native, processor
 from nestling.memory import pieces
 from nestling.memory.cost import FLOPS
 
@@ -143,16 +143,9 @@ class Beside:
         """Settle the threads, and say on what machine this is: a console for a table of this width, and those words."""
         if self.cpu_time:
             self.threads = 1  # the processor time of several would count those that wait
-        settle(self.threads)
+        processor.settle(self.threads)  # as training by the command line
         words = machine(self.seed) | {"timed by": "processor time" if self.cpu_time else "wall clock"}
         return screen(width, words), words
-
-
-def settle(threads: int | None) -> None:
-    """Compute as training by the command line does, on so many threads; None: PyTorch's own choice."""
-    torch.set_flush_denormal(True)
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def screen(width: int, words: dict[str, Any]) -> Console:

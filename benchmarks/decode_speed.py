@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import nestling as nl
-from common import Spread, cached, machine, screen, seconds, settle, spread, told, write
+from common import Spread, cached, machine, screen, seconds, spread, told, write
+from nestling import processor
 
 SEGMENT = 2048  # tokens read at a time on the way to a position
 LEAST = 32  # tokens per timed round, in whole periods
@@ -170,7 +171,7 @@ def show(rows: list[dict[str, Any]], attention: list[dict[str, Any]], settings: 
 
 
 def main(settings: Settings) -> None:
-    settle(settings.threads)
+    processor.settle(settings.threads)
     if settings.quick:
         settings.late, settings.cache = 10_000, (1_000, 10_000)
     torch.manual_seed(settings.seed)

@@ -27,7 +27,7 @@ from rich.table import Table
 
 import nestling as nl
 from common import machine, write
-from nestling import stream
+from nestling import processor, stream
 from nestling.learn.learner import count_faults
 
 
@@ -149,8 +149,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main(settings: Settings) -> int:
-    torch.set_flush_denormal(True)  # as training by the command line does
-    torch.set_num_threads(1)
+    processor.settle(threads=1)
     console = Console()
     console = console if console.is_terminal else Console(width=max(console.width, 110))
     words = machine(settings.seed) | {"threads": 1, "timed by": "processor time"}

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import nestling as nl
-from common import headline, interleaved, machine, settle, spread, write
+from common import headline, interleaved, machine, spread, write
+from nestling import processor
 
 
 @dataclass
@@ -74,7 +75,7 @@ def measure(length: int, chunk: int, settings: Settings) -> list[dict[str, Any]]
 
 
 def main(settings: Settings) -> None:
-    settle(1)
+    processor.settle(1)
     console, words = Console(), machine(settings.seed)
     console.print(headline(words), highlight=False)
     table = Table(title=f"training, batch {settings.batch}, dim {settings.dim}, {settings.heads} heads")

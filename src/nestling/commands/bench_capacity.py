@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from nestling import processor
 from nestling.config import SettingError, check_threads, did_you_mean
 
 
@@ -57,17 +58,11 @@ def run(config: CapacityConfig) -> int:
     chosen = {name: known[name] for name in known if name in config.experiments or not config.experiments}
     config.out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    begun, threads = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    flushed = torch.set_flush_denormal(True)  # as in training
-    try:
+    begun = time.perf_counter()
+    with processor.training(config.threads):
         found = lab.run(
             chosen, seeds=config.seeds, seed=config.seed, told=lambda name: console.print(f"measuring: {name}")
         )
-    finally:
-        torch.set_num_threads(threads)
-        if flushed:
-            torch.set_flush_denormal(False)
     took, made = time.perf_counter() - begun, claims(found)
     tell(chosen, found, made, console)
     about = {

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from nestling import processor
 from nestling.config import SettingError, check_threads, did_you_mean
 
 
@@ -60,7 +61,7 @@ def run(config: LearningConfig) -> int:
         raise SettingError(f"models: {', '.join(config.models)} have no part in {', '.join(config.tasks)}.")
     config.out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    began, threads = time.perf_counter(), torch.get_num_threads()
+    began = time.perf_counter()
 
     def keep(found: lab.Found) -> None:
         about = {
@@ -73,9 +74,7 @@ def run(config: LearningConfig) -> int:
         }
         lab.save(found, config.out / "learning.json", about=about)
 
-    torch.set_num_threads(config.threads)
-    flushed = torch.set_flush_denormal(True)  # as in training
-    try:
+    with processor.training(config.threads):
         found = lab.measure(
             chosen,
             config.models,
@@ -83,10 +82,6 @@ def run(config: LearningConfig) -> int:
             told=lambda line: console.print(line, highlight=False),
             kept=keep,
         )
-    finally:
-        torch.set_num_threads(threads)
-        if flushed:
-            torch.set_flush_denormal(False)
     tell(chosen, found, console)
     draw(chosen, found, config.out / "learning.png", title=f"nestling {__version__}, seed {config.seed}")
     console.print(

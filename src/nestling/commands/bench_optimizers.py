@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from nestling import processor
 from nestling.config import SettingError, check_threads, did_you_mean
 
 Data = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
@@ -102,9 +103,8 @@ def run(config: OptimizersConfig) -> int:
             before = lab.load(config.out / "optimizers.json", about=about)
         except ValueError as error:
             raise SettingError(f"resume: {error}.") from error
-    begun, threads = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
+    begun = time.perf_counter()
+    with processor.training(config.threads):
         found = lab.measure(
             chosen,
             optimizers,
@@ -114,8 +114,6 @@ def run(config: OptimizersConfig) -> int:
             told=lambda name: console.print(f"measuring {name}", highlight=False),
             kept=lambda found: lab.save(found, config.out / "optimizers.json", about=about),
         )
-    finally:
-        torch.set_num_threads(threads)
     took = time.perf_counter() - begun
     found = {name: {o: row[o] for o in lab.ENTRIES if o in row} for name in known if (row := found.get(name))}
     tell(known, found, console)

@@ -6,8 +6,8 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from nestling import models, stream
+from nestling import models, processor, stream
 from nestling.config import SettingError, did_you_mean, override, to_json
 from nestling.learn import checkpoint, folder
 from nestling.learn.assembly import assemble
@@ -47,22 +47,6 @@ class TrainResult:
     bits_per_byte: float
 
 
-@contextmanager
-def flushing() -> Iterator[None]:
-    """The smallest numbers become 0, where the processor can do so.
-
-    Gradients of what a memory read long ago fade until they have fewer digits than a float32 should have, and a processor takes
-    many times as long over those.
-    """
-    before = not float(torch.tensor(1e-40) * 1.0)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-
-@flushing()
 def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     """Train, or go on training (`config.resume`), until the budget is spent or Ctrl-C; everything is in the
     run's folder then.
@@ -73,16 +57,16 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     """
     config = config.resolved()
     device = open_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if not config.resume:
-        folder.check_free(config.folder)
-        return _train(folder.begin(config), None, device, console or Console(stderr=True))
-    config = folder.resume(config)
-    with folder.owned(config.folder):
-        latest = checkpoint.latest(config.folder / "checkpoints")
-        saved = None if latest is None else checkpoint.load(latest)
-        return _train(config, saved, device, console or Console(stderr=True))
+    console = console or Console(stderr=True)
+    with processor.training(config.threads):
+        if not config.resume:
+            folder.check_free(config.folder)
+            return _train(folder.begin(config), None, device, console)
+        config = folder.resume(config)
+        with folder.owned(config.folder):
+            latest = checkpoint.latest(config.folder / "checkpoints")
+            saved = None if latest is None else checkpoint.load(latest)
+            return _train(config, saved, device, console)
 
 
 def _train(config: TrainConfig, saved: Checkpoint | None, device: torch.device, console: Console) -> TrainResult:
