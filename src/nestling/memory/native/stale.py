@@ -33,7 +33,7 @@ from nestling.native import without
 if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
 
-LONG = 256  # tokens of a chunk, at least
+LONG = 128  # tokens of a chunk, at least: between chunks all weights are kept
 TILE = 64  # tokens that are written together
 MADE = 6  # numbers that are made of a tile for each of its tokens and each of the first layer's outputs
 
