@@ -89,35 +89,130 @@ def test_a_reset_at_such_a_token_goes_to_the_next_one(name: str, last: bool) -> 
     assert_close(layer(probe, first)[0], layer(probe, end)[0], "what follows")
 
 
-@pytest.mark.parametrize("name", [name for name, make in LAYERS.items() if isinstance(make(), Memory | LSTM)])
-def test_gradients_beside_such_a_token_are_those_without_it(name: str) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_beside_such_a_token_are_those_without_it(name: str, bad: float) -> None:
+    """Also where the caller has left it out already."""
     layer, x = build(name)
     valid = torch.ones(2, TIME, dtype=torch.bool)
     valid[0, BAD] = False
     broken = x.clone()
-    broken[0, BAD] = float("nan")
+    broken[0, BAD] = bad
     found = []
-    for y in (layer(x, valid=valid)[0], layer(broken)[0]):
-        found.append(torch.autograd.grad(y[valid].square().sum(), list(layer.parameters()), allow_unused=True))
-    for expected, gradient in zip(*found, strict=True):
-        if expected is not None:
-            assert_close(gradient, expected, "gradient")
+    for given, mask in ((x, valid), (broken, None), (broken, valid)):
+        given = given.clone().requires_grad_()
+        y = layer(given, valid=mask)[0]
+        own = torch.autograd.grad(y[valid].square().sum(), [given, *layer.parameters()], allow_unused=True)
+        found.append(own)
+    expected, *others = found
+    assert any(gradient is not None and gradient.any() for gradient in expected[1:])
+    for gradients in others:
+        assert not gradients[0][0, BAD].any()
+        for wanted, gradient in zip(expected, gradients, strict=True):
+            if wanted is not None:
+                assert_close(gradient, wanted, "gradient")
+
+
+def model_of(name: str) -> tuple[nl.models.LanguageModel, torch.Tensor]:
+    """A model, and text with two tokens whose embedding overflows, the first behind a lane's start."""
+    torch.manual_seed(0)
+    model = nl.models.build(name, dim=16, vocab_size=31, ffn=16).double()
+    tokens = torch.randint(30, (3, 14))
+    tokens[0, 7] = tokens[0, 10] = tokens[2, 0] = 30
+    with torch.no_grad():
+        model.embedding.weight[30] = torch.tensor([float("inf"), float("nan")]).repeat(8)
+    return model, tokens
 
 
 @pytest.mark.parametrize("name", nl.models.names())
+def test_a_model_reads_as_if_such_a_token_were_missing(name: str) -> None:
+    """Answers, state and gradients, also where levels learn from windows; the learner is told."""
+    model, tokens = model_of(name)
+    valid = tokens != 30
+    found = []
+    for text, mask in ((tokens.masked_fill(~valid, 3), valid), (tokens, None), (tokens, valid)):
+        logits, state = model(text, valid=mask)
+        loss = logits[valid].log_softmax(-1)[:, 3].mean()
+        found.append((logits, state, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    (expected, end, gradients), *others = found
+    assert all(g is None or g.isfinite().all() for g in gradients)
+    for refused, (logits, state, others_gradients) in zip(([2, 0, 1], [0, 0, 0]), others, strict=True):
+        assert_close(logits[valid], expected[valid], "answers")
+        assert logits[~valid].isnan().all() or not any(refused)
+        assert state.refused.tolist() == refused
+        assert count_faults(state) == sum(refused)
+        assert_same(state._replace(refused=end.refused), end)
+        for mine, other in zip(others_gradients, gradients, strict=True):
+            if other is not None:
+                assert_close(mine, other, "gradient")
+    with torch.no_grad():
+        state, outputs = None, []
+        for part in torch.split(tokens, [1, 7, 6], 1):
+            y, state = model(part, state)
+            outputs.append(y)
+    assert_close(torch.cat(outputs, 1)[valid], expected[valid], "answers in pieces")
+    assert state.refused.tolist() == [2, 0, 1]
+    assert_same(state._replace(refused=end.refused), end)
+
+
+@pytest.mark.parametrize("name", ["hope", "titans_mal", "swa_transformer"])
 @torch.no_grad()
-def test_a_model_goes_on_behind_such_a_token(name: str) -> None:
-    """An embedding that overflows: the answers behind it are finite, and the learner is told."""
-    torch.manual_seed(0)
-    model = nl.models.build(name, dim=16, vocab_size=31, ffn=16)
-    tokens = torch.randint(30, (2, 20))
-    tokens[0, 7] = 30
-    model.embedding.weight[30] = float("inf")
-    logits, state = model(tokens)
-    more, state = model(tokens[:, :3], state)
-    assert logits[0, 7].isnan().all()
-    assert torch.isfinite(logits[0, :7]).all()
-    assert torch.isfinite(logits[0, 8:]).all()
-    assert torch.isfinite(logits[1]).all()
-    assert torch.isfinite(more).all()
-    assert count_faults(state) > 0
+def test_a_reset_at_a_token_that_a_model_refuses(name: str) -> None:
+    model, tokens = model_of(name)
+    reset = torch.zeros_like(tokens, dtype=torch.bool)
+    reset[0, 7] = True
+    logits, state = model(tokens, reset=reset)
+    alone, end = model(tokens[:1, 8:])
+    assert_close(logits[0, 8:][tokens[0, 8:] != 30], alone[0][tokens[0, 8:] != 30], "answers")
+    assert state.refused.tolist() == [2, 0, 1]
+    assert_same(nl.state.take(state, [0])._replace(refused=end.refused), end)
+
+    _, ended = model(tokens[:, :8], reset=reset[:, :8])
+    first = nl.state.take(ended, [0])
+    assert first.refused.tolist() == [1]
+    assert_same(first._replace(refused=torch.zeros(1, dtype=torch.int64)), model.start(1))
+
+    report = nl.Report()
+    logits, state = model(tokens[:, 7:8], ended._replace(refused=None), report=report)
+    assert logits[0].isnan().all()
+    assert state.refused.tolist() == [1, 0, 0], "a state from a file of before goes on"
+    assert report["embedding"]["faults"].tolist() == [1, 0, 0]
+    only, state = model(tokens[:1, 7:8])
+    assert only.isnan().all()
+    assert_same(state._replace(refused=torch.zeros(1, dtype=torch.int64)), model.start(1))
+
+
+@pytest.mark.parametrize("name", ["hope", "hope_attention", "hope_swa", "ttt_e2e"])
+@torch.no_grad()
+def test_what_overflows_between_layers_costs_its_lane_one_window_of_learning_and_no_other_answer(name: str) -> None:
+    """The layers below have read the token, so that it is part of its window."""
+    model, _ = model_of(name)
+    assert model.window is not None
+    first, second, third = torch.split(torch.randint(30, (2, 3 * model.window)), model.window, 1)
+    _, before = model(first)
+    expected, calm = model(second, before)
+
+    def spoil(_: Any, given: Any) -> Any:
+        x = given[0].clone()
+        x[0, 1, 3] = float("inf")
+        return (x, *given[1:])
+
+    with model.each()[-1].register_forward_pre_hook(spoil):
+        logits, state = model(second, before)
+    assert logits[0, 1].isnan().all()
+    assert_close(logits[0, 0], expected[0, 0], "the token before")
+    assert logits[0, 2:].isfinite().all()
+    assert_close(logits[1], expected[1], "the other lane")
+    for number, old, new, other in zip(model.learning, before.continuum, state.continuum, calm.continuum, strict=True):
+        periods = model.continuum(number).periods
+        assert new.faults.tolist() == [len([period for period in periods if period is not None]), 0]
+        fast = periods.index(model.window)  # a slower one moves by what it has summed up before
+        assert_same(*(nl.state.take(c.delta[fast], [0]) for c in (new, old)))
+        assert (other.delta[fast][0][0] != old.delta[fast][0][0]).any()
+        assert_same(*(nl.state.take(c, [1]) for c in (new, other)))
+    assert state.refused.tolist() == [0, 0]
+    logits, last = model(third, state)
+    assert logits.isfinite().all()
+    assert any(
+        (a[0] != b[0]).any() for a, b in zip(*map(nl.state.leaves, (last.continuum, state.continuum)), strict=True)
+    )

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,6 +178,26 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_ends_the_state():
     assert not torch.equal(before["head.weight"], learner.model.head.weight)
 
 
+@pytest.mark.parametrize("name", ["transformer", "hope_attention", "hope_swa", "titans_lmm"])
+def test_what_is_not_finite_between_layers_makes_a_step_skipped_and_the_next_goes_on(name):
+    """Its derivatives are no numbers, and nothing of them reaches weights or optimizer."""
+    learner = learner_of(name)
+    learner.step()
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    moments = {key: entry["exp_avg"].clone() for key, entry in learner.optimizer.state.items()}
+
+    def spoil(module, given):
+        return (given[0].index_fill(1, torch.tensor(0), math.inf), *given[1:])
+
+    with learner.model.blocks[-1].register_forward_pre_hook(spoil):
+        assert learner.step().skipped
+    assert all(torch.equal(one, two) for one, two in zip(before, learner.model.parameters(), strict=True))
+    assert all(torch.equal(moments[key], entry["exp_avg"]) for key, entry in learner.optimizer.state.items())
+    result = learner.step()
+    assert not result.skipped
+    assert result.faults == 0
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_too():
     learner = learner_of()
     learner.model.embedding.weight.register_hook(lambda grad: grad * math.inf)
@@ -194,6 +215,64 @@ def test_patience_ends_a_run_that_no_longer_learns():
     assert learner.step().skipped
     with pytest.raises(LearningError, match=r"step 3: .* not finite 3 times in a row\. Try a lower lr"):
         learner.step()
+
+
+class Without:
+    """A stream in which a token is not valid."""
+
+    def __init__(self, lanes, token):
+        self.lanes, self.token = lanes, token
+
+    def __next__(self):
+        batch = next(self.lanes)
+        there = batch.tokens != self.token
+        tokens = batch.tokens.masked_fill(~there, 0)
+        return replace(batch, tokens=tokens, valid=batch.valid & there, loss_mask=batch.loss_mask & there)
+
+
+@pytest.mark.parametrize("name", ["transformer", "swa_transformer", "titans_mag", "hope"])
+def test_a_token_that_the_model_refuses_costs_its_own_prediction_alone(name):
+    """Every step is the one without it, and says so."""
+    bad = ord("e")
+    learner, other = learner_of(name), learner_of(name)
+    other.stream = Without(other.stream, bad)
+    with torch.no_grad():
+        learner.model.embedding.weight[bad, ::2] = math.nan
+    batches, expected = lanes_of([text(seed) for seed in range(4)]), 0
+    for _ in range(3):
+        result, wanted = learner.step(), other.step()
+        count = int((next(batches).tokens == bad).sum())
+        expected += count
+        assert not result.skipped
+        assert result.faults == count
+        assert (result.loss, result.grad_norm) == pytest.approx((wanted.loss, wanted.grad_norm), rel=1e-5)
+    assert expected > 5
+    assert learner.progress.faults == expected
+    assert learner.state.position.tolist() == other.state.position.tolist()
+    for (label, one), two in zip(learner.model.named_parameters(), other.model.parameters(), strict=True):
+        if label == "embedding.weight":
+            keep = torch.arange(len(one)) != bad
+            one, two = one[keep], two[keep]
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=label)
+
+
+def test_where_the_model_refuses_all_there_is_no_step():
+    learner = learner_of("transformer")
+    before = learner.model.head.weight.detach().clone()
+    with torch.no_grad():
+        learner.model.embedding.weight.fill_(math.inf)
+    assert learner.step().skipped
+    assert torch.equal(learner.model.head.weight, before)
+
+
+def test_a_cost_that_is_infinite_is_not_passed_over():
+    learner = learner_of("transformer")
+    learner.model.head.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(2, torch.tensor(101), -math.inf)
+    )
+    result = learner.step()
+    assert result.loss == math.inf
+    assert result.skipped
 
 
 def test_refused_writes_are_counted_once():
@@ -308,6 +387,32 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, data, whole, monke
     assert (result.step, result.interrupted) == (STEPS, None)
     assert_same_run(config.out, whole)
     assert not torch.equal(load_run(config.out).model.head.weight, models.build("gated_deltanet").head.weight)
+
+
+def test_a_run_says_what_it_left_out(tmp_path, data, monkeypatch):
+    step, console = Learner.step, quiet()
+
+    def damaged(learner):
+        if learner.progress.step == 1:
+            with torch.no_grad():
+                learner.model.embedding.weight[ord("e")] = math.nan
+        if learner.progress.step != 2:
+            return step(learner)
+        with learner.model.blocks[1].register_forward_pre_hook(lambda module, given: (given[0] * math.inf, *given[1:])):
+            return step(learner)
+
+    monkeypatch.setattr(Learner, "step", damaged)
+    settings = SETTINGS | {"tokens": 4 * 2 * 16, "eval_documents": 0}
+    train(TrainConfig(**settings, data=(data,), out=tmp_path / "run"), console)
+    said = console.file.getvalue()
+    assert re.search(r"step 2: \d+ tokens or writes to memories were not finite, and left out", said)
+    assert "step 3: loss or gradient not finite, nothing learned from it (1 so far)" in said
+    lines = curve(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [False, False, True, False]
+    assert [line["faults"] > 0 for line in lines] == [False, True, True, True]
+    weights = load_run(tmp_path / "run").model.state_dict()
+    weights["embedding.weight"][ord("e")] = 0
+    assert all(w.isfinite().all() for w in weights.values())
 
 
 def command(*arguments):

@@ -71,7 +71,7 @@ def test_sizes_of_the_papers(size: str) -> None:
     products = 64 * 2 * (body + found.embedding)
     attention = given.layers * 2 * 64 * 64 * given.dim
     assert found.counts.forward == pytest.approx(products + attention, rel=0.01)
-    assert found.counts.state == 8 + given.layers * (2 * 4 * 64 * given.dim + 16)
+    assert found.counts.state == 2 * 8 + given.layers * (2 * 4 * 64 * given.dim + 16)
 
 
 def test_bounds_by_hand() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
 from nestling.layers.rotary import rotate
-from nestling.layers.stream import Places, advance_position, kept, places
+from nestling.layers.stream import Places, advance_position, kept_of, places
 from nestling.layers.stretch import attend
 from nestling.memory import Report
 from nestling.optim.joined import Joined
@@ -66,10 +66,8 @@ class Attention(Layer):
         state = self.start(lanes) if state is None else state
         if time == 0:
             return x, state
-        qkv = self.qkv(x).view(lanes, time, 3, self.heads, self.head_dim)
-        q, k, v = qkv.unbind(2)
-        own = kept((k, v), reset, valid)
-        (k, v), reset, valid = own.rows, own.reset, own.valid
+        own = kept_of(self._project, x, reset, valid)
+        (qkv,), reset, valid = own.rows, own.reset, own.valid
         simple = reset is None and valid is None
         aligned = simple and bool((state.position == state.key.shape[1]).all())
         if aligned and (
@@ -80,6 +78,7 @@ class Attention(Layer):
         at = places(reset, valid, lanes, time, x.device)
         before = state.position.to(x.device)[:, None]
         position = torch.where(at.start >= 0, at.rank - at.start, at.rank + before)
+        q, k, v = qkv.unbind(2)
         q, k = (rotate(u, position, self.base) for u in (q, k))
         keys = torch.cat([state.key.to(k.dtype), k], 1)
         values = torch.cat([state.value.to(v.dtype), v], 1)
@@ -108,6 +107,9 @@ class Attention(Layer):
                 state_paths=("key", "value", "position", "faults"),
             )
         ]
+
+    def _project(self, x: Tensor) -> tuple[Tensor]:
+        return (self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_dim),)
 
     def _mask(self, state: AttentionState, at: Places, valid: Tensor | None, time: int) -> Tensor:
         """bool `[lane, time, capacity + time]`: cached tokens unless reset since; own segment's tokens up to itself."""

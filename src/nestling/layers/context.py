@@ -25,7 +25,7 @@ from nestling.layers.memory import Memory
 from nestling.layers.norm import EPS, rms_norm
 from nestling.layers.pieces import Piece, merge, pieces, place
 from nestling.layers.rotary import rotate
-from nestling.layers.stream import kept
+from nestling.layers.stream import kept_of
 from nestling.memory import MemorySpec, Report
 from nestling.optim.joined import Joined
 from nestling.state import register
@@ -106,7 +106,7 @@ class MemoryAsContext(Layer):
         state = self.start(lanes) if state is None else state
         if time == 0:
             return x, state
-        own = kept((self.qkv(x), self.memory.query(x)), reset, valid)
+        own = kept_of(lambda x: (self.qkv(x), self.memory.query(x)), x, reset, valid)
         (qkv, asked), reset, valid = own.rows, own.reset, own.valid
         fixed = self._fixed()
         cut = list(pieces(state.position, time, reset, valid, self.segment))

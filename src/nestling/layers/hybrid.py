@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nestling import state as fast
 from nestling.layers.base import Layer
 from nestling.layers.level import Level
 from nestling.layers.memory import Memory
 from nestling.layers.norm import EPS, rms_norm
 from nestling.layers.persistent import Persistent
 from nestling.layers.sliding import SlidingAttention, SlidingState
+from nestling.layers.stream import Kept, kept_around
 from nestling.memory import Memory as AnyMemory
 from nestling.memory import Report
 from nestling.state import register
@@ -36,8 +38,12 @@ class ChainState(NamedTuple):
     prefix: Tensor | None
 
 
+H = TypeVar("H", GateState, ChainState)
+
+
 class _Hybrid(Layer):
-    """What both have: a memory behind persistent tokens, and attention that always sees these.
+    """What both have: a memory behind persistent tokens, and attention that always sees these. A token that is not finite is left
+    out of both, and the attention counts it.
 
     Args:
         dim: width.  heads: of both.
@@ -52,6 +58,12 @@ class _Hybrid(Layer):
         self.memory_norm = nn.RMSNorm(dim, eps=EPS)
         self.out = nn.Linear(dim, dim, bias=False)
         self.growth = self.memory.growth
+
+    def _ended(self, own: Kept, state: H) -> H:
+        """The state after the call, see `Kept.ended`."""
+        if own.emptied is not None and bool(own.emptied.any()):
+            state = fast.where(own.emptied, self.start(len(own.emptied)), state, keep=("faults",))
+        return state._replace(attention=own.ended(state.attention, self.attention.start))
 
     def levels(self) -> list[Level]:
         return [
@@ -85,13 +97,14 @@ class MemoryAsGate(_Hybrid):
         report: Report | None = None,
     ) -> tuple[Tensor, GateState]:
         state = self.start(x.shape[0]) if state is None else state
-        masks = {"reset": reset, "valid": valid, "report": report}
+        own = kept_around(x, reset, valid)
+        (x,), masks = own.rows, {"reset": own.reset, "valid": own.valid, "report": report}
         tokens = self.memory.tokens
         prefix = None if tokens is None else torch.stack([tokens])
         m, memory = self.memory(x, state.memory, **masks)
         y, attention = self.attention(x, state.attention, prefix=prefix, **masks)
         o = rms_norm(y, self.attention_norm) * torch.sigmoid(rms_norm(m, self.memory_norm))
-        return self.out(o), GateState(memory, attention)
+        return own.answered(self.out(o)), self._ended(own, GateState(memory, attention))
 
 
 class MemoryAsLayer(_Hybrid):
@@ -115,6 +128,8 @@ class MemoryAsLayer(_Hybrid):
         report: Report | None = None,
     ) -> tuple[Tensor, ChainState]:
         state = self.start(x.shape[0]) if state is None else state
+        own = kept_around(x, reset, valid)
+        (x,), reset, valid = own.rows, own.reset, own.valid
         masks = {"reset": reset, "valid": valid, "report": report}
         prefix = state.prefix
         fresh = reset if reset is None or valid is None else reset & valid
@@ -124,7 +139,7 @@ class MemoryAsLayer(_Hybrid):
             prefix = torch.where(fresh.any(1).to(x.device)[:, None, None], opened, prefix)
         m, memory = self.memory(x, state.memory, **masks)
         y, attention = self.attention(rms_norm(m, self.memory_norm), state.attention, prefix=prefix, **masks)
-        return self.out(y), ChainState(memory, attention, prefix)
+        return own.answered(self.out(y)), self._ended(own, ChainState(memory, attention, prefix))
 
     def levels(self) -> list[Level]:
         memory, *others = super().levels()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
 from nestling.layers.rotary import rotate
-from nestling.layers.stream import Places, advance_position, kept, places
+from nestling.layers.stream import Places, advance_position, kept_of, places
 from nestling.layers.stretch import attend, ongoing
 from nestling.memory import Report
 from nestling.memory.inputs import surely
@@ -72,10 +72,8 @@ class SlidingAttention(Layer):
             return x, state
         if valid is not None and surely(valid):
             valid = None
-        qkv = self._project(x)
-        q, k, v = qkv.unbind(2)
-        own = kept((k, v), reset, valid)
-        (k, v), reset, valid = own.rows, own.reset, own.valid
+        own = kept_of(self._project, x, reset, valid)
+        (qkv,), reset, valid = own.rows, own.reset, own.valid
         plain = reset is None and valid is None
         if plain and prefix is None and ongoing() and (read := self._go_on(qkv, state)):
             y, state = read
@@ -84,6 +82,7 @@ class SlidingAttention(Layer):
         at = places(reset, valid, lanes, time, x.device)
         before = state.position.to(x.device)[:, None]
         position = torch.where(at.start >= 0, at.rank - at.start, at.rank + before)
+        q, k, v = qkv.unbind(2)
         q, k = (rotate(u, position, self.base) for u in (q, k))
         first = torch.where(at.start >= 0, at.start, -before)  # rank of the first token since the reset
         if valid is not None:  # valid tokens side by side, in order
@@ -114,9 +113,8 @@ class SlidingAttention(Layer):
             )
         ]
 
-    def _project(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.qkv(x)
-        return projected.view(*x.shape[:2], 3, self.heads, self.head_dim)
+    def _project(self, x: Tensor) -> tuple[Tensor]:
+        return (self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_dim),)
 
     def _go_on(self, qkv: Tensor, state: SlidingState) -> tuple[Tensor, SlidingState] | None:
         """`attend`, where all lanes see equally many earlier tokens."""
@@ -197,7 +195,7 @@ class SlidingAttention(Layer):
         if prefix is None:
             none = like.new_zeros(1, 1, 0, self.heads, self.head_dim)
             return none, none
-        _, k, v = self._project(prefix).unbind(2)
+        _, k, v = self._project(prefix)[0].unbind(2)
         ahead = torch.arange(-prefix.shape[1], 0, device=k.device).expand(prefix.shape[0], -1)
         return rotate(k, ahead, self.base).unsqueeze(1), v.unsqueeze(1)
 

@@ -66,12 +66,12 @@ class Kept(NamedTuple):
         """Answers `[lane, time, dim]`, NaN at the tokens that are lost."""
         return y if self.lost is None else torch.where(self.lost.unsqueeze(-1), torch.nan, y)
 
-    def ended(self, state: S, start: Callable[[int], S]) -> S:
-        """The state after the call, which counts those tokens."""
+    def ended(self, state: S, start: Callable[[int], S], count: str = "faults") -> S:
+        """The state after the call, whose field `count` counts those tokens."""
         if self.lost is not None:
-            state = state._replace(faults=state.faults + self.lost.sum(1))
+            state = state._replace(**{count: getattr(state, count) + self.lost.sum(1)})
         if self.emptied is not None and bool(self.emptied.any()):
-            state = fast.where(self.emptied, start(len(self.emptied)), state, keep=("faults",))
+            state = fast.where(self.emptied, start(len(self.emptied)), state, keep=("faults", count))
         return state
 
 
@@ -80,9 +80,7 @@ def kept(rows: tuple[Tensor, ...], reset: Tensor | None, valid: Tensor | None) -
     does not look: zeros stand for those tokens in its cache."""
     if small(rows):
         return Kept(rows, reset, valid, None, None)
-    fine = _fine(rows[0])
-    for x in rows[1:]:
-        fine = fine & _fine(x)
+    fine = _fine(rows)
     if not torch.compiler.is_compiling() and not bool((~fine).any()):
         return Kept(rows, reset, valid, None, None)
     rows = tuple(torch.where(fine.view(*fine.shape, *[1] * (x.dim() - 2)), x, 0.0) for x in rows)
@@ -100,7 +98,27 @@ def kept(rows: tuple[Tensor, ...], reset: Tensor | None, valid: Tensor | None) -
     return Kept(rows, acts & (begun > before), acts, lost, begun[:, -1] > read[:, -1])
 
 
-def _fine(x: Tensor) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    size: Tensor = torch.linalg.vector_norm(x.detach().flatten(2), dim=-1, dtype=wide)
-    return size.square().isfinite()
+def kept_of(
+    make: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, reset: Tensor | None, valid: Tensor | None
+) -> Kept:
+    """`kept` of the rows that are made of x `[lane, time, dim]`, each of its own token. Where they are to be differentiated they
+    are made once more if tokens are left out, without these: 0 times what is not finite would reach the weights' gradients."""
+    rows = make(x)
+    own = kept(rows, reset, valid)
+    if own.lost is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return own
+    return own._replace(rows=make(torch.where(_fine(rows)[..., None], x, 0.0)))
+
+
+def kept_around(x: Tensor, reset: Tensor | None, valid: Tensor | None) -> Kept:
+    """`kept` for what hands x `[lane, time, dim]` on to layers; a compiled call leaves it to these."""
+    return Kept((x,), reset, valid, None, None) if torch.compiler.is_compiling() else kept((x,), reset, valid)
+
+
+def _fine(rows: tuple[Tensor, ...]) -> Tensor:
+    """Tokens, bool `[lane, time]`, all of whose rows are finite, and their squares."""
+    sizes = (
+        torch.linalg.vector_norm(x.detach().flatten(2), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in rows
+    )
+    return torch.stack([size.square().isfinite() for size in sizes]).all(0)

@@ -38,13 +38,13 @@ class StepResult:
     tokens: int
     """Tokens read in this step, over all lanes."""
     loss: float
-    """Cross entropy per predicted token, nats."""
+    """Cross entropy per predicted token, nats. Tokens that the model refuses predict nothing."""
     bits_per_byte: float
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
     lr: float
     faults: int
-    """Writes that the fast memories refused in this step because they were not finite."""
+    """Writes that the fast memories refused in this step because they were not finite, and tokens that the model did."""
     skipped: bool
 
 
@@ -126,7 +126,7 @@ class Learner:
 
         with self._precision(device):
             logits, state = self.model(batch.tokens.to(device), self.state, **masks(reset, batch.valid, device))
-        loss = token_nats(logits, targets).sum() / predicted
+        loss = mean_nats(logits, targets, predicted)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         faults = count_faults(state)
@@ -231,17 +231,28 @@ class Learner:
         return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
 
 
+def mean_nats(logits: Tensor, targets: Tensor, predicted: int) -> Tensor:
+    """Cross entropy per predicted token, nats, without the costs that are NaN; NaN if all are. Those of tokens that the model
+    refuses are, and pass no gradient on. What is NaN for another reason has a gradient that is, so that the step is skipped."""
+    nats = token_nats(logits, targets)
+    lost = nats.isnan()
+    return torch.where(lost, 0.0, nats).sum() / (predicted - lost.sum())
+
+
 def count_faults(state: Any) -> Tensor | int:
-    """How many writes the memories of a state have refused, over all lanes: the sum of its leaves named
-    `faults`, on the device. A state that has such a leaf counts for all inside it. An `open` window holds older states of the
-    same memories, which do not count again.
+    """How many writes the memories of a state have refused, and how many tokens the model, over all lanes: the sum of its leaves
+    named `faults` and `refused`, on the device. A state with a leaf `faults` counts for all inside it. An `open` window holds
+    older states of the same memories, which do not count again.
     """
     if isinstance(state, Tensor) or state is None:
         return 0
     names = getattr(state, "_fields", None) or (state.keys() if isinstance(state, dict) else [""] * len(state))
     children = list(zip(names, state.values() if isinstance(state, dict) else state, strict=True))
-    own = [child.sum() for name, child in children if name == "faults"]
-    return own[0] if own else sum(count_faults(child) for name, child in children if name != "open")
+    found: list[Tensor | int] = [child.sum() for name, child in children if name == "faults"]
+    if not found:
+        tokens = [child.sum() for name, child in children if name == "refused" and child is not None]
+        found = [*tokens, *(count_faults(child) for name, child in children if name != "open")]
+    return sum(found)
 
 
 def _settle(leaf: Tensor) -> Tensor:

@@ -192,7 +192,9 @@ def _learn(
                     f"step {now.step}: loss or gradient not finite, nothing learned from it ({now.skipped} so far)"
                 )
             elif result.faults:
-                display.note(f"step {now.step}: the memories refused {result.faults} writes that were not finite")
+                display.note(
+                    f"step {now.step}: {result.faults} tokens or writes to memories were not finite, and left out"
+                )
 
             if recalibrated or complete() or stop.requested or now.step % config.checkpoint_every == 0:
                 keep()

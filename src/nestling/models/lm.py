@@ -13,6 +13,7 @@ from nestling import state as fast
 from nestling.layers import Continuum, ContinuumState, Layer, Level, Period
 from nestling.layers.descent import Used
 from nestling.layers.norm import RMSNorm
+from nestling.layers.stream import Kept, kept_around
 from nestling.memory import Report
 from nestling.models import windows
 from nestling.models.block import Block, ModelConfig
@@ -28,12 +29,15 @@ class ModelState(NamedTuple):
     position   tokens since the lane's start or last reset, int64 `[lane]`, on the CPU
     continuum  fast weights of the feed-forward levels that learn from tokens, one entry per block that has such
     open       the window whose losses are not yet differentiated; None where nothing learns from the model's loss
+    refused    tokens left out by the model as a whole, see `LanguageModel.forward`, int64 `[lane]`; None: from a file that was
+               written before they were counted
     """
 
     blocks: tuple[Any, ...]
     position: Tensor
     continuum: tuple[ContinuumState, ...] = ()
     open: Open | None = None
+    refused: Tensor | None = None
 
 
 class LanguageModel(nn.Module):
@@ -87,10 +91,12 @@ class LanguageModel(nn.Module):
     def start(self, lanes: int) -> ModelState:
         """State of lanes that have read nothing; gradients reach initial memory states through it."""
         blocks = tuple(block.start(lanes) for block in self.each())
-        state = ModelState(blocks, torch.zeros(lanes, dtype=torch.int64))
+        none = torch.zeros(lanes, dtype=torch.int64)
+        device = self.embedding.weight.device
+        state = ModelState(blocks, none, refused=none.to(device))
         if self.window is None:
             return state
-        tokens = torch.zeros(lanes, self.window, dtype=torch.int64, device=self.embedding.weight.device)
+        tokens = torch.zeros(lanes, self.window, dtype=torch.int64, device=device)
         return state._replace(
             continuum=tuple(c for n in self.learning if (c := self.continuum(n).start(lanes)) is not None),
             open=Open(tokens, blocks if self.twice else fast.detach(blocks)),
@@ -111,9 +117,15 @@ class LanguageModel(nn.Module):
         state    what an earlier call returned; None: fresh lanes
         reset    bool `[lane, time]`: the lane starts afresh before this token (ignored at an invalid one)
         valid    bool `[lane, time]`: a token that is not valid changes nothing; its logits mean nothing
-        report   collects what the memories notice, under "blocks.N.mixer" and "blocks.N.continuum"
+        report   collects what the memories notice, under "blocks.N.mixer" and "blocks.N.continuum", and under "embedding" tokens
+                 that are refused
 
         Returns logits `[lane, time, vocab]` and the new state.
+
+        A token whose embedding is not finite, or not its square, is refused: all is as if it were not valid, gradients too, and
+        its logits are NaN; `state.refused` counts it. One that stops being finite further in cannot be missing: the layers below
+        have read it by then, and it has its place in its window. The layers behind leave it out; levels that learn from the
+        model's loss refuse the gradient of that window, which is one write of theirs, where it is not finite, and count a fault.
         """
         self._check(tokens, state, reset, valid)
         state = self.start(tokens.shape[0]) if state is None else state
@@ -121,10 +133,19 @@ class LanguageModel(nn.Module):
             state = fast.tree_map(lambda x: x.clone() if x.is_inference() else x, state)
         if tokens.shape[1] == 0:
             return self.head(self.norm(self.embedding(tokens))), state
-        if self.window is not None:
-            return windows.read(self, tokens, state, reset, valid, report)
-        logits, blocks = self.read(tokens, state.blocks, reset=reset, valid=valid, report=report)
-        return logits, ModelState(blocks, _advance(state.position, reset, valid, tokens.shape[1]))
+        if state.refused is None:
+            state = state._replace(refused=torch.zeros_like(state.position).to(tokens.device))
+        refused = state.refused
+        own = kept_around(self.embedding(tokens), reset, valid)
+        reset, valid = own.reset, own.valid
+        if self.window is None:
+            logits, blocks = self._through(own.rows[0], state.blocks, reset=reset, valid=valid, report=report)
+            state = ModelState(blocks, _advance(state.position, reset, valid, tokens.shape[1]))
+        else:
+            logits, state = windows.read(self, _filled(tokens, own), state, reset, valid, report)
+        if report is not None and own.lost is not None:
+            report.scope("embedding").count(faults=own.lost.sum(1))
+        return own.answered(logits), own.ended(state._replace(refused=refused), self.start, "refused")
 
     def read(
         self, tokens: Tensor, blocks: Sequence[Any], deltas: Sequence[Used] | None = None, **masks: Any
@@ -134,9 +155,20 @@ class LanguageModel(nn.Module):
         deltas: what the lanes' own learning adds to the weights, or these with it, one entry per block in `learning`; None:
         nothing.
         """
-        report: Report | None = masks.pop("report", None)
+        return self._through(self.embedding(tokens), blocks, deltas, **masks)
+
+    def _through(
+        self,
+        x: Tensor,
+        blocks: Sequence[Any],
+        deltas: Sequence[Used] | None = None,
+        *,
+        report: Report | None = None,
+        **masks: Any,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """`read`, of embeddings x `[lane, time, dim]`."""
         moved = {} if deltas is None else dict(zip(self.learning, deltas, strict=True))
-        x, after = self.embedding(tokens), []
+        after = []
         for number, (block, inner) in enumerate(zip(self.blocks, blocks, strict=True)):
             scope = None if report is None else report.scope(f"blocks.{number}")
             x, inner = block(x, inner, moved.get(number), report=scope, **masks)
@@ -166,7 +198,7 @@ class LanguageModel(nn.Module):
             "training text",
             "none",
             params=tuple(name for name, _ in self.named_parameters()),
-            state_paths=("position",),
+            state_paths=("position", "refused"),
         )
         return sorted([*found, *learned, slow], key=lambda level: level.period.key())
 
@@ -208,6 +240,13 @@ class LanguageModel(nn.Module):
                     f"the state of block {number}'s continuum has weights {came}; expected {fits}: it was made by a model with "
                     "other periods or widths"
                 )
+
+
+def _filled(tokens: Tensor, own: Kept) -> Tensor:
+    """The tokens, another that is read in the places of those that are left out: what stands there is multiplied by 0."""
+    if own.lost is None or own.valid is None or not bool(own.valid.any()):
+        return tokens
+    return torch.where(own.valid, tokens, tokens[own.valid][0])
 
 
 def _advance(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: int) -> Tensor:
