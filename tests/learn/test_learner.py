@@ -402,11 +402,14 @@ def test_a_run_says_what_it_left_out(tmp_path, data, monkeypatch):
             return step(learner)
 
     monkeypatch.setattr(Learner, "step", damaged)
-    settings = SETTINGS | {"tokens": 4 * 2 * 16, "eval_documents": 0}
+    settings = SETTINGS | {"tokens": 4 * 2 * 16}
     train(TrainConfig(**settings, data=(data,), out=tmp_path / "run"), console)
     said = console.file.getvalue()
     assert re.search(r"step 2: \d+ tokens or writes to memories were not finite, and left out", said)
     assert "step 3: loss or gradient not finite, nothing learned from it (1 so far)" in said
+    assert "and not every token of the held-out documents has a finite cost. Everything is in" in said.replace(
+        "\n", " "
+    )
     lines = curve(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [False, False, True, False]
     assert [line["faults"] > 0 for line in lines] == [False, True, True, True]

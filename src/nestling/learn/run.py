@@ -253,7 +253,10 @@ def _report(result: TrainResult, documents: int, config: TrainConfig, model: nn.
         "device": config.device,
     }
     checkpoint.replace_file(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    measured = "" if held_out is None else f", {held_out:.3f} bits per byte on held-out documents"
+    if held_out is not None:
+        measured = f", {held_out:.3f} bits per byte on held-out documents"
+    else:
+        measured = ", and not every token of the held-out documents has a finite cost" if documents else ""
     console.print(
         f"{result.tokens:,} tokens in {clock(result.seconds)}{measured}. Everything is in {out}; try next:\n"
         f"  nestling generate {shlex.quote(str(out))}",
