@@ -202,11 +202,12 @@ def explain(error: Exception) -> str | None:
     import torch
 
     from nestling.learn.checkpoint import CheckpointError
+    from nestling.learn.generation import GenerationError
     from nestling.learn.learner import LearningError
     from nestling.state import StateError
     from nestling.stream import CorpusError, StreamError
 
-    if isinstance(error, CheckpointError | LearningError | StateError | CorpusError | StreamError):
+    if isinstance(error, CheckpointError | GenerationError | LearningError | StateError | CorpusError | StreamError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in NO_MEMORY):
         return "out of memory: try fewer --lanes, a shorter --length or a smaller --size."

@@ -9,8 +9,9 @@ import torch
 
 from nestling import models
 from nestling import state as fast
+from nestling.cli import explain
 from nestling.learn import generate, read
-from nestling.learn.generation import pick
+from nestling.learn.generation import GenerationError, pick
 
 NAMES = ["gated_deltanet", "titans_lmm"]
 PROMPT = [256, *b"The nest is"]
@@ -110,3 +111,16 @@ def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="prompt is empty"):
         next(generate(model, [], count=1))
     assert list(generate(model, PROMPT, count=0)) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_is_no_number_is_no_token(temperature):
+    model = model_of("gated_deltanet")
+    with torch.no_grad():
+        model.embedding.weight[PROMPT[-1]] = math.nan
+    with pytest.raises(GenerationError, match=f"answer to token {PROMPT[-1]} is not a number") as caught:
+        next(generate(model, PROMPT, count=1, temperature=temperature))
+    assert explain(caught.value) == str(caught.value)
+    assert len(list(generate(model, [*PROMPT, 0], count=1, temperature=temperature))) == 1, (
+        "it is left out, and that is all"
+    )

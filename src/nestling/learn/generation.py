@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 
+class GenerationError(RuntimeError):
+    """Writing cannot go on; the message says why."""
+
+
 def generate(
     model: nn.Module,
     prompt: Sequence[int],
@@ -32,6 +36,8 @@ def generate(
         top_p: sample among the fewest tokens whose probabilities reach this sum.
         banned: tokens that are never sampled (such as `<bos>`, which no model is trained to predict).
         generator: on the CPU; the same seed gives the same text on one machine.
+
+    Raises `GenerationError` behind a token that the model answers with what is no number, as one that it refuses.
     """
     if not prompt:
         raise ValueError(
@@ -44,8 +50,15 @@ def generate(
     with torch.no_grad():
         for begin in range(0, text.shape[1], segment):
             logits, state = model(text[:, begin : begin + segment].to(device), state)
+    token = int(text[0, -1])
     for left in range(count, 0, -1):
-        token = pick(logits[0, -1].cpu(), temperature, top_p, banned, generator)
+        answer = logits[0, -1].cpu()
+        if bool(answer.isnan().any()):
+            raise GenerationError(
+                f"generate: the model's answer to token {token} is not a number: its weights, or the state that it reads with, "
+                "are damaged. Take another checkpoint, or begin with a fresh state."
+            )
+        token = pick(answer, temperature, top_p, banned, generator)
         yield token, state
         if left > 1:
             with torch.no_grad():
