@@ -8,7 +8,16 @@ import pytest
 import torch
 
 import nestling as nl
-from nestling.layers import Attention, Layer, Memory, MemoryAsContext, SelfModifying, SlidingAttention
+from nestling.layers import (
+    Attention,
+    Layer,
+    Memory,
+    MemoryAsContext,
+    MemoryAsGate,
+    MemoryAsLayer,
+    SelfModifying,
+    SlidingAttention,
+)
 from nestling.layers.lstm import LSTM
 from nestling.learn.learner import count_faults
 from nestling.testing import assert_close, assert_same
@@ -26,6 +35,10 @@ LAYERS = {
         for name in ("titans", "omeganet", "deep_transformer", "trellis", "tnt")
     },
     "retnet": lambda: Memory(DIM, 2, nl.memory.named("retnet", key_dim=4), width=3),
+    **{
+        name: lambda layer=layer: layer(DIM, 2, nl.memory.named("titans", key_dim=4, chunk=4), window=5, persistent=2)
+        for name, layer in (("memory as gate", MemoryAsGate), ("memory as layer", MemoryAsLayer))
+    },
     "self-modifying": lambda: SelfModifying(
         DIM, 2, nl.memory.named("self_modifying", key_dim=4, chunk=4, unit_values=True)
     ),
@@ -34,12 +47,14 @@ LAYERS = {
 
 def counted(state: Any) -> Any:
     """The part of a layer's state that has position and faults."""
-    return state if hasattr(state, "faults") else state.memory
+    return state if hasattr(state, "faults") else getattr(state, "attention", state.memory)
 
 
 def without_faults(state: Any) -> Any:
     own = counted(state)._replace(faults=torch.zeros(2, dtype=torch.int64))
-    return own if hasattr(state, "faults") else state._replace(memory=own)
+    if hasattr(state, "faults"):
+        return own
+    return state._replace(attention=own) if hasattr(state, "attention") else state._replace(memory=own)
 
 
 def build(name: str) -> tuple[Layer, torch.Tensor]:
