@@ -105,8 +105,10 @@ def decoding(module: nn.Module, x: torch.Tensor, state: Any, advance: bool) -> A
     return decode
 
 
-def measure(name: str, chunk: int, length: int, settings: Settings, peak: float) -> dict[str, Any]:
-    """One row of the table."""
+def measure(
+    name: str, chunk: int, length: int, settings: Settings, peak: float, beside: dict[str, int]
+) -> dict[str, Any]:
+    """One row of the table. beside: attention's FLOPs by mode and its peak bytes at this length, filled in as needed."""
     torch.manual_seed(settings.seed)
     memory = layer(name, chunk, settings)
     attention = nl.layers.Attention(settings.dim, settings.heads)
@@ -124,7 +126,9 @@ def measure(name: str, chunk: int, length: int, settings: Settings, peak: float)
         else:
             of_memory, of_attention = runner(memory, x, mode), runner(attention, x, mode)
             tokens, work = settings.batch * length, flops(runner(memory, short, mode)) * length / short.shape[1]
-        work_attention = flops(of_attention)
+        if mode not in beside:
+            beside[mode] = flops(of_attention)
+        work_attention = beside[mode]
         of_attention()
         rounds = interleaved(
             (of_attention, of_memory), budget=settings.seconds, least=3, most=30, clock=settings.clock()
@@ -153,7 +157,9 @@ def measure(name: str, chunk: int, length: int, settings: Settings, peak: float)
         )
 
     if "training" in settings.modes:
-        row["peak_bytes"], row["attention_peak_bytes"] = whole(memory), whole(attention)
+        if "peak_bytes" not in beside:
+            beside["peak_bytes"] = whole(attention)
+        row["peak_bytes"], row["attention_peak_bytes"] = whole(memory), beside["peak_bytes"]
     return row
 
 
@@ -280,6 +286,14 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def keep(rows: list[dict[str, Any]], peaks: dict[int, float], words: dict[str, Any], settings: Settings) -> None:
+    """Write what there is so far."""
+    longer = [{"system": n, "chunk": c, "mode": m, "longest_over_shortest": f} for (n, c, m), f in growth(rows).items()]
+    found = {"rows": rows, "growth": longer, "missed": judge(rows)}
+    about = {"machine": words, "settings": told(settings), "matmul_flops_per_second": peaks}
+    write(settings.out / "memory_speed.json", about | found)
+
+
 def main(settings: Settings) -> None:
     if settings.quick:
         for name, few in QUICK.items():
@@ -293,39 +307,27 @@ def main(settings: Settings) -> None:
         "matrix products, without what a checkpoint recomputes; causal attention counts half of its square.",
         highlight=False,
     )
-    rows: list[dict[str, Any]] = []
-    peaks = {}
+    rows, peaks = list[dict[str, Any]](), dict[int, float]()
     for length in settings.lengths:
-        peaks[length] = peak = matmul_rate(clock=settings.clock())
-        console.print(f"length {length}: matmul peak {peak / 1e9:.0f} GFLOP/s", highlight=False)
+        peaks[length], beside = matmul_rate(clock=settings.clock()), dict[str, int]()
+        console.print(f"length {length}: matmul peak {peaks[length] / 1e9:.0f} GFLOP/s", highlight=False)
         for name in settings.systems or (*nl.memory.names(), *PLAIN):
             spec = spec_of(name)
             # Where the inner gradient does not read the weights, the chunk has no effect: one row says it all.
             chunks = settings.chunks if getattr(spec, "reads_weights", True) else settings.chunks[-1:]
             for chunk in chunks:
-                row = measure(name, chunk, length, settings, peak)
+                row = measure(name, chunk, length, settings, peaks[length], beside)
                 rows.append(row)
-                got = "; ".join(f"{mode} ratio {row[mode]['ratio']['mid']:.2f}" for mode in settings.modes)
-                console.print(f"  {name}, chunk {chunk}: {got}", highlight=False)
+                told_of = (
+                    f"{m} ratio {row[m]['ratio']['mid']:.2f}, bound {row[m]['bound']:.2f}" for m in settings.modes
+                )
+                console.print(f"  {name}, chunk {chunk}: {'; '.join(told_of)}", highlight=False)
+                keep(rows, peaks, words, settings)  # after every row, as a run is long
     show(rows, console)
     missed = judge(rows)
     console.print("Goals missed:" if missed else "No goal is missed.", highlight=False)
     for line in missed:
         console.print(f"  {line}", highlight=False)
-    write(
-        settings.out / "memory_speed.json",
-        {
-            "machine": words,
-            "settings": told(settings),
-            "matmul_flops_per_second": peaks,
-            "rows": rows,
-            "growth": [
-                {"system": n, "chunk": c, "mode": m, "longest_over_shortest": f}
-                for (n, c, m), f in growth(rows).items()
-            ],
-            "missed": missed,
-        },
-    )
     draw(rows, settings.out / "memory_speed.png", headline(words))
     console.print(f"Written: {settings.out}/memory_speed.json and .png", highlight=False)
 

@@ -115,8 +115,8 @@ def test_chunk_one_is_the_recurrence_in_the_form_of_a_gated_linear_attention(obj
         beyond = beyond or bool((gate > 1).any()) or bool((gate < 0).any())
         s = gate[:, None] * s + a[:, None] * h
         outputs.append(q[t] @ phi(s))
-    torch.testing.assert_close(y, torch.stack(outputs), rtol=0, atol=1e-10)
-    torch.testing.assert_close(end, s, rtol=0, atol=1e-10)
+    torch.testing.assert_close(y, torch.stack(outputs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(end, s, rtol=0, atol=1e-12)
     assert beyond
 
 
@@ -142,8 +142,8 @@ def test_the_parallel_form_is_the_loop_over_a_chunks_stale_steps(
         norms = {"token": s, "chunk": anchor, "none": phi(s)}[read_norm].norm(dim=-1, keepdim=True)
         outputs.append(q[t] @ (s / norms))
         anchor = s if (t + 1) % chunk == 0 else anchor
-    torch.testing.assert_close(y[0, 0], torch.stack(outputs), rtol=0, atol=1e-11)
-    torch.testing.assert_close(state.weights[0][0, 0], s, rtol=0, atol=1e-11)
+    torch.testing.assert_close(y[0, 0], torch.stack(outputs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(state.weights[0][0, 0], s, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
