@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = version("nestling")
 
-_PACKAGES = ("bench", "layers", "learn", "memory", "models", "optim", "state", "stream", "testing")
+_PACKAGES = ("bench", "layers", "learn", "memory", "models", "optim", "processor", "state", "stream", "testing")
 
 
 def __getattr__(name: str) -> Any:
