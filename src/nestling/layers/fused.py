@@ -213,10 +213,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.epsilon = epsilon
         z = torch.empty_like(x, memory_format=torch.contiguous_format)
-        rows = _rows(x)
-        if not _norm_in_c(rows, weight, None, epsilon, z=z.view(rows.shape[1:])):
-            return F.rms_norm(x, weight.shape, weight, epsilon)
-        return z
+        return z if _rms_in_c(x, weight, epsilon, z=z) else F.rms_norm(x, weight.shape, weight, epsilon)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -228,19 +225,14 @@ class _RMSNorm(torch.autograd.Function):
 
         if torch.is_grad_enabled():
             return *again(formula, (x, weight), grad), None
-        d_x, rows = torch.empty_like(x, memory_format=torch.contiguous_format), _rows(x)
-        parts = weight.new_empty(-(-rows.shape[2] // NORM_BLOCK), rows.shape[3]) if wanted(ctx)[1] else None
-        given = {"of_z": grad.reshape(rows.shape[1:]), "of_y": d_x.view(rows.shape), "of_weight": parts}
-        if not _norm_in_c(rows, weight, None, epsilon, **given):
+        d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        blocks = -(-x.numel() // (x.shape[-1] * NORM_BLOCK))
+        parts = weight.new_empty(blocks, x.shape[-1]) if wanted(ctx)[1] else None
+        if not _rms_in_c(x, weight, epsilon, of_z=grad, of_x=d_x, of_weight=parts):
             with torch.enable_grad():
                 found = again(formula, (x, weight), grad)
             return *(None if g is None else g.detach() for g in found), None
-        return d_x, None if parts is None else parts.sum(0), None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x `[…, dim]` → `[1, 1, rows, dim]`."""
-    return x.reshape(1, 1, -1, x.shape[-1])
+        return d_x, None if parts is None else parts[0] if blocks == 1 else parts.sum(0), None
 
 
 class _NormInC(ctypes.Structure):
@@ -272,6 +264,32 @@ def _norm_in_c(y: Tensor, weight: Tensor, gate: Tensor | None, epsilon: float = 
     for name, u in whole.items():
         setattr(c, name, u.data_ptr())
     failed: int = code.nestling_gated_norm(ctypes.byref(c))
+    return failed == 0
+
+
+def _rms_in_c(
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    z: Tensor | None = None,
+    of_z: Tensor | None = None,
+    of_x: Tensor | None = None,
+    of_weight: Tensor | None = None,
+) -> bool:
+    """RMSNorm by the C code, forward or, with of_z and others, backward; False where it does not serve. It is short, as norms are
+    many and small where a call has few tokens. What is written to lies in one piece."""
+    code = library(GATED_NORM, x.dtype)
+    dim = x.shape[-1]
+    given = [x, weight] if of_z is None else [x, weight, of_z]
+    if code is None or weight.shape != (dim,) or any(u.dtype != x.dtype or u.device.type != "cpu" for u in given):
+        return False
+    if of_z is not None and of_z.shape != x.shape:
+        return False
+    given = [u if u.is_contiguous() and not u.is_neg() else u.resolve_neg().contiguous() for u in given]
+    rows = x.numel() // dim
+    at = [None if u is None else u.data_ptr() for u in (*given[:2], None, z, given[2] if len(given) > 2 else None)]
+    ends = (None if u is None else u.data_ptr() for u in (of_x, of_weight, None))
+    failed: int = code.nestling_gated_norm(ctypes.byref(_NormInC(1, 1, rows, dim, threads(rows), epsilon, *at, *ends)))
     return failed == 0
 
 
