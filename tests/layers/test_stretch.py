@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import nestling as nl
+from nestling import native
 from nestling.layers import Attention, SlidingAttention, attention_back, stretch
 from nestling.models import windows
 
@@ -55,20 +56,23 @@ def test_calls_in_a_stretch_are_calls_with_every_gradient(
     _, since = own(torch.randn(2, carried, 8, dtype=torch.float64))
     since = since._replace(key=since.key.detach().requires_grad_(), value=since.value.detach().requires_grad_())
     results = []
-    for inside in (False, True):
-        y, state = read(own, x, [0, 4, 8, 9, 13, 17, 20, 24], since, inside)
+    for inside in range(3):  # out of one; in one, with the C code and without
+        with native.without() if inside == 2 else nullcontext():
+            y, state = read(own, x, [0, 4, 8, 9, 13, 17, 20, 24], since, inside > 0)
         generator = torch.Generator().manual_seed(1)
         outputs = [y, state.key, state.value]
         loss = sum((u * torch.randn(u.shape, generator=generator, dtype=u.dtype)).sum() for u in outputs)
         assert isinstance(loss, Tensor)
         asked = [x, since.key, since.value, *own.parameters()]
-        found = torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=window == 1)
-        again = torch.autograd.grad(loss, asked, allow_unused=window == 1)
+        with native.without() if inside == 2 else nullcontext():
+            found = torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=window == 1)
+            again = torch.autograd.grad(loss, asked, allow_unused=window == 1)
         assert len(rooms) == inside, "keys and values lie in one place from the first call on"
         gradients = [g for g in found if g is not None]
         equal([g for g in again if g is not None], gradients)
         results.append([*outputs, state.position, *gradients])
     equal(results[1], results[0])
+    equal(results[2], results[0])
 
 
 stretch_room = stretch.Room

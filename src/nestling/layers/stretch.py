@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from nestling import state as fast
-from nestling.layers.attention_back import Read, attention_back
+from nestling.layers.attention_back import attention_back
+from nestling.layers.attention_in_c import Read, back_in_c, turn_in_c
 from nestling.layers.rotary import angles, turn
 from nestling.memory.wanted import wanted
 
@@ -191,21 +192,21 @@ class _Window(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, key: Tensor, value: Tensor, room: Room, sight: Sight) -> tuple[Tensor, ...]:
-        lanes, time, _, heads, dim = qkv.shape
-        asked, new_key, new_value = qkv.permute(2, 0, 3, 1, 4)
+        time = qkv.shape[1]
         first = room.filled - key.shape[1] if sight.kept is None else room.filled + time - sight.kept
         ctx.came, ctx.own = slice(room.filled - key.shape[1], room.filled), slice(room.filled, room.filled + time)
         ctx.left = slice(first, room.filled + time)
-        keys, values = room.extend(time)
-        turn(new_key, sight.cos, sight.sin, keys)
-        values.copy_(new_value)
-        q = turn(asked, sight.cos, sight.sin, asked.new_empty(lanes, heads, time, dim))
-        keys, values = room.pairs[..., room.filled - time - sight.visible : room.filled, :]
+        room.extend(time)
+        pairs = room.pairs[..., room.filled - time - sight.visible : room.filled, :]
+        q = turn_in_c(qkv, sight.cos, sight.sin, pairs)
+        if q is None:
+            q = _turn_plainly(qkv, pairs, sight)
+        mask = sight.mask
         y, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, keys, values, is_causal=sight.mask is None, attn_mask=sight.mask
+            q, *pairs, is_causal=mask is None, attn_mask=mask
         )
         ctx.save_for_backward(q, y, log)
-        ctx.room, ctx.sight = room, sight
+        ctx.room, ctx.visible, ctx.window, ctx.turned = room, sight.visible, sight.window, (sight.cos, sight.sin)
         ctx.set_materialize_grads(False)
         return (y, *room.state(first))
 
@@ -224,7 +225,7 @@ class _Window(torch.autograd.Function):
     def _found(
         ctx: Any, q: Tensor, y: Tensor, log: Tensor, grad: Tensor | None, given: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...]:
-        room, sight = ctx.room, ctx.sight
+        room, turned = ctx.room, ctx.turned
         of_qkv, *of_past = wanted(ctx)[:3]
         lanes, heads, time, dim = q.shape
         if any(of_past):
@@ -239,20 +240,29 @@ class _Window(torch.autograd.Function):
                 if g is not None:
                     both = min(time, g.shape[1])
                     mine[:, :, time - both :] = g[:, g.shape[1] - both :].transpose(1, 2)
-        of_q = torch.zeros_like(q)
-        if grad is not None:
-            rows = slice(ctx.own.start - sight.visible, ctx.own.stop)
-            seen = Read(q, room.pairs[..., rows, :], y, log, sight.window)
-            of_q = attention_back(seen, grad, own if sums is None else sums[..., rows, :])
-        of_input = None
-        if of_qkv:
-            of_input = q.new_empty(lanes, time, 3, heads, dim)
-            asked, new_key, new_value = of_input.permute(2, 0, 3, 1, 4)
-            turn(of_q, sight.cos, -sight.sin, asked)
-            turn(own[0], sight.cos, -sight.sin, new_key)
-            new_value.copy_(own[1])
+        of_input = q.new_empty(lanes, time, 3, heads, dim) if of_qkv else None
+        rows = slice(ctx.own.start - ctx.visible, ctx.own.stop)
+        seen, wide = Read(q, room.pairs[..., rows, :], y, log, ctx.window), own if sums is None else sums[..., rows, :]
+        if grad is None or not back_in_c(seen, grad, wide, None, of_input, *turned):
+            of_q = torch.zeros_like(q) if grad is None else attention_back(seen, grad, wide)
+            if of_input is not None:
+                asked, new_key, new_value = of_input.permute(2, 0, 3, 1, 4)
+                cos, sin = turned
+                turn(of_q, cos, -sin, asked)
+                turn(own[0], cos, -sin, new_key)
+                new_value.copy_(own[1])
         past = (None, None) if sums is None else sums[..., ctx.came, :].transpose(2, 3).unbind(0)
         return of_input, *past, None, None
+
+
+def _turn_plainly(qkv: Tensor, pairs: Tensor, sight: Sight) -> Tensor:
+    """`turn_in_c` by the framework's operations."""
+    lanes, time, _, heads, dim = qkv.shape
+    asked, new_key, new_value = qkv.permute(2, 0, 3, 1, 4)
+    keys, values = pairs[..., sight.visible :, :]
+    turn(new_key, sight.cos, sight.sin, keys)
+    values.copy_(new_value)
+    return turn(asked, sight.cos, sight.sin, asked.new_empty(lanes, heads, time, dim))
 
 
 class _Once(torch.autograd.Function):
