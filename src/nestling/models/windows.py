@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling import state as fast
-from nestling.layers.descent import Moved, Used, dense, learn, note
+from nestling.layers.descent import Used, dense, learn, note
 from nestling.layers.low_rank import Whole
 from nestling.layers.pieces import Piece, merge, pieces, place, write
 from nestling.layers.stretch import stretch
 from nestling.layers.stride import Gradients, Window
 from nestling.memory import Report
+from nestling.models.served import Served, enter, leave, used
 from nestling.state import register
 
 if TYPE_CHECKING:
@@ -62,11 +63,13 @@ def read(
     cut = list(pieces(state.position, time, reset, valid, model.window or time))
     outputs, notes, served = [], [], Served()
     with stretch(time if len(cut) > 1 and not model.twice else None) as kept:
+        state = enter(model, state)
         for piece in cut:
             note = None if report is None else Report()
             logits, state = _piece(model, tokens.gather(1, piece.at.to(tokens.device)), state, piece, served, note)
             outputs.append(logits)
             notes.append(note)
+        state = leave(model, state)
         state = state if kept is None else kept.published(state)
     if not cut:  # no valid token at all
         return model.embedding.weight.new_zeros(*tokens.shape, model.config.vocab_size), state
@@ -86,7 +89,8 @@ def _piece(
     """Read one piece, and learn where a window ends with it. tokens `[lane, n]`; served: for all pieces of the call."""
     assert model.window is not None
     if piece.fresh is not None:
-        state = fast.where(piece.fresh, model.start(len(tokens)), state, keep=("faults",))
+        state = fast.where(piece.fresh, model.start(len(tokens)), leave(model, state), keep=("faults",))
+        state = enter(model, state)
     assert state.open is not None
     begins = state.position % model.window == 0
     whole, again = piece.closing & begins, piece.closing & ~begins
@@ -103,7 +107,7 @@ def _piece(
         if not outer:
             logits, blocks = logits.detach(), fast.detach(blocks)
     else:
-        logits, blocks = _logits(model, tokens, state.blocks, _deltas(state), valid=valid, report=report)
+        logits, blocks = _logits(model, tokens, state.blocks, used(model, state, served), valid=valid, report=report)
 
     heard = write(state.open.tokens, tokens, state.position % model.window, piece)
     if bool(again.any()):
@@ -222,34 +226,6 @@ def _said(model: LanguageModel, gradients: list[Gradients], seen: Seen, *, keep:
     return found
 
 
-class Served:
-    """θ₀ + Δ, made anew where a level has moved: the slower ones serve for several windows."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
-
-    def at(self, model: LanguageModel, delta: Sequence[Gradients]) -> list[Gradients]:
-        """The weights that the lanes use, of every learning block."""
-        found = []
-        for number, own in zip(model.learning, delta, strict=True):
-            pairs = zip(own, model.continuum(number).each(), strict=True)
-            found.append(
-                tuple(
-                    tuple(
-                        self._sum((number, which, n), weight, moved)
-                        for n, (weight, moved) in enumerate(zip(level.weights(), matrices, strict=False))
-                    )
-                    for which, (matrices, (_, level)) in enumerate(pairs)
-                )
-            )
-        return found
-
-    def _sum(self, key: tuple[int, int, int], weight: Tensor, moved: Tensor) -> Tensor:
-        if key not in self._known or self._known[key][0] is not moved:
-            self._known[key] = moved, weight + moved
-        return self._known[key][1]
-
-
 def _whole(weights: Sequence[Gradients]) -> list[Used]:
     return [tuple(tuple(Whole(w) for w in level) for level in own) for own in weights]
 
@@ -315,10 +291,6 @@ def _differentiating() -> Iterator[Any]:
 def _asks(model: LanguageModel, state: ModelState) -> bool:
     """Whether anybody outside wants a gradient."""
     return any(p.requires_grad for p in model.parameters()) or any(x.requires_grad for x in fast.leaves(state))
-
-
-def _deltas(state: ModelState) -> list[Moved]:
-    return [c.delta for c in state.continuum]
 
 
 def _dense(state: ModelState) -> list[Gradients]:
