@@ -19,9 +19,29 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+def convolve(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
+    (y,) = fused.convolve(x, tail, weight)
+    return y
+
+
 def convolution(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
     stream, halo = torch.cat([tail, x], 1), tail.shape[1]
     return F.silu(sum(stream[:, halo - j : halo - j + x.shape[1]] * weight[j] for j in range(halo + 1)))
+
+
+def parts(*sources: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Parts of a convolution that read these parts of x, side by side, each weighted by its place; and the same of the copies."""
+
+    def fast(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
+        found = fused.convolve(x, tail, weight, sources)
+        return torch.cat([(n + 1) * y for n, y in enumerate(found)], -1)
+
+    def formula(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
+        read = x.chunk(max(sources) + 1, -1)
+        y = convolution(torch.cat([read[source] for source in sources], -1), tail, weight)
+        return torch.cat([(n + 1) * part for n, part in enumerate(y.chunk(len(sources), -1))], -1)
+
+    return fast, formula
 
 
 def gated_norm(y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
@@ -33,8 +53,11 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
-    "convolution": (fused.convolve, convolution, ((2, 7, 3), (2, 3, 3), (4, 3))),
-    "convolution, shorter than its window": (fused.convolve, convolution, ((2, 2, 3), (2, 3, 3), (4, 3))),
+    "convolution": (convolve, convolution, ((2, 7, 3), (2, 3, 3), (4, 3))),
+    "convolution, shorter than its window": (convolve, convolution, ((2, 2, 3), (2, 3, 3), (4, 3))),
+    "parts of a convolution": (*parts(0, 1, 2), ((2, 7, 9), (2, 3, 9), (4, 9))),
+    "parts that read the same": (*parts(0, 1, 1), ((2, 7, 6), (2, 3, 9), (4, 9))),
+    "parts that read the same, short": (*parts(1, 0, 1), ((2, 2, 6), (2, 3, 9), (4, 9))),
     "heads": (fused.unit_heads, lambda x: l2_norm(x).transpose(1, 2), ((2, 5, 3, 4),)),
     "gated norm": (fused.gated_norm, gated_norm, ((2, 3, 5, 4), (4,), (2, 5, 12))),
     "RMSNorm": (rms_norm, lambda x, weight: F.rms_norm(x, weight.shape, weight, 0.1), ((2, 3, 4), (4,))),
@@ -82,7 +105,7 @@ def test_convolution_goes_on_over_its_blocks(time: int) -> None:
     torch.manual_seed(0)
     inputs = normal(2, time, 3), normal(2, 3, 3), normal(4, 3)
     grad = torch.randn(2, time, 3, dtype=torch.float64)
-    found, expected = (torch.autograd.grad(f(*inputs), inputs, grad) for f in (fused.convolve, convolution))
+    found, expected = (torch.autograd.grad(f(*inputs), inputs, grad) for f in (convolve, convolution))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -126,7 +149,7 @@ def test_wide_convolutions_by_threads_and_in_single_precision() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        y = fused.convolve(x, tail, weight)
+        y = convolve(x, tail, weight)
         found = torch.autograd.grad(y, (x, tail, weight), grad)
     finally:
         torch.set_num_threads(threads)
@@ -134,6 +157,33 @@ def test_wide_convolutions_by_threads_and_in_single_precision() -> None:
     torch.testing.assert_close(y, expected)
     for a, b in zip(found, torch.autograd.grad(expected, (x, tail, weight), grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_part_that_nobody_reads_gets_no_gradient() -> None:
+    x, tail, weight = (normal(*shape).requires_grad_() for shape in ((2, 150, 6), (2, 3, 9), (4, 9)))
+    for unread in range(3):
+        found, expected = [], []
+        for made, outputs in (
+            (fused.convolve(x, tail, weight, (0, 1, 1)), found),
+            (convolution(torch.cat([x, x[..., 3:]], -1), tail, weight).chunk(3, -1), expected),
+        ):
+            loss = sum(y.square().sum() for n, y in enumerate(made) if n != unread)
+            outputs.extend(torch.autograd.grad(loss, (x, tail, weight)))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", ["in C"], indirect=True)
+@pytest.mark.usefixtures("way")
+def test_the_gradient_of_heads_lies_as_they_do() -> None:
+    """So that nothing is moved on the way back."""
+    wide = normal(2, 5, 12).requires_grad_()
+    heads = wide.view(2, 5, 3, 4)
+    heads.register_hook(lambda grad: seen.append(grad.is_contiguous()))
+    seen: list[bool] = []
+    fused.unit_heads(heads).square().sum().backward()
+    assert seen == [True]
 
 
 def test_under_transforms_the_framework_does_it_all() -> None:

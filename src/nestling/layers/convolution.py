@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestling.layers.fused import convolve
+from nestling.layers.fused import convolve, spread
 from nestling.layers.stream import places
 from nestling.memory.inputs import surely
 
@@ -35,10 +35,25 @@ class ShortConvolution(nn.Module):
         self, x: Tensor, tail: Tensor | None = None, *, reset: Tensor | None = None, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x `[lane, time, channels]` → y of the same shape, new tail. Invalid tokens are skipped as if not there."""
+        (y,), tail = self.parts(x, tail, (0,), reset=reset, valid=valid)
+        return y, tail
+
+    def parts(
+        self,
+        x: Tensor,
+        tail: Tensor | None,
+        sources: tuple[int, ...],
+        *,
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """y in as many parts as there are sources, side by side all channels, and the new tail. Each reads one of the equal parts
+        of x `[lane, time, …]`, its source; several may read the same."""
         tail = self.start(x.shape[0]).to(x.dtype) if tail is None else tail.to(x.dtype)
         lanes, time, _ = x.shape
+        count = len(sources)
         if time == 0 or self.width == 1:
-            return F.silu(x * self.weight[0].to(x.dtype)), tail
+            return F.silu(spread(x, sources) * self.weight[0].to(x.dtype)).chunk(count, -1), tail
         weight = self.weight.to(x.dtype)
         halo = self.width - 1
         if valid is not None and surely(valid):
@@ -47,9 +62,11 @@ class ShortConvolution(nn.Module):
             tail, reset = torch.where(reset[:, :1, None].to(x.device), 0.0, tail), None
         if reset is None and valid is None:
             # A copy: a view would keep all of x for as long as the state lives, and a compiled step notice its strides.
-            kept = x[:, time - halo :] if time >= halo else torch.cat([tail[:, time:], x], 1)
+            last = spread(x[:, max(0, time - halo) :], sources)
+            kept = last if time >= halo else torch.cat([tail[:, time:], last], 1)
             new = kept.clone(memory_format=torch.contiguous_format)
-            return convolve(x, tail, weight), new
+            return convolve(x, tail, weight, sources), new
+        x = spread(x, sources)
         stream = torch.cat([tail, x], 1)
         at = places(reset, valid, lanes, time, x.device)
         if valid is not None:  # valid tokens side by side, in order, behind the tail
@@ -66,4 +83,4 @@ class ShortConvolution(nn.Module):
         keep = at.total[:, None] - halo + torch.arange(halo, device=x.device)
         fresh = (keep >= at.last[:, None]) | (at.last[:, None] < 0)
         new = torch.where(fresh.unsqueeze(-1), stream[rows, keep + halo], 0.0)
-        return F.silu(y), new
+        return F.silu(y).chunk(count, -1), new

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,33 @@ from nestling.native import DEFINES, library, plain, threads
 CONVOLUTION = Path(__file__).parent / "convolution.c"
 GATED_NORM = Path(__file__).parent / "gated_norm.c"
 NORM_BLOCK = 64  # tokens that it takes at a time
-MOST_TAPS = 8  # that the C code has room for
+MOST_TAPS, MOST_PARTS = 8, 4  # that the C code has room for
 BLOCK = 128  # tokens of the convolution at a time, so that what one pass leaves the next finds in the cache
 
 
-def convolve(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
-    """SiLU(Σ_j w_j ∘ x_{t−j}): x `[lane, time, channel]`, tail `[lane, width − 1, channel]` before it, w `[width, channel]`."""
-    return _call(_Convolution, _convolve, x, tail, weight)
+def convolve(x: Tensor, tail: Tensor, weight: Tensor, sources: tuple[int, ...] = (0,)) -> tuple[Tensor, ...]:
+    """SiLU(Σ_j w_j ∘ x_{t−j}), in as many parts as there are sources, each `[lane, time, channel]`.
+
+    x `[lane, time, source · channel]`, of which each part reads the channels of its source, and every source is read; tail
+    `[lane, width − 1, part · channel]` before it, w `[width, part · channel]`.
+    """
+
+    def formula(x: Tensor, tail: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        stream = torch.cat([tail, spread(x, sources)], 1)
+        return F.silu(_taps(stream, weight)).chunk(len(sources), -1)
+
+    if _plain(x, tail, weight):
+        return formula(x, tail, weight)
+    found: tuple[Tensor, ...] = _Convolution.apply(formula, sources, x, tail, weight)  # type: ignore[no-untyped-call]
+    return found
+
+
+def spread(x: Tensor, sources: tuple[int, ...]) -> Tensor:
+    """What the parts of `convolve` read, side by side."""
+    if sources == tuple(range(len(sources))):
+        return x
+    read = x.chunk(max(sources) + 1, -1)
+    return torch.cat([read[source] for source in sources], -1)
 
 
 def unit_heads(x: Tensor) -> Tensor:
@@ -53,23 +73,27 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def _call(function: type[torch.autograd.Function], formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    plain = torch.compiler.is_compiling() or any(x.dtype.itemsize < 4 or x.dtype != inputs[0].dtype for x in inputs)
-    found: Tensor = formula(*inputs) if plain else function.apply(*inputs)  # type: ignore[no-untyped-call]
+    found: Tensor = formula(*inputs) if _plain(*inputs) else function.apply(*inputs)  # type: ignore[no-untyped-call]
     return found
 
 
-def again(formula: Callable[..., Tensor], saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated once more.
+def _plain(*inputs: Tensor) -> bool:
+    """Whether the formula is taken as it stands."""
+    return torch.compiler.is_compiling() or any(x.dtype.itemsize < 4 or x.dtype != inputs[0].dtype for x in inputs)
+
+
+def again(
+    formula: Callable[..., Tensor | tuple[Tensor, ...]],
+    saved: tuple[Tensor, ...],
+    grad: Tensor | tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated once more, of a formula with one result or several.
 
     To names of their own: where one input was made from another, the way through it is not to be counted here.
     """
     saved = tuple(x.view_as(x) if x.requires_grad else x for x in saved)
     found = iter(torch.autograd.grad(formula(*saved), [x for x in saved if x.requires_grad], grad, create_graph=True))
     return tuple(next(found) if x.requires_grad else None for x in saved)
-
-
-def _convolve(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
-    return F.silu(_taps(torch.cat([tail, x], 1), weight))
 
 
 def _taps(stream: Tensor, weight: Tensor) -> Tensor:
@@ -88,77 +112,131 @@ def _gated_norm(y: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        formula: Callable[..., tuple[Tensor, ...]],
+        sources: tuple[int, ...],
+        x: Tensor,
+        tail: Tensor,
+        weight: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, tail, weight)
-        y = torch.empty_like(x)
-        if _run_in_c(x.contiguous(), tail.contiguous(), weight.contiguous(), y=y):
-            return y
-        for first in range(0, x.shape[1], BLOCK):
-            z = _block(x, tail, weight, first)[1]
-            torch.ops.aten.silu.out(z, out=y[:, first : first + BLOCK])
-        return y
+        ctx.formula, ctx.sources = formula, sources
+        lanes, time, _ = x.shape
+        found = tuple(x.new_empty(lanes, time, weight.shape[1] // len(sources)) for _ in sources)
+        whole = x.contiguous(), tail.contiguous(), weight.contiguous()
+        if not _run_in_c(*whole, sources, y=found):
+            for part, y in zip(_parts(whole, sources), found, strict=True):
+                for first in range(0, time, BLOCK):
+                    y[:, first : first + BLOCK] = F.silu(_block(*part, first)[1])
+        return found
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, tail, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return again(_convolve, (x, tail, weight), grad)
-        halo, time = tail.shape[1], x.shape[1]
-        d_x, d_tail, d_weight = torch.empty_like(x), torch.zeros_like(tail), torch.zeros_like(weight)
+            return None, None, *again(ctx.formula, (x, tail, weight), grads)
+        asked = wanted(ctx)[4]
         whole = x.contiguous(), tail.contiguous(), weight.contiguous()
-        per_lane = weight.new_empty(x.shape[0], *weight.shape) if wanted(ctx)[2] else None
-        if _run_in_c(*whole, of_y=grad.contiguous(), of_x=d_x, of_tail=d_tail, of_weight=per_lane):
-            return d_x, d_tail, None if per_lane is None else per_lane.sum(0)
-        # The gradient of the taps of a block, and behind it the first ones of the next block: a token is also a later tap.
-        after = x.new_zeros(x.shape[0], halo, x.shape[2])
-        scratch = x.new_empty(x.shape[0], min(BLOCK, time), x.shape[2])
-        for first in reversed(range(0, time, BLOCK)):
-            stream, z = _block(x, tail, weight, first)
-            size = z.shape[1]
-            taps = torch.cat([torch.ops.aten.silu_backward(grad[:, first : first + size], z), after], 1)
-            part = torch.mul(taps[:, :size], weight[0], out=d_x[:, first : first + size])
-            product = scratch[:, :size]
-            for j in range(halo + 1):
-                if j:
-                    part.addcmul_(taps[:, j : j + size], weight[j])
-                torch.mul(taps[:, :size], stream[:, halo - j : halo - j + size], out=product)
-                d_weight[j] += product.sum((0, 1))
-            after = taps[:, :halo]
-        for place in range(halo):
-            for j in range(halo - place, halo + 1):
-                d_tail[:, place].addcmul_(after[:, place - halo + j], weight[j])
-        return d_x, d_tail, d_weight
+        d_x, d_tail = (torch.empty_like(u) for u in whole[:2])
+        d_weight = weight.new_empty(x.shape[0], *weight.shape) if asked else None  # of each lane
+        grads = tuple(grad.contiguous() for grad in grads)
+        if not _run_in_c(*whole, ctx.sources, of_y=grads, of_x=d_x, of_tail=d_tail, of_weight=d_weight):
+            given = zip(_parts(whole, ctx.sources), grads, strict=True)
+            made = _parts((d_x.zero_(), d_tail.zero_(), d_weight), ctx.sources)
+            for (part, grad), own in zip(given, made, strict=True):
+                _back(*part, grad, *own)
+        return None, None, d_x, d_tail, None if d_weight is None else d_weight.sum(0)
 
 
 class _InC(ctypes.Structure):
     """`Convolution` of convolution.c, field for field."""
 
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("lanes", "time", "channels", "width", "threads")),
-        *((name, ctypes.c_void_p) for name in ("x", "tail", "weight", "y", "of_y", "of_x", "of_tail", "of_weight")),
+        *((name, ctypes.c_int) for name in ("lanes", "time", "width", "threads", "channels", "sources", "parts")),
+        ("source", ctypes.c_int * MOST_PARTS),
+        *((name, ctypes.c_void_p) for name in ("x", "tail", "weight")),
+        *((name, ctypes.c_void_p * MOST_PARTS) for name in ("y", "of_y")),
+        *((name, ctypes.c_void_p) for name in ("of_x", "of_tail", "of_weight")),
     ]
 
 
-def _run_in_c(x: Tensor, tail: Tensor, weight: Tensor, **others: Tensor | None) -> bool:
-    """The convolution by the C code; False where it does not serve."""
+T = TypeVar("T", bound=Tensor | None)
+
+
+def _parts(of: tuple[Tensor, Tensor, T], sources: tuple[int, ...]) -> list[tuple[Tensor, Tensor, T]]:
+    """x, tail and weight, or their gradients, of each part of a convolution: views."""
+    x, tail, weight = of
+    read = x.chunk(max(sources) + 1, -1)
+    tails, weights = (len(sources) * (None,) if u is None else u.chunk(len(sources), -1) for u in (tail, weight))
+    return [(read[source], own, w) for source, own, w in zip(sources, tails, weights, strict=True)]  # type: ignore[misc]
+
+
+def _run_in_c(
+    x: Tensor,
+    tail: Tensor,
+    weight: Tensor,
+    sources: tuple[int, ...],
+    y: tuple[Tensor, ...] = (),
+    of_y: tuple[Tensor, ...] = (),
+    **others: Tensor | None,
+) -> bool:
+    """The convolution by the C code, forward into y or the way back; False where it does not serve."""
     given = {"x": x, "tail": tail, "weight": weight, **{name: u for name, u in others.items() if u is not None}}
     if x.device.type != "cpu" or x.dtype not in DEFINES or weight.shape[0] > MOST_TAPS or x.numel() == 0:
         return False
-    code = library(CONVOLUTION, x.dtype)
-    if code is None or not all(u.is_contiguous() for u in given.values()):
+    parts, together = len(sources), (*given.values(), *y, *of_y)
+    code = library(CONVOLUTION, x.dtype) if parts <= MOST_PARTS else None
+    if code is None or not all(u.is_contiguous() for u in together):
         return False
-    lanes, time, channels = x.shape
-    fits = {"tail": (lanes, weight.shape[0] - 1, channels), "weight": (weight.shape[0], channels), "of_y": x.shape}
-    if any(
-        u.dtype != x.dtype or u.device != x.device or tuple(u.shape) != tuple(fits.get(name, u.shape))
-        for name, u in given.items()
+    lanes, time, wide = x.shape
+    width, channels = weight.shape[0], weight.shape[1] // parts
+    fits: dict[str, tuple[int, ...]] = {
+        "tail": (lanes, width - 1, parts * channels),
+        "weight": (width, parts * channels),
+        "x": (lanes, time, (max(sources) + 1) * channels),
+    }
+    if (
+        any(u.dtype != x.dtype or u.device != x.device for u in together)
+        or any(given[name].shape != shape for name, shape in fits.items())
+        or any(u.shape != (lanes, time, channels) for u in (*y, *of_y))
     ):
         return False  # C code would read beyond their ends; the framework says what does not fit
-    c = _InC(lanes, time, channels, weight.shape[0], threads(lanes * channels))
+    c = _InC(lanes, time, width, threads(lanes * wide), channels, max(sources) + 1, parts, sources)
     for name, u in given.items():
         setattr(c, name, u.data_ptr())
+    for name, several in (("y", y), ("of_y", of_y)):
+        getattr(c, name)[: len(several)] = [u.data_ptr() for u in several]
     code.nestling_convolution(ctypes.byref(c))
     return True
+
+
+def _back(
+    x: Tensor, tail: Tensor, weight: Tensor, grad: Tensor, d_x: Tensor, d_tail: Tensor, d_weight: Tensor | None
+) -> None:
+    """The way back through a part of the convolution; adds to gradients of x and tail, and sets those of the weights by lane."""
+    halo, time = tail.shape[1], x.shape[1]
+    # The gradient of the taps of a block, and behind it the first ones of the next block: a token is also a later tap.
+    after = x.new_zeros(x.shape[0], halo, x.shape[2])
+    scratch = x.new_empty(x.shape[0], min(BLOCK, time), x.shape[2])
+    of_weight = weight.new_zeros(x.shape[0], *weight.shape)
+    for first in reversed(range(0, time, BLOCK)):
+        stream, z = _block(x, tail, weight, first)
+        size = z.shape[1]
+        taps = torch.cat([torch.ops.aten.silu_backward(grad[:, first : first + size], z), after], 1)
+        part = d_x[:, first : first + size].addcmul_(taps[:, :size], weight[0])
+        product = scratch[:, :size]
+        for j in range(halo + 1):
+            if j:
+                part.addcmul_(taps[:, j : j + size], weight[j])
+            torch.mul(taps[:, :size], stream[:, halo - j : halo - j + size], out=product)
+            of_weight[:, j] += product.sum(1)
+        after = taps[:, :halo]
+    for place in range(halo):
+        for j in range(halo - place, halo + 1):
+            d_tail[:, place].addcmul_(after[:, place - halo + j], weight[j])
+    if d_weight is not None:
+        d_weight.copy_(of_weight)
 
 
 def _block(x: Tensor, tail: Tensor, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ class Memory(Layer):
     slow parameters.
     """
 
-    projections = 3
+    sources = (0, 1, 2)  # the projections that q, k and v are made of
     unit_values = False
 
     def __init__(
@@ -97,7 +97,8 @@ class Memory(Layer):
         self.spec, self.heads = spec, heads
         self.growth = spec.growth
         self.lr_max = spec.largest_steps if lr_max is None else (lr_max,) * len(spec.largest_steps)
-        self.qkv = Joined(dim, self.projections * dim, parts=self.projections, bias=False)
+        projections = max(self.sources) + 1
+        self.qkv = Joined(dim, projections * dim, parts=projections, bias=False)
         self.convolution = ShortConvolution(3 * dim, width)
         self.kinds = {
             kind: spec.gate_channels.get(kind, 1)
@@ -147,7 +148,7 @@ class Memory(Layer):
         (x,), reset, valid = own.rows, own.reset, own.valid
         if torch.is_grad_enabled() and self.spec.deep and x.shape[1:].numel() > _carried(state.memory):
             # Beside a deep memory one product more is cheap, and keeping what the convolution reads of many tokens is not.
-            mixed, tail = checkpoint(
+            *mixed, tail = checkpoint(
                 self._mix,
                 x,
                 state.tail,
@@ -158,8 +159,8 @@ class Memory(Layer):
                 determinism_check="none",
             )
         else:
-            mixed, tail = self._mix(x, state.tail, reset, valid)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.chunk(3, -1))
+            *mixed, tail = self._mix(x, state.tail, reset, valid)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed)
         if (
             own.lost is not None and torch.compiler.is_compiling()
         ):  # then the memory's own guard leaves it out, and counts
@@ -234,15 +235,10 @@ class Memory(Layer):
             return self.lr_max[0] * share
         return torch.stack([most * part for most, part in zip(self.lr_max, share.unbind(-1), strict=True)], -1)
 
-    def _mix(self, x: Tensor, tail: Tensor, reset: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Queries, keys and values side by side, and the convolution's new tail."""
-        mixed, new = self.convolution(self._project(x), tail, reset=reset, valid=valid)
-        return mixed, new
-
-    def _project(self, x: Tensor) -> Tensor:
-        """What the convolution reads: `[lane, time, 3 · dim]`."""
-        projected: Tensor = self.qkv(x)
-        return projected
+    def _mix(self, x: Tensor, tail: Tensor, reset: Tensor | None, valid: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values, and the convolution's new tail."""
+        found, new = self.convolution.parts(self.qkv(x), tail, self.sources, reset=reset, valid=valid)
+        return *found, new
 
     def _gates(self, x: Tensor) -> Gates:
         if self.gates is None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from nestling.layers.level import Level, Period
 from nestling.layers.memory import Memory
 from nestling.memory import SelfModifying as Spec
@@ -30,15 +27,11 @@ class SelfModifying(Memory):
         width: of the convolution.
     """
 
-    projections = 2
+    sources = (0, 1, 1)
     unit_values = True
 
     def __init__(self, dim: int, heads: int, spec: Spec, *, width: int = 4) -> None:
         super().__init__(dim, heads, spec, width=width)
-
-    def _project(self, x: Tensor) -> Tensor:
-        q, u = self.qkv(x).chunk(2, -1)
-        return torch.cat([q, u, u], -1)
 
     def levels(self) -> list[Level]:
         (own,) = super().levels()

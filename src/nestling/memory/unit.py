@@ -32,6 +32,9 @@ class _UnitRows(torch.autograd.Function):
             scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(EPS**2).rsqrt_().contiguous()
             torch.mul(x, scale, out=y)
         ctx.save_for_backward(y, scale)
+        ctx.turned = x.dim() == 4 and x.stride(1) < x.stride(
+            2
+        )  # the gradient has x's order, so that nobody has to turn it
         ctx.set_materialize_grads(False)
         return y, scale
 
@@ -40,8 +43,8 @@ class _UnitRows(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         d_x = None
         if grad is not None:
-            made = None if torch.is_grad_enabled() else torch.empty_like(y)
-            if made is not None and _run_in_c(y, y, scale, of_y=grad.resolve_neg().contiguous(), of_x=made):
+            made = None if torch.is_grad_enabled() else _room(y, ctx.turned)
+            if made is not None and _run_in_c(made, y, scale, of_y=grad.resolve_neg().contiguous(), of_x=made):
                 d_x = made
             else:
                 d_x = torch.addcmul(grad, y, (grad * y).sum(-1, keepdim=True), value=-1)
@@ -50,6 +53,14 @@ class _UnitRows(torch.autograd.Function):
             more = -grad_scale * y * scale.square()
             d_x = more if d_x is None else d_x + more
         return d_x
+
+
+def _room(y: Tensor, turned: bool) -> Tensor:
+    """Like y, or with its two middle dimensions the other way round in memory."""
+    if not turned:
+        return torch.empty_like(y)
+    lanes, heads, time, dim = y.shape
+    return y.new_empty(lanes, time, heads, dim).transpose(1, 2)
 
 
 class _InC(ctypes.Structure):
@@ -64,7 +75,7 @@ class _InC(ctypes.Structure):
 
 
 def _run_in_c(x: Tensor, y: Tensor, scale: Tensor, **others: Tensor) -> bool:
-    """Forward or, with of_y and of_x, backward by the C code; False where it does not serve."""
+    """Forward or, with of_y and of_x, backward by the C code, of_x in the place of x; False where it does not serve."""
     given = {"y": y, "scale": scale, **others}
     if (
         x.device.type != "cpu"
@@ -76,7 +87,9 @@ def _run_in_c(x: Tensor, y: Tensor, scale: Tensor, **others: Tensor) -> bool:
     ):
         return False
     code = library(SOURCE, x.dtype)
-    if code is None or any(u.dtype != x.dtype or u.device != x.device or not u.is_contiguous() for u in given.values()):
+    if code is None or any(
+        u.dtype != x.dtype or u.device != x.device or not (u is x or u.is_contiguous()) for u in given.values()
+    ):
         return False
     c = _InC(*x.shape, threads(x.shape[0] * x.shape[2]), *x.stride()[:3], EPS, x.data_ptr())
     for name, u in given.items():

@@ -7,7 +7,7 @@
 
 typedef struct {
     int lanes, heads, time, dim, threads;
-    ptrdiff_t lane, head, token;  // strides of x, whose rows lie whole; all else is `[lane, head, time, …]` in order
+    ptrdiff_t lane, head, token;  // strides of x, backward of of_x, whose rows lie whole; all else is `[lane, head, time, …]` in order
     double epsilon;
     const real *x;
     real *y, *scale;
@@ -23,13 +23,14 @@ static void block(const void *task, int part, real *space) {
     for (int t = first; t < end; t++)
         for (int head = 0; head < u->heads; head++) {
             size_t row = ((size_t)lane * u->heads + head) * u->time + t;
+            ptrdiff_t at = lane * u->lane + head * u->head + t * u->token;
             real *restrict y = u->y + row * dim;
             if (u->of_y) {
                 const real *restrict of_y = u->of_y + row * dim;
-                real *restrict of_x = u->of_x + row * dim, along = dot(of_y, y, dim), scale = u->scale[row];
+                real *restrict of_x = u->of_x + at, along = dot(of_y, y, dim), scale = u->scale[row];
                 for (int j = 0; j < dim; j++) of_x[j] = scale * (of_y[j] - y[j] * along);
             } else {
-                unit_rows(1, dim, (real)u->epsilon, u->x + lane * u->lane + head * u->head + t * u->token, y, u->scale + row);
+                unit_rows(1, dim, (real)u->epsilon, u->x + at, y, u->scale + row);
             }
         }
 }
