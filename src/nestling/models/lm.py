@@ -147,15 +147,35 @@ class LanguageModel(nn.Module):
             report.scope("embedding").count(faults=own.lost.sum(1))
         return own.answered(logits), own.ended(state._replace(refused=refused), self.start, "refused")
 
+    @property
+    def still(self) -> int:
+        """How many of the first blocks do not read what the model's own loss moves: all before the first that learns from it."""
+        return min(self.learning, default=len(self.blocks))
+
+    def below(self, tokens: Tensor, blocks: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
+        """What `read` hands to the first block that learns, and the states of those before it."""
+        x, after = self.embedding(tokens), []
+        for block, inner in zip(self.each()[: self.still], blocks, strict=False):
+            x, inner = block(x, inner)
+            after.append(inner)
+        return x, tuple(after)
+
     def read(
-        self, tokens: Tensor, blocks: Sequence[Any], deltas: Sequence[Used] | None = None, **masks: Any
+        self,
+        tokens: Tensor,
+        blocks: Sequence[Any],
+        deltas: Sequence[Used] | None = None,
+        hidden: Tensor | None = None,
+        **masks: Any,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Logits and the sequence layers' new states, the feed-forward weights standing still.
 
         deltas: what the lanes' own learning adds to the weights, or these with it, one entry per block in `learning`; None:
-        nothing.
+        nothing. hidden: what `below` has made of the tokens; the states of these blocks are handed on.
         """
-        return self._through(self.embedding(tokens), blocks, deltas, **masks)
+        if hidden is None:
+            return self._through(self.embedding(tokens), blocks, deltas, **masks)
+        return self._through(hidden, blocks, deltas, first=self.still, **masks)
 
     def _through(
         self,
@@ -163,13 +183,16 @@ class LanguageModel(nn.Module):
         blocks: Sequence[Any],
         deltas: Sequence[Used] | None = None,
         *,
+        first: int = 0,
         report: Report | None = None,
         **masks: Any,
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """`read`, of embeddings x `[lane, time, dim]`."""
+        """`read`, of embeddings x `[lane, time, dim]`, or what the block `first` is given."""
         moved = {} if deltas is None else dict(zip(self.learning, deltas, strict=True))
-        after = []
+        after = list(blocks[:first])
         for number, (block, inner) in enumerate(zip(self.blocks, blocks, strict=True)):
+            if number < first:
+                continue
             scope = None if report is None else report.scope(f"blocks.{number}")
             x, inner = block(x, inner, moved.get(number), report=scope, **masks)
             after.append(inner)

@@ -9,6 +9,9 @@ sequence layers at its start. A window read in one piece is differentiated on th
 again from `Open`, which is the definition of the other. This is the one place where autograd works inside a forward, so it does
 so whatever mode the caller is in.
 
+Blocks before the first that learns are moved by no window, and no window's gradient reaches them: where lanes stand alike, all
+whole windows of a call go through them at once.
+
 Where a level's `outer` wants the gradients to be differentiated in turn, they are taken with a graph of their own, in every mode,
 as some backward formulas differ in rounding; `Open` keeps its history then, so that a split changes no gradient either.
 """
@@ -64,9 +67,15 @@ def read(
     outputs, notes, served = [], [], Served()
     with stretch(time if len(cut) > 1 and not model.twice else None) as kept:
         state = enter(model, state)
-        for piece in cut:
+        alone = report is None and reset is None and valid is None and not model.twice
+        ahead = _whole_windows(model, state, cut) if alone else range(0)
+        hidden: dict[int, Tensor] = {}
+        for number, piece in enumerate(cut):
+            if number == ahead.start and ahead:
+                hidden, state = _read_ahead(model, tokens, state, cut, ahead)
             note = None if report is None else Report()
-            logits, state = _piece(model, tokens.gather(1, piece.at.to(tokens.device)), state, piece, served, note)
+            own = tokens.gather(1, piece.at.to(tokens.device))
+            logits, state = _piece(model, own, state, piece, served, note, hidden.pop(number, None))
             outputs.append(logits)
             notes.append(note)
         state = leave(model, state)
@@ -83,10 +92,43 @@ def read(
     return place(outputs, cut, (tokens.shape[0], time), 1), state
 
 
+def _whole_windows(model: LanguageModel, state: ModelState, cut: Sequence[Piece]) -> range:
+    """Pieces that are whole windows of all lanes, one behind the other; without masks, and nothing starts afresh."""
+    if not model.still or not bool((state.position == state.position[0]).all()):
+        return range(0)
+    whole = [
+        number for number, piece in enumerate(cut) if piece.at.shape[1] == model.window and bool(piece.closing.all())
+    ]
+    return range(whole[0], whole[-1] + 1) if whole else range(0)
+
+
+def _read_ahead(
+    model: LanguageModel, tokens: Tensor, state: ModelState, cut: Sequence[Piece], ahead: range
+) -> tuple[dict[int, Tensor], ModelState]:
+    """What the blocks before the first that learns hand to it in these windows, and the state with theirs after all of them.
+
+    No level's move reaches these blocks, nor does any window's gradient: they read all windows at once, which is one long product
+    where each window by itself would have a short one.
+    """
+    assert model.window is not None
+    first = int(cut[ahead.start].at[0, 0])
+    with stretch(None):  # this is no short call
+        hidden, below = model.below(tokens[:, first : first + len(ahead) * model.window], state.blocks)
+    parts = dict(zip(ahead, torch.split(hidden, model.window, 1), strict=True))
+    return parts, state._replace(blocks=(*below, *state.blocks[model.still :]))
+
+
 def _piece(
-    model: LanguageModel, tokens: Tensor, state: ModelState, piece: Piece, served: Served, report: Report | None
+    model: LanguageModel,
+    tokens: Tensor,
+    state: ModelState,
+    piece: Piece,
+    served: Served,
+    report: Report | None,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, ModelState]:
-    """Read one piece, and learn where a window ends with it. tokens `[lane, n]`; served: for all pieces of the call."""
+    """Read one piece, and learn where a window ends with it. tokens `[lane, n]`; served: for all pieces of the call; hidden: of
+    `_read_ahead`."""
     assert model.window is not None
     if piece.fresh is not None:
         state = fast.where(piece.fresh, model.start(len(tokens)), leave(model, state), keep=("faults",))
@@ -100,9 +142,10 @@ def _piece(
     if bool(whole.any()):
         with _differentiating() as copied:
             blocks, delta, own = copied(state.blocks), copied(_dense(state)), copied(tokens)
-            leaves = _leaves(served.at(model, delta), blocks)
+            below = None if hidden is None else copied(hidden)
+            leaves = _leaves(served.at(model, delta), blocks if below is None else (*blocks, below))
             with _watching(model) as seen:
-                logits, blocks = _logits(model, own, blocks, _whole(leaves), valid=copied(valid), report=report)
+                logits, blocks = _logits(model, own, blocks, _whole(leaves), below, valid=copied(valid), report=report)
             gradients = _said(model, _gradients(model, logits, own, leaves, whole, keep=outer), seen, keep=outer)
         if not outer:
             logits, blocks = logits.detach(), fast.detach(blocks)
@@ -261,8 +304,9 @@ class _Behind(torch.autograd.Function):
 def _leaves(weights: Sequence[Gradients], since: Sequence[Any]) -> list[Gradients]:
     """Fresh aliases, so that the gradient stops at the window's start: earlier windows used others.
 
-    since: the sequence layers' states at the window's start. The aliases stand behind them, as autograd looks for tensors that it
-    is asked for through all of the graph that is not before them: through every window read so far, otherwise.
+    since: the sequence layers' states at the window's start, and what was read ahead. The aliases stand behind them, as autograd
+    looks for tensors that it is asked for through all of the graph that is not before them: through every window read so far,
+    otherwise.
     """
     history = [x for x in fast.leaves(tuple(since)) if x.requires_grad]
     asking = _Behind.apply(torch.zeros((), requires_grad=True), *history)  # type: ignore[no-untyped-call]
