@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     from nestling.models.lm import LanguageModel, ModelState
 
 
+AHEAD = 2048
+"""Tokens that the blocks before the first that learns read at once, at most, so that without a graph memory does not grow with
+the call."""
+
+
 @register
 class Open(NamedTuple):
     """The window that a lane is in.
@@ -71,8 +76,8 @@ def read(
         ahead = _whole_windows(model, state, cut) if alone else range(0)
         hidden: dict[int, Tensor] = {}
         for number, piece in enumerate(cut):
-            if number == ahead.start and ahead:
-                hidden, state = _read_ahead(model, tokens, state, cut, ahead)
+            if number in ahead and number not in hidden:
+                hidden, state = _read_ahead(model, tokens, state, cut, range(number, ahead.stop))
             note = None if report is None else Report()
             own = tokens.gather(1, piece.at.to(tokens.device))
             logits, state = _piece(model, own, state, piece, served, note, hidden.pop(number, None))
@@ -105,12 +110,13 @@ def _whole_windows(model: LanguageModel, state: ModelState, cut: Sequence[Piece]
 def _read_ahead(
     model: LanguageModel, tokens: Tensor, state: ModelState, cut: Sequence[Piece], ahead: range
 ) -> tuple[dict[int, Tensor], ModelState]:
-    """What the blocks before the first that learns hand to it in these windows, and the state with theirs after all of them.
+    """What the blocks before the first that learns hand to it in some of these windows, and the state with theirs after them.
 
     No level's move reaches these blocks, nor does any window's gradient: they read all windows at once, which is one long product
     where each window by itself would have a short one.
     """
     assert model.window is not None
+    ahead = ahead[: max(1, AHEAD // model.window)]
     first = int(cut[ahead.start].at[0, 0])
     with stretch(None):  # this is no short call
         hidden, below = model.below(tokens[:, first : first + len(ahead) * model.window], state.blocks)
