@@ -126,7 +126,7 @@ def measure(
         else:
             of_memory, of_attention = runner(memory, x, mode), runner(attention, x, mode)
             tokens, work = settings.batch * length, flops(runner(memory, short, mode)) * length / short.shape[1]
-        if mode not in beside:
+        if mode not in beside or mode == "decode":  # of as many tokens as a chunk has
             beside[mode] = flops(of_attention)
         work_attention = beside[mode]
         of_attention()

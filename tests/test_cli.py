@@ -109,10 +109,11 @@ def test_a_verb_of_two_words_lists_its_second(nestling, argv):
     assert "  train" not in out
 
 
-def test_help_needs_no_pytorch():
+@pytest.mark.parametrize("verb", ["train", "bench capacity", "bench learning", "bench optimizers"])
+def test_help_needs_no_pytorch(verb):
     code = (
         "import sys; from nestling.cli import run\n"
-        "try: run(['train', '--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+        f"try: run([*{verb.split()}, '--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=60).returncode == 0
 

@@ -9,8 +9,18 @@ import torch.nn.functional as F
 from nestling import models, stream
 from nestling import state as fast
 from nestling.commands.eval import summarize
-from nestling.learn import Passage, Score, bits_per_byte, by_position, evaluate, mean_and_error, passages, read
-from nestling.learn.evaluation import token_nats
+from nestling.learn import (
+    LearningError,
+    Passage,
+    Score,
+    bits_per_byte,
+    by_position,
+    evaluate,
+    mean_and_error,
+    passages,
+    read,
+)
+from nestling.learn.evaluation import finite, token_nats
 
 NAMES = ["gated_deltanet", "titans_lmm"]
 SIZES = (70, 1, 33, 16, 17, 5, 64)
@@ -219,3 +229,11 @@ def test_token_nats_ignores_what_is_not_predicted_and_works_in_float32():
             target = int(targets[lane, place])
             expected = 0.0 if target < 0 else -float(F.log_softmax(logits[lane, place].float(), -1)[target])
             assert float(nats[lane, place]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_costs_that_are_not_finite_are_told_and_no_means_are_made_without_them():
+    fine, lost = (Score(n, name, torch.ones(1, 5).double(), 5) for n, name in enumerate(("a.py", "b.py")))
+    lost.nats[0, 2:4] = torch.tensor([math.nan, math.inf])
+    assert finite([fine]) == [fine]
+    with pytest.raises(LearningError, match=r"2 costs in 1 of 2 documents are not finite, first in b\.py"):
+        finite([fine, lost])

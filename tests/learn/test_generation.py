@@ -118,9 +118,28 @@ def test_what_is_no_number_is_no_token(temperature):
     model = model_of("gated_deltanet")
     with torch.no_grad():
         model.embedding.weight[PROMPT[-1]] = math.nan
-    with pytest.raises(GenerationError, match=f"answer to token {PROMPT[-1]} is not a number") as caught:
+    with pytest.raises(GenerationError, match=f"answer to token {PROMPT[-1]} is not finite") as caught:
         next(generate(model, PROMPT, count=1, temperature=temperature))
     assert explain(caught.value) == str(caught.value)
     assert len(list(generate(model, [*PROMPT, 0], count=1, temperature=temperature))) == 1, (
         "it is left out, and that is all"
     )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("damaged", [math.inf, -math.inf])
+def test_what_is_not_finite_is_no_token(temperature, damaged):
+    """+∞ for one token leaves no probabilities, and neither does −∞ for all."""
+
+    class Damaged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens, state):
+            logits = torch.zeros(*tokens.shape, 9)
+            logits[..., 3 if damaged > 0 else slice(None)] = damaged
+            return logits, state
+
+    with pytest.raises(GenerationError, match="answer to token 2 is not finite"):
+        next(generate(Damaged(), [1, 2], count=1, temperature=temperature))

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from nestling.learn.evaluation import by_position, evaluate, mean_and_error, passages
+from nestling.learn.evaluation import by_position, evaluate, finite, mean_and_error, passages
 from nestling.models import LanguageModel
 from nestling.stream import Document, Tokenizer
 
@@ -87,7 +87,7 @@ def measure(
             evaluate(reader, ready, lanes=lanes, segment=segment, readings=readings, erase_every=erase),
             key=lambda s: s.index,
         )
-        return [by_position(scores, edges, reading) for reading in range(readings)]
+        return [by_position(finite(scores), edges, reading) for reading in range(readings)]
 
     first, second = table(model, readings=2)
     rows = {"running": first, "erased": table(model, erase=segment)[0], "second": second}

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import tyro
 
-from nestling import processor
 from nestling.config import SettingError, check_threads, did_you_mean
 
 
@@ -46,7 +45,7 @@ def run(config: CapacityConfig) -> int:
     import torch
     from rich.console import Console
 
-    from nestling import __version__
+    from nestling import __version__, processor
     from nestling.bench import capacity_lab as lab
     from nestling.bench.capacity_claims import claims
     from nestling.bench.capacity_report import draw, tell

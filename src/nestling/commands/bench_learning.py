@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from nestling import processor
 from nestling.config import SettingError, check_threads, did_you_mean
 
 
@@ -42,7 +41,7 @@ def run(config: LearningConfig) -> int:
     import torch
     from rich.console import Console
 
-    from nestling import __version__
+    from nestling import __version__, processor
     from nestling.bench import learning_lab as lab
     from nestling.bench.learning import tasks
     from nestling.bench.learning_report import draw, tell

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from nestling import processor
 from nestling.config import SettingError, check_threads, did_you_mean
 
 Data = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
@@ -60,7 +59,7 @@ def run(config: OptimizersConfig) -> int:
     import torch
     from rich.console import Console
 
-    from nestling import __version__
+    from nestling import __version__, processor
     from nestling.bench import optimizer_lab as lab
     from nestling.bench.optimizer_report import draw, tell
     from nestling.bench.optimizers import RATES, WIDE, problems

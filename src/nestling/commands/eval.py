@@ -67,6 +67,7 @@ def run(config: EvalConfig) -> int:
     from rich.progress import track
 
     from nestling.learn import evaluate, load_run, passages
+    from nestling.learn.evaluation import finite
     from nestling.learn.run import open_corpus
 
     loaded = load_run(config.run, config.device, config.overrides)
@@ -92,6 +93,7 @@ def run(config: EvalConfig) -> int:
         )
     )
     scores.sort(key=lambda score: score.index)
+    finite(scores)
     result = summarize(scores, config.limit) | {"run": str(loaded.checkpoint), "erase_every": config.erase_every}
     if config.json:
         print(json.dumps(result, indent=1))

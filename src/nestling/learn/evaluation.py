@@ -78,6 +78,20 @@ def passages(documents: Iterable[Document], tokenizer: Tokenizer, limit: int | N
         yield Passage(document.name, tokens, len(data))
 
 
+def finite(scores: Sequence[Score]) -> Sequence[Score]:
+    """The same scores. Raises `LearningError` where a cost is not finite: means without it would say too little."""
+    from nestling.learn.learner import LearningError  # which measures, too
+
+    lost = [(score, int((~score.nats.isfinite()).sum())) for score in scores]
+    lost = [(score, count) for score, count in lost if count]
+    if lost:
+        raise LearningError(
+            f"evaluate: {sum(count for _, count in lost):,} costs in {len(lost)} of {len(scores)} documents are not finite, "
+            f"first in {lost[0][0].name}: the model refuses tokens there, or its weights are damaged. Take another checkpoint."
+        )
+    return scores
+
+
 def evaluate(
     model: nn.Module,
     documents: Iterable[Passage],

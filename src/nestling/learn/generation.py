@@ -37,7 +37,7 @@ def generate(
         banned: tokens that are never sampled (such as `<bos>`, which no model is trained to predict).
         generator: on the CPU; the same seed gives the same text on one machine.
 
-    Raises `GenerationError` behind a token that the model answers with what is no number, as one that it refuses.
+    Raises `GenerationError` behind a token that the model answers with what is not finite, as one that it refuses.
     """
     if not prompt:
         raise ValueError(
@@ -53,9 +53,9 @@ def generate(
     token = int(text[0, -1])
     for left in range(count, 0, -1):
         answer = logits[0, -1].cpu()
-        if bool(answer.isnan().any()):
+        if bool((answer.isnan() | (answer == math.inf)).any()) or not bool(answer.isfinite().any()):
             raise GenerationError(
-                f"generate: the model's answer to token {token} is not a number: its weights, or the state that it reads with, "
+                f"generate: the model's answer to token {token} is not finite: its weights, or the state that it reads with, "
                 "are damaged. Take another checkpoint, or begin with a fresh state."
             )
         token = pick(answer, temperature, top_p, banned, generator)
