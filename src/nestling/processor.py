@@ -54,9 +54,9 @@ def keep_freed() -> bool:
     """Memory that is freed stays with the process, for the next tensor; False where that cannot be had.
 
     glibc, on Linux, fetches every block of 32 MiB and more from the system anew, and the system fills it with zeros page by page:
-    at tensors of that size, a quarter of the time of a memory layer's training. What is kept is scattered: a process that has
-    little else than such tensors held 1.3 to 1.9 times as much as without. Does nothing where the environment says how glibc is to
-    go about it.
+    at tensors of that size, a quarter of the time of a memory layer's training. What is kept is scattered: a process with little
+    else than such tensors held 1.3 to 1.9 times as much as without. Does nothing where the environment says how glibc is to go
+    about it.
     """
     global _keeping
     if any(name in os.environ for name in SAID) or not _mallopt(KEEPING):
