@@ -91,6 +91,32 @@ def test_faulty_tokens_leave_finite_outer_gradients(name: str) -> None:
         assert torch.isfinite(gradient).all()
 
 
+def floating(state: object) -> list[torch.Tensor]:
+    return [leaf for leaf in nl.state.leaves(state) if leaf.is_floating_point()]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_query_that_is_not_finite_harms_nothing_else(name: str, bad: float) -> None:
+    """In itself and on the way back, if nobody asks for that answer."""
+    spec, w0, (q, k, v, gates) = example(name)
+    untouched, end = nl.memory.scan(spec, w0, q, k, v, gates)
+    q = q.clone()
+    q[0, 1, TOKEN] = bad
+    inputs = [x.requires_grad_() for x in (*w0, q, k, v)]
+    for engine in ("chunked", "reference"):
+        y, after = nl.memory.scan(spec, inputs[:-3], q, k, v, gates, engine=engine)
+        others = torch.ones(y.shape[0], y.shape[2], dtype=torch.bool)
+        others[0, TOKEN] = False
+        mine = y.transpose(1, 2)[others]
+        if name != "self_modifying":  # which makes its values of it
+            torch.testing.assert_close(mine, untouched.transpose(1, 2)[others])
+            for a, b in zip(floating(after), floating(end), strict=True):
+                torch.testing.assert_close(a, b)
+        for gradient in torch.autograd.grad(mine.square().sum(), inputs):
+            assert torch.isfinite(gradient).all(), engine
+
+
 @pytest.mark.parametrize("engine", ["chunked", "reference", "step"])
 def test_weights_that_overflow_go_back_to_the_anchor_at_the_border(engine: str) -> None:
     """α of 1e30 a token overflows float32 in two tokens, here the chunk's last: finite factors, a non-finite anchor."""

@@ -19,12 +19,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling.memory.inputs import surely
 from nestling.memory.norm import l2_norm
 
 Projecting = Literal["normalized", "literal", "none"]
 """What a local memory is asked with: q P of unit norm (ours), q P as it is (eq. 7), or q itself."""
 
 TILE = 64  # tokens per product
+
+
+def finite(q: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Queries to be projected, 0 for those that are not finite, and which are, `[…, 1]`; None: all.
+
+    A query that is not finite has no answer, and its row of zeros keeps it out of the gradients of all keys.
+    """
+    fine = q.detach().isfinite().all(-1, keepdim=True)
+    return (q, None) if surely(fine) else (torch.where(fine, q, 0.0), fine)
+
+
+def answered(read: Tensor, fine: Tensor | None) -> Tensor:
+    """What the memory is asked with, NaN where the query is not finite."""
+    return read if fine is None else torch.where(fine, read, torch.nan)
 
 
 def step(p: Tensor, k: Tensor, fresh: Tensor, alive: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from nestling.memory.gates import Gates
 from nestling.memory.norm import l2_norm
 from nestling.memory.pieces import uncut
-from nestling.memory.projection import project
+from nestling.memory.projection import answered, finite, project
 from nestling.memory.report import Report
 from nestling.memory.shards import pack, unfold
 from nestling.memory.tnt import Streams, Tnt, TntState
@@ -65,8 +65,9 @@ def _projected(
     """
 
     def asked(p: Tensor, q: Tensor, k: Tensor, fresh: Tensor | None, alive: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, fine = finite(q)
         read, p = project(p, q, k, fresh, alive)
-        return (l2_norm(read) if spec.projection == "normalized" else read), p
+        return answered(l2_norm(read) if spec.projection == "normalized" else read, fine), p
 
     again = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not uncut()
     if not again or q.shape[2] < LONG:

@@ -46,10 +46,12 @@ def _token(spec: Tnt, x: Streams, state: TntState, t: int) -> tuple[Tensor, TntS
     counts = x.fine[:, t] & alive.to(x.fine.device)
     asked: dict[int | None, Tensor] = dict.fromkeys(spec.shards, q)
     projections = []
+    whole, fine = projection.finite(q)
     for shard, old in zip(spec.lengths, state.projection, strict=True):
         p = projection.step(old, x.k[:, :, t], begins[shard], counts)
         projections.append(p)
-        asked[shard] = l2_norm(q @ p) if spec.projection == "normalized" else q @ p
+        read = l2_norm(whole @ p) if spec.projection == "normalized" else whole @ p
+        asked[shard] = projection.answered(read, fine)
 
     total = torch.zeros_like(v)
     parts: list[Any] = []
