@@ -161,9 +161,8 @@ class Memory(Layer):
         else:
             *mixed, tail = self._mix(x, state.tail, reset, valid)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed)
-        if (
-            own.lost is not None and torch.compiler.is_compiling()
-        ):  # then the memory's own guard leaves it out, and counts
+        if own.lost is not None and torch.compiler.is_compiling():
+            # The memory's own guard leaves it out then, and counts.
             k = torch.where(own.lost[..., None, None], torch.nan, k)
         y, memory = self.spec.scan(
             self._first(),

@@ -72,9 +72,8 @@ def project(p: Tensor, q: Tensor, k: Tensor, fresh: Tensor | None, alive: Tensor
     score = (q @ k.mT).tril()
     begun = None
     if fresh is not None:
-        begun = torch.unflatten(F.pad(fresh.to(p.device), (0, missing)), 1, (-1, size)).cumsum(
-            -1
-        )  # [lane, tile, place]
+        marks = torch.unflatten(F.pad(fresh.to(p.device), (0, missing)), 1, (-1, size))
+        begun = marks.cumsum(-1)  # [lane, tile, place]
         same = begun.unsqueeze(-1) == begun.unsqueeze(-2)
         score = score.masked_fill(~same.unsqueeze(1), 0.0)
     y = score @ k

@@ -32,9 +32,8 @@ class _UnitRows(torch.autograd.Function):
             scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(EPS**2).rsqrt_().contiguous()
             torch.mul(x, scale, out=y)
         ctx.save_for_backward(y, scale)
-        ctx.turned = x.dim() == 4 and x.stride(1) < x.stride(
-            2
-        )  # the gradient has x's order, so that nobody has to turn it
+        # The gradient has x's order in memory, so that nobody has to turn it.
+        ctx.turned = x.dim() == 4 and x.stride(1) < x.stride(2)
         ctx.set_materialize_grads(False)
         return y, scale
 

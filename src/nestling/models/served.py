@@ -110,13 +110,8 @@ class _Entry(torch.autograd.Function):
         return grad[0] if alone else grad.sum(0), grad
 
 
-class _Exit(torch.autograd.Function):
+class _Exit(_Entry):
     """The same, and its gradient that of Δ alone: less what `_Entry` will give to θ₀."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, moved: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return moved.view_as(moved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
