@@ -109,6 +109,30 @@ def test_initial_memories_learn_where_a_lane_starts_and_not_on_a_carried_segment
     assert seen == [True, False, False, True, False, False, True]
 
 
+@pytest.mark.parametrize("settings", [{}, {"error": "local"}], ids=str)
+def test_all_levels_learn_their_weights_and_step_sizes_on_carried_segments_of_one_period(settings):
+    """The slow level moves with the last token of a segment, if at all: its step size learns from the segments behind."""
+    torch.manual_seed(0)
+    model = models.build("hope", "tiny", periods=[4, 8, 32], **settings)
+    learner = Learner(model, adamw(model, lr=1e-2), lanes_of([text(0, 2000)], lanes=1, length=8))
+    levels = [(f"blocks.{b}.ffn.levels_.{n}", period) for b in (0, 1) for n, period in enumerate((4, 8, 32))]
+    seen = []
+    step = learner.optimizer.step
+
+    def looked_at():
+        grads = {name: p.grad for name, p in learner.model.named_parameters()}
+        seen.append({name for name, g in grads.items() if g is not None and bool(g.abs().sum() > 0)})
+        step()
+
+    learner.optimizer.step = looked_at
+    for _ in range(6):
+        learner.step()
+    for level, period in levels:
+        assert all(f"{level}.mlp.up.weight" in found for found in seen), level
+        moved = [f"{level}.rate" in found for found in seen]
+        assert moved == [number * 8 >= period or period < 8 for number in range(6)], level
+
+
 @pytest.mark.parametrize("carry", [1, 3, 4])
 def test_lanes_start_afresh_after_carry_steps_and_not_all_at_once(carry):
     learner = learner_of("gated_deltanet", [text(seed, 2000) for seed in range(6)], lanes=4, length=4, carry=carry)

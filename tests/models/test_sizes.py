@@ -129,7 +129,9 @@ def state_is_data(model: nl.models.LanguageModel, end: Any, folder: Path) -> Non
     more = text(1, 3, 7)
     expected, _ = model(more, end)
     nl.state.save(folder / "state", end)
-    assert torch.equal(model(more, nl.state.load(folder / "state"))[0], expected)
+    loaded = nl.state.load(folder / "state")
+    assert all(map(torch.equal, nl.state.leaves(loaded), nl.state.leaves(end)))
+    close(model(more, loaded)[0], expected)  # products may round otherwise where a tensor begins elsewhere in memory
     lanes = nl.state.split(end)
     mixed = nl.state.stack([lanes[2], model.start(1), lanes[0]])
     found, _ = model(torch.stack([more[2], more[1], more[0]]), mixed)

@@ -91,8 +91,8 @@ class Continuum(nn.Module):
         periods: tokens between two updates of each level, multiples of the fastest; None: never updated by tokens, the
             ordinary feed-forward block. `(None,)`, the default, is a transformer's.
         rate: initial η, one learned positive number per level (the paper does not say); None: the rule's own. It gets a
-            gradient where an update is served inside a stretch that the outer loop differentiates: train on segments longer
-            than the period.
+            gradient where an update is served: on carried states too, where the outer loop takes them through
+            `nestling.layers.carried.reattached`, as `Learner` does.
         clip: largest norm of one window's (mean) gradient of one level.
         mean: average the gradients of a chunk instead of summing them, so that a useful η does not depend on the period.
         rule: how a level descends (eq. 71's f): `Gradient`, `Momentum`, `DGD`, `Adam` or `M3` of `nestling.optim.inner`, whose

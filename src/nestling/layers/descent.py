@@ -217,14 +217,14 @@ class _Step(torch.autograd.Function):
         of_size: Tensor | None = None
         of_found: Sequence[Tensor | None] = [None] * len(found)
         if sized:
-            parts = (_along(grad, g) for grad, g in zip(grads, found, strict=True))
+            parts = (along(grad, g) for grad, g in zip(grads, found, strict=True))
             of_size = sign * torch.stack(list(parts)).sum(0)
         if any(moving[len(found) :]):
             of_found = [lanes(sign * size, grad) * grad for grad in grads]
         return of_size, None, *grads, *of_found
 
 
-def _along(a: Tensor, b: Tensor) -> Tensor:
+def along(a: Tensor, b: Tensor) -> Tensor:
     """The sum of the products of matrices' entries, `[lane]`, on a CPU in one pass over both."""
     if a.device.type != "cpu":
         return (a * b).sum((1, 2))

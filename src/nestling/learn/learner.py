@@ -2,7 +2,8 @@
 
 There are no epochs and no shuffled batches. B lanes read contiguous text; each carries its fast state from step to step,
 cut from the graph (detached), and goes back to the start state where the stream says so (a new document) and, so that
-the initial states of decaying memories keep getting gradients, at the latest after `carry` steps.
+the initial states of decaying memories keep getting gradients, at the latest after `carry` steps. What the levels of a
+continuum have learned stays a function of their slow weights and step sizes, so that both are trained on carried text too.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class Learner:
         predicted = max(int(batch.loss_mask.sum()), 1)
 
         with self._precision(device):
-            logits, state = self.model(batch.tokens.to(device), self.state, **masks(reset, batch.valid, device))
+            logits, state = self.model(batch.tokens.to(device), self._carried(), **masks(reset, batch.valid, device))
         loss = mean_nats(logits, targets, predicted)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -217,6 +218,11 @@ class Learner:
         afresh = reset if self.state is not None else reset[:, 1:]
         self.progress.carried = torch.where(afresh.any(1), 1, carried + 1).tolist()
         return reset
+
+    def _carried(self) -> Any:
+        """What the last step left: a constant, but for the step sizes of levels that have learned by it."""
+        reattached = getattr(self.model, "reattached", None)
+        return self.state if self.state is None or reattached is None else reattached(self.state)
 
     def _start_afresh(self, lanes: int) -> None:
         """Every lane back to its start state. What made a step go wrong may sit in the carried state, so a

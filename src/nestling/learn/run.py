@@ -348,11 +348,13 @@ def describe(config: TrainConfig, model: models.LanguageModel, corpus: stream.Co
             markup=False,
             soft_wrap=True,
         )
-    periods = sorted({p for p in model.config.periods if p >= config.length})
+    read = math.inf if config.carry is None else config.length * config.carry
+    periods = sorted({p for p in model.config.periods if p >= read})
     if periods:
         console.print(
-            f"note: the step size of levels with a period of {', '.join(map(str, periods))} tokens stays as it is, as no "
-            f"update of theirs is seen within --length {config.length}; longer segments train it",
+            f"note: the step size of levels with a period of {', '.join(map(str, periods))} tokens stays as it is, as lanes start "
+            f"afresh after --length {config.length} times --carry {config.carry} tokens, before an update of theirs is used; more "
+            "of either trains it",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nestling import memory
 from nestling.layers import Continuum, Layer, Level, local
+from nestling.layers.carried import reattached
 from nestling.layers.continuum import Arrangement
 from nestling.layers.descent import Outer, Signal, Used
 from nestling.layers.local import LocalState
@@ -124,6 +125,13 @@ class Block(nn.Module):
         scope = None if report is None else report.scope("continuum")
         x, ffn = local.read(self.ffn, x + y, state.ffn, report=scope, **masks)
         return x, BlockState(mixer, ffn)
+
+    def reattached(self, state: Any) -> Any:
+        """The state of feed-forward levels that learn by losses of their own as a function of their step sizes again."""
+        if not self.ffn.alone:
+            return state
+        learned = reattached(self.ffn, state.ffn.continuum)
+        return state._replace(ffn=state.ffn._replace(continuum=learned))
 
     def levels(self) -> list[Level]:
         """Those whose state the block carries itself."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nestling import state as fast
 from nestling.layers import Continuum, ContinuumState, Layer, Level, Period
+from nestling.layers.carried import reattached
 from nestling.layers.descent import Used
 from nestling.layers.norm import RMSNorm
 from nestling.layers.stream import Kept, kept_around
@@ -146,6 +147,14 @@ class LanguageModel(nn.Module):
         if report is not None and own.lost is not None:
             report.scope("embedding").count(faults=own.lost.sum(1))
         return own.answered(logits), own.ended(state._replace(refused=refused), self.start, "refused")
+
+    def reattached(self, state: ModelState) -> ModelState:
+        """A state that was cut from its history, equal to the bit, through which gradients reach the step sizes of the levels
+        that made it: see `nestling.layers.carried`. `Learner` carries its states so from step to step."""
+        learned = zip(self.learning, state.continuum, strict=True)
+        continuum = tuple(reattached(self.continuum(number), own) for number, own in learned)
+        blocks = tuple(block.reattached(own) for block, own in zip(self.each(), state.blocks, strict=True))
+        return state._replace(blocks=blocks, continuum=continuum)
 
     @property
     def still(self) -> int:
