@@ -35,6 +35,8 @@ BIASES: list[Bias] = [
     Lp(1.0, slope=None),
     Lp(2.8, slope=None),
     Lp(4.0, slope=3.0),
+    Lp(3.0, cap=0.7),
+    Lp(2.5, slope=None, cap=0.7),
     EpsilonInsensitive(0.0),
     Omega(Huber("norm"), length=3),
 ]
@@ -47,6 +49,7 @@ def pairs(bias: Bias, seed: int, rows: int = 200, dim: int = 4) -> tuple[Tensor,
     error = p - v
     limit = 0.2 + 2 * torch.rand(rows, 1, generator=g, dtype=torch.float64)
     far = (error.abs() > 1e-3).all(-1) & ((error.abs() - 0.1).abs() > 1e-3).all(-1)
+    far &= ((error.abs() - 0.7).abs() > 1e-3).all(-1)
     far &= ((error.abs() - limit).abs() > 1e-3).all(-1) & ((error.norm(dim=-1) - limit[:, 0]).abs() > 1e-3)
     assert far.sum() > rows // 2
     target = torch.cat([v, limit], -1) if reads_threshold(bias) else v
@@ -210,6 +213,7 @@ def test_a_threshold_is_1_by_default_and_a_negative_one_is_guarded() -> None:
     [
         (lambda: Lp(0.5), "Lp.p is 0.5"),
         (lambda: Lp(3, slope=0.0), "Lp.slope is 0.0"),
+        (lambda: Lp(3, cap=0.0), "Lp.cap is 0.0"),
         (lambda: Huber("norms"), "Huber.form is 'norms'"),
         (lambda: EpsilonInsensitive(-1.0), "epsilon is -1.0"),
     ],

@@ -60,6 +60,8 @@ CELLS = {
         {"rule": DeltaGradient("after_decay"), "network": MLP(depth=3, norm=False)},
     ),
     "error to the power 2.5": ("titans", {"bias": Lp(2.5), "rule": DeltaGradient("with_decay")}),
+    "error to the power 2.5, capped": ("titans", {"bias": Lp(2.5, cap=0.8)}),
+    "error to the power 3, capped": ("moneta", {"bias": Lp(3.0, cap=0.8)}),
     "smooth sign, no norm": ("titans", {"bias": Lp(1.0, slope=3.0), "network": MLP(norm=False)}),
     "Huber by coordinates": ("yaad", {"bias": Huber("coordinate"), "rule": Momentum()}),
     "Huber of the norm, matrix": ("yaad", {"bias": Huber("norm"), "network": Matrix()}),

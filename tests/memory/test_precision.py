@@ -34,6 +34,29 @@ def test_errors_whose_power_overflows_half_precision_are_taken_in_float32(p: flo
     assert not torch.isfinite(low[2][0, 0, 0].abs() ** (p - 1)).all(), "half precision itself cannot"
 
 
+def recalled(cap: float | None, scale: float) -> float:
+    """The share of 32 random values, four times stored at η = 0.002, that is nearest to what their keys read."""
+    g = torch.Generator().manual_seed(0)
+    spec = nl.memory.named("moneta", key_dim=32, chunk=1, bias=Lp(3.0, cap=cap))
+    k = torch.nn.functional.normalize(torch.randn(1, 1, 32, 32, generator=g), dim=-1)
+    v = scale * torch.randn(1, 1, 32, 32, generator=g)
+    often = [x.repeat(1, 1, 4, 1) for x in (k, k, v)]
+    step, kept = torch.full((1, 1, 128), 0.002), torch.full((1, 1, 128), 0.9997)
+    _, state = spec.scan(spec.init(1, g), *often, Gates(lr=step, retention=kept))
+    y, _ = spec.scan(spec.init(1, g), k, k, v, Gates(lr=torch.zeros(1, 1, 32), retention=torch.ones(1, 1, 32)), state)
+    near = torch.cosine_similarity(y[0, 0, :, None], v[0, 0], dim=-1).argmax(-1)
+    return float((near == torch.arange(32)).float().mean())
+
+
+def test_steps_that_grow_with_the_square_of_an_error_are_held_by_a_cap() -> None:
+    """Values of three and ten times the unit scale cannot be answered (the norm stands before the answer), so that every step is
+    long, and wipes out what was there."""
+    for scale in (3.0, 10.0):
+        assert recalled(None, scale) < 0.6
+        assert recalled(2.0, scale) > 0.8
+    assert recalled(2.0, 1.0) > 0.9
+
+
 @pytest.mark.parametrize("name", ["retnet", "gated_deltanet", "titans"])
 @pytest.mark.parametrize("share", [0.1, 1e-30])
 def test_products_of_decays_neither_vanish_nor_divide(name: str, share: float) -> None:

@@ -352,9 +352,9 @@ def describe(config: TrainConfig, model: models.LanguageModel, corpus: stream.Co
     periods = sorted({p for p in model.config.periods if p >= read})
     if periods:
         console.print(
-            f"note: the step size of levels with a period of {', '.join(map(str, periods))} tokens stays as it is, as lanes start "
-            f"afresh after --length {config.length} times --carry {config.carry} tokens, before an update of theirs is used; more "
-            "of either trains it",
+            f"note: the step size of levels with a period of {', '.join(map(str, periods))} tokens stays as it is, as lanes "
+            f"start afresh after --length {config.length} times --carry {config.carry} tokens, before an update of theirs is "
+            "used; more of either trains it",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -32,7 +32,7 @@ BIASES = ("dot", "l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture")
 class Bias(ctypes.Structure):
     """`Bias` of bias.h; kind: one of `BIASES`."""
 
-    _fields_ = [("kind", INT), *((name, ctypes.c_double) for name in ("power", "slope", "epsilon"))]
+    _fields_ = [("kind", INT), *((name, ctypes.c_double) for name in ("power", "slope", "epsilon", "cap"))]
 
 
 class Cell(ctypes.Structure):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isqrt
+from math import inf, isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -132,7 +132,8 @@ def _bias(bias: Bias) -> fields.Bias | None:
     if type(bias) in (L2, DotProduct):
         return fields.Bias(fields.BIASES.index("l2" if type(bias) is L2 else "dot"))
     if type(bias) is Lp and bias.slope is not None:
-        return fields.Bias(fields.BIASES.index("lp"), bias.p, bias.slope, smooth.EPS)
+        cap = inf if bias.cap is None else bias.cap
+        return fields.Bias(fields.BIASES.index("lp"), bias.p, bias.slope, smooth.EPS, cap)
     if type(bias) is Huber:
         return fields.Bias(fields.BIASES.index(f"huber_{bias.form}"), epsilon=huber.EPS)
     return None

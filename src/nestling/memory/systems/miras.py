@@ -34,8 +34,9 @@ register(
     notes="From the paper: p = 3, q = 4, the dual state, smooth sign and modulus, normalizing at the end of chunks (§5.4). Our "
     "defaults: the printed read-out, a norm over each whole weight matrix, at least 0.001, A of norm 1 at the start, slope "
     "10 in tanh. The printed read-out shrinks as A grows; LqDual() has the exact one, LqDual(mean=True) one of A's own size. "
-    "Steps of a layer are a 25th of the usual, as longer ones let W vanish. One α and η per head and token, where the paper has "
-    "them per channel.",
+    "Steps of a layer are a 25th of the usual, as longer ones let W vanish. They grow with the square of an error, also where "
+    "values are larger than the network can answer: Lp(3, cap=2) learns those too, and unit values as well. One α and η per head "
+    "and token, where the paper has them per channel.",
     network=MLP(),
     bias=Lp(3.0),
     retention=Lq(4.0),
