@@ -146,33 +146,45 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def everything(
+    made: Memory, w0: list[Tensor], example: Example, dtype: torch.dtype = torch.float64, **options: Any
+) -> dict[str, Tensor]:
+    """Outputs, final state, and the gradients of a random sum of both with respect to all that was given, by name; fresh tensors
+    are poisoned with NaN. dtype: what all of it is given in."""
+
+    def own(x: Tensor) -> Tensor:
+        return x.detach().to(dtype, copy=True).requires_grad_()
+
+    weights, (q, k, v), gates = [own(w) for w in w0], map(own, example[:3]), example[3].map(own)
+    given = {f"initial weight {n}": w for n, w in enumerate(weights)}
+    given |= {"queries": q, "keys": k, "values": v, **{f"gate {name}": gate for name, gate in gates.items()}}
+    with poisoned():
+        y, state = run(made, weights, (q, k, v, gates), **options)
+        found = {"outputs": y} | {f"state leaf {n}": leaf for n, leaf in enumerate(fast.leaves(state))}
+        probe = torch.Generator().manual_seed(7)
+        total = sum(
+            (x * torch.randn(x.shape, generator=probe, dtype=torch.float64).to(x.dtype)).sum()
+            for x in found.values()
+            if x.is_floating_point()
+        )
+        gradients = torch.autograd.grad(cast(Tensor, total), list(given.values()), allow_unused=True)
+    for (name, x), gradient in zip(given.items(), gradients, strict=True):
+        found[f"gradient of {name}"] = torch.zeros_like(x) if gradient is None else gradient
+    return {name: x.detach() for name, x in found.items()}
+
+
 def chunked_equals_reference(spec: Memory, case: Case) -> None:
-    """The fast engine is the definition: outputs, state and every gradient (C4); fresh tensors are poisoned with NaN."""
+    """The fast engine is the definition: outputs, state and every gradient (C4)."""
     made, w0 = small(spec, case.seed, chunk=case.chunk, read=case.read)
     example = inputs(made, case.seed, case.time)
     if example[3].retention is not None:
         example[3].retention[0, 0, case.time // 2] = 0.0  # a gate of exactly 0 is legal
     mask = masks(case.seed, 2, case.time, case.masks)
-    given = [*w0, *example[:3], *(gate for _, gate in example[3].items())]
-    for x in given:
-        x.requires_grad_()
-    runs = []
-    for engine, tile in (("reference", None), ("chunked", case.tile)):
-        with poisoned():
-            y, state = run(made, w0, example, engine=engine, tile=tile, **mask)
-            probe = torch.Generator().manual_seed(7)
-            total = (y * torch.randn(y.shape, generator=probe, dtype=y.dtype)).sum()
-            for w in fast.leaves(state):
-                if not w.is_floating_point():
-                    continue
-                total = total + (w * torch.randn(w.shape, generator=probe, dtype=w.dtype)).sum()
-            runs.append((y.detach(), state, torch.autograd.grad(total, given, allow_unused=True)))
-    (y, state, gradients), (fast_y, fast_state, fast_gradients) = runs
-    assert_close(fast_y, y, "outputs")
-    assert_same(fast_state, state)
-    for number, (slow, quick) in enumerate(zip(gradients, fast_gradients, strict=True)):
-        zero = torch.zeros_like(given[number])
-        assert_close(zero if quick is None else quick, zero if slow is None else slow, f"gradient {number}")
+    expected = everything(made, w0, example, engine="reference", **mask)
+    found = everything(made, w0, example, engine="chunked", tile=case.tile, **mask)
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert_close(found[name], x, name)
 
 
 def splitting_changes_nothing(spec: Memory, case: Case, share: float) -> None:
@@ -254,12 +266,25 @@ def all_modes_are_equal(spec: Memory) -> None:
 
 
 def float32_is_within_its_tolerance(spec: Memory) -> None:
-    """Chunked = reference to 1e-4 in float32 (C4)."""
-    made, w0 = small(spec, 17, chunk=16)
-    example = inputs(made, 17, 40, dtype=torch.float32)
-    y, _ = run(made, [w.float() for w in w0], example, engine="reference")
-    z, _ = run(made, [w.float() for w in w0], example)
-    assert_close(z, y, "float32", 1e-4)
+    """In float32 the chunked engine finds the definition's outputs, state and gradients to 1e-4 (C4), or, where the definition
+    itself loses more, to four times what that loses: behind a norm, short rows have gradients that float32 cannot hold."""
+    for seed, time, chunk in ((17, 40, 16), (18, 9, 4), (19, 23, 64)):
+        made, w0 = small(spec, seed, chunk=chunk)
+        example = inputs(made, seed, time, dtype=torch.float32)
+        exact, rounded = (
+            everything(made, [w.float() for w in w0], example, dtype, engine="reference")
+            for dtype in (torch.float64, torch.float32)
+        )
+        found = everything(made, [w.float() for w in w0], example, torch.float32)
+
+        def off(x: Tensor, y: Tensor) -> float:
+            if not y.numel():
+                return 0.0
+            return float((x.double() - y.double()).abs().amax()) / max(1.0, float(y.double().abs().amax()))
+
+        lost = max(off(rounded[name], x) for name, x in exact.items())
+        for name, x in exact.items():
+            assert_close(found[name], x, f"float32, {time} tokens, {name}", max(1e-4, 4 * lost))
 
 
 def half_is_computed_in_float32(spec: Memory, dtype: torch.dtype) -> None:
