@@ -112,10 +112,33 @@ def test_left_alone(settings):
     assert not any(x.requires_grad for x in fast.leaves(model.reattached(fast.detach(state))))
 
 
-def test_steps_of_size_zero():
-    model = model_of()
-    with torch.no_grad():
-        for rate in rates(model).values():
-            rate.fill_(-math.inf)
+@pytest.mark.parametrize("rate", [-math.inf, -103.0, -95.0])
+def test_steps_of_next_to_no_size(rate):
+    """What was made by long ones before is still there."""
+    model = model_of().float()
     _, state = model(text(16))
+    with torch.no_grad():
+        for p in rates(model).values():
+            p.fill_(rate)
     assert gradients(model, text(16, 1), model.reattached(fast.detach(state))).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"periods": PERIODS[:2]}, "weights .* expected"),
+        ({"arrangement": "nested"}, "weights .* expected"),
+        ({"rule": "adam"}, "another inner rule"),
+        ({"error": "local"}, "learning blocks and a window"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_model_is_refused_in_words(other, words):
+    model, settings = model_of(), {"periods": PERIODS, **other}
+    torch.manual_seed(0)
+    stranger = models.build("hope", "tiny", **settings).double()
+    for one, another in ((model, stranger), (stranger, model)):
+        _, state = one(text(5))
+        for read in (another.reattached, lambda state, another=another: another(text(5), state)):
+            with pytest.raises(ValueError, match=words):
+                read(fast.detach(state))

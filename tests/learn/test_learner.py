@@ -23,6 +23,7 @@ from nestling import cli, models, stream
 from nestling import state as fast
 from nestling.learn import Learner, LearningError, TrainConfig, adamw, checkpoint, load_run, train
 from nestling.learn.learner import count_faults
+from nestling.learn.run import build_model, describe
 
 WORDS = ("nest", "bird", "egg", "slow", "fast", "reads", "the", "a", "and", "of", "grün", "—")
 
@@ -131,6 +132,47 @@ def test_all_levels_learn_their_weights_and_step_sizes_on_carried_segments_of_on
         assert all(f"{level}.mlp.up.weight" in found for found in seen), level
         moved = [f"{level}.rate" in found for found in seen]
         assert moved == [number * 8 >= period or period < 8 for number in range(6)], level
+
+
+def test_step_sizes_are_trained_through_a_module_around_the_model():
+    class Around(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *given, **masks):
+            return self.module(*given, **masks)
+
+    found = []
+    for wrap in (lambda model: model, Around):
+        learner = learner_of("hope", [text(0, 2000)], lanes=1, length=8)
+        learner.model = wrap(learner.model)
+        for _ in range(4):
+            learner.step()
+        found.append([p.item() for name, p in learner.model.named_parameters() if name.endswith(".rate")])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"carry": 1}, "a period of 32 tokens stays as it is, as lanes start afresh after --length 16 times --carry 1"),
+        ({"overrides": {"periods": [4, 32], "outer": 2}}, "32 tokens stays as it is, as with outer=2 no update"),
+        (
+            {"overrides": {"periods": [4, 32], "arrangement": "nested", "rank": 2}},
+            "as with arrangement=nested and rank=2",
+        ),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_a_run_says_which_step_sizes_it_cannot_train(settings, words):
+    settings = {"overrides": {"periods": [4, 32]}, **settings}
+    config = TrainConfig(model="hope", size="tiny", length=16, **settings)
+    console = quiet()
+    describe(config, build_model(config), stream.Corpus([], []), console)
+    said = console.file.getvalue()
+    assert words in said if words else "stays as it is" not in said
 
 
 @pytest.mark.parametrize("carry", [1, 3, 4])

@@ -82,3 +82,20 @@ def test_what_arrives_at_the_start_is_the_gradient_of_the_slow_weights(
 def test_where_an_update_is_more_every_sum_counts_by_itself(settings: dict[str, Any]) -> None:
     model = nl.models.build("hope_swa", dim=DIM, heads=2, layers=1, ffn=8, vocab_size=VOCAB, periods=[4, 8], **settings)
     assert not served.carried(model, 0)
+
+
+@pytest.mark.parametrize("name", ["hope", "hope_attention", "hope_swa"])
+@pytest.mark.parametrize("read", [1, 2, 5])
+def test_a_state_of_another_mode_is_read_in_inference_mode(name: str, read: int) -> None:
+    """A call that begins inside of a window looks up θ₀ + Δ in inference mode; the next window is differentiated."""
+    torch.manual_seed(0)
+    model = nl.models.build(name, "tiny", periods=[4, 8])
+    tokens = torch.randint(257, (1, 24))
+    with torch.no_grad():
+        _, state = model(tokens[:, :read])
+        for more in range(1, 24 - read):
+            expected = model(tokens[:, read : read + more], state)
+            with torch.inference_mode():
+                found = model(tokens[:, read : read + more], state)
+            for a, b in zip(nl.state.leaves(expected), nl.state.leaves(found), strict=True):
+                assert torch.equal(a, b)

@@ -153,7 +153,7 @@ def text(
     def loss(model: LanguageModel) -> Tensor:
         batch = next(reading)
         logits, state = model(batch.tokens, carried[0], reset=batch.reset)
-        carried[0] = fast.detach(state)
+        carried[0] = model.reattached(fast.detach(state))
         nats = token_nats(logits, batch.targets.masked_fill(~batch.loss_mask, -100))
         return nats.sum() / batch.loss_mask.sum()
 

@@ -28,6 +28,8 @@ from nestling.layers.low_rank import Kept, LowRank, full
 if TYPE_CHECKING:
     from nestling.layers.continuum import Continuum, FeedForward
 
+SMALLEST = 1e-20  # a step size
+
 
 def reattached(own: Continuum, state: ContinuumState) -> ContinuumState:
     """The same state, equal to the bit, from which gradients reach the step sizes η of its levels.
@@ -88,6 +90,6 @@ class _Made(torch.autograd.Function):
         if grad is None:
             return None, None, None
         total = along(grad, part).sum().to(size.dtype)
-        # With steps of size 0 nothing was made, nor is it known what would have been.
-        of_size = torch.where(size == 0, 0.0, total / torch.where(size == 0, 1.0, size))
+        # With steps of size 0 nothing was made, nor is it known what would have been; a little more than 0 is not to overflow.
+        of_size = torch.where(size == 0, 0.0, total / size.clamp_min(SMALLEST))
         return of_size, grad, None

@@ -92,7 +92,8 @@ class Continuum(nn.Module):
             ordinary feed-forward block. `(None,)`, the default, is a transformer's.
         rate: initial η, one learned positive number per level (the paper does not say); None: the rule's own. It gets a
             gradient where an update is served: on carried states too, where the outer loop takes them through
-            `nestling.layers.carried.reattached`, as `Learner` does.
+            `nestling.layers.carried.reattached`, as `Learner` does; not with a number as `outer`, nor with nested levels of
+            a rank, where the period has to be shorter than the segment.
         clip: largest norm of one window's (mean) gradient of one level.
         mean: average the gradients of a chunk instead of summing them, so that a useful η does not depend on the period.
         rule: how a level descends (eq. 71's f): `Gradient`, `Momentum`, `DGD`, `Adam` or `M3` of `nestling.optim.inner`, whose
@@ -211,7 +212,8 @@ class Continuum(nn.Module):
         return found if any(x for level in found for x in level) else ()
 
     def shapes(self, state: ContinuumState | None = None) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Shapes of a state's matrices without the lane, field after field, level after level. None: those that fit."""
+        """Shapes of a state's matrices without the lane, field after field, level after level, and at last of what the rule
+        remembers. None: those that fit."""
         state = self.start(0) if state is None else state
         assert state is not None
 
@@ -219,7 +221,8 @@ class Continuum(nn.Module):
             parts = x if isinstance(x, LowRank) else (x,)
             return tuple(n for part in parts for n in part.shape[1:])
 
-        return tuple(tuple(shape(w) for w in level) for field in state[:4] for level in field)
+        weights = tuple(tuple(shape(w) for w in level) for field in state[:4] for level in field)
+        return weights + tuple(tuple(shape(x) for matrix in level for x in matrix) for level in state.memory)
 
     def forward(self, u: Tensor, delta: Used | None = None) -> Tensor:
         """u `[lane, time, dim]` → the same; delta: the lanes' Δ of every level, or θ₀ + Δ; None: all levels at θ₀."""

@@ -141,7 +141,7 @@ def check(own: Continuum, state: LocalState) -> None:
     if came != fits or any(u.shape[1] != own.window for u in state.open):
         raise ValueError(
             f"the state of a continuum has weights {came} and windows of {[u.shape[1] for u in state.open]}; expected {fits} "
-            f"and {own.window}: it was made by a model with other periods or widths"
+            f"and {own.window}: it was made by a model with other periods, widths or another inner rule"
         )
 
 

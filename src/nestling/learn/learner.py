@@ -3,7 +3,8 @@
 There are no epochs and no shuffled batches. B lanes read contiguous text; each carries its fast state from step to step,
 cut from the graph (detached), and goes back to the start state where the stream says so (a new document) and, so that
 the initial states of decaying memories keep getting gradients, at the latest after `carry` steps. What the levels of a
-continuum have learned stays a function of their slow weights and step sizes, so that both are trained on carried text too.
+continuum have learned stays a function of their slow weights and step sizes, so that both are trained on carried text too
+(see `nestling.layers.carried` for where it does not).
 """
 
 from __future__ import annotations
@@ -221,8 +222,10 @@ class Learner:
 
     def _carried(self) -> Any:
         """What the last step left: a constant, but for the step sizes of levels that have learned by it."""
-        reattached = getattr(self.model, "reattached", None)
-        return self.state if self.state is None or reattached is None else reattached(self.state)
+        # Of the model itself: a module around it does not hand on its methods.
+        own = (found for module in self.model.modules() if (found := getattr(module, "reattached", None)) is not None)
+        reattached = None if self.state is None else next(own, None)
+        return self.state if reattached is None else reattached(self.state)
 
     def _start_afresh(self, lanes: int) -> None:
         """Every lane back to its start state. What made a step go wrong may sit in the carried state, so a

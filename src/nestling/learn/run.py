@@ -298,6 +298,10 @@ def build_model(config: TrainConfig) -> models.LanguageModel:
         raise SettingError(f"model: there is none named {config.model!r}.{did_you_mean(config.model, models.names())}")
     if config.size not in models.SIZES:
         raise SettingError(f"size: there is none named {config.size!r}.{did_you_mean(config.size, models.SIZES)}")
+    if taken := sorted({"name", "size", "vocab_size"} & set(config.overrides)):
+        raise SettingError(
+            f"set: got {', '.join(taken)}, but --model and --size choose the model, and its vocabulary is the tokenizer's."
+        )
     try:
         return models.build(config.model, config.size, vocab_size=stream.ByteTokenizer.vocab_size, **config.overrides)
     except (ValueError, TypeError) as error:
@@ -333,38 +337,47 @@ def describe(config: TrainConfig, model: models.LanguageModel, corpus: stream.Co
     """One line: what is going to learn from what."""
     size = sum(len(document.text) for document in corpus.train)
     source = "the embedded corpus" if not config.data else ", ".join(config.data)
-    console.print(
+    _say(
+        console,
         f"{config.model} {config.size} ({parameters(model):,} parameters) reads {source}: "
         f"{len(corpus.train):,} documents, {size:,} characters; {len(corpus.heldout):,} held out",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     if config.continual and config.schedule != "constant":
-        console.print(
+        _say(
+            console,
             f"note: with --schedule {config.schedule} later parts are learned at lower rates, which alone makes them displace "
             "less; --schedule constant learns all alike",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
-    read = math.inf if config.carry is None else config.length * config.carry
-    periods = sorted({p for p in model.config.periods if p >= read})
-    if periods:
-        console.print(
-            f"note: the step size of levels with a period of {', '.join(map(str, periods))} tokens stays as it is, as lanes "
-            f"start afresh after --length {config.length} times --carry {config.carry} tokens, before an update of theirs is "
-            "used; more of either trains it",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+    if still := _still_rates(config, model):
+        _say(console, still)
     chunk = model.config.global_chunk
     if chunk is not None and chunk >= config.length:
-        console.print(
+        _say(
+            console,
             f"note: what the global memories write is read {chunk} tokens later at the earliest, and so beyond --length "
             f"{config.length}: their gates stay as they are; longer segments train them",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
+
+
+def _say(console: Console, text: str) -> None:
+    """As it is, on one line."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _still_rates(config: TrainConfig, model: models.LanguageModel) -> str:
+    """A note where no update of a level is served while the outer loop looks, so that its step size is not trained."""
+    own = model.config
+    # Their carried states are constants (`nestling.layers.carried`).
+    within = isinstance(own.outer, int) or (own.arrangement == "nested" and own.rank is not None)
+    steps = 1 if within else math.inf if config.carry is None else config.carry
+    periods = sorted({p for p in own.periods if p >= steps * config.length})
+    if not periods:
+        return ""
+    said = f"note: the step size of levels with a period of {', '.join(map(str, periods))} tokens stays as it is, as "
+    if within:
+        setting = f"outer={own.outer}" if isinstance(own.outer, int) else f"arrangement=nested and rank={own.rank}"
+        return f"{said}with {setting} no update of theirs is seen beyond --length {config.length}; longer segments train it"
+    return (
+        f"{said}lanes start afresh after --length {config.length} times --carry {config.carry} tokens, before an update of "
+        "theirs is used; more of either trains it"
+    )

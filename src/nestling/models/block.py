@@ -128,8 +128,9 @@ class Block(nn.Module):
 
     def reattached(self, state: Any) -> Any:
         """The state of feed-forward levels that learn by losses of their own as a function of their step sizes again."""
-        if not self.ffn.alone:
+        if not self.ffn.alone or not isinstance(state, BlockState):  # another's state the forward refuses
             return state
+        local.check(self.ffn, state.ffn)
         learned = reattached(self.ffn, state.ffn.continuum)
         return state._replace(ffn=state.ffn._replace(continuum=learned))
 

@@ -151,6 +151,7 @@ class LanguageModel(nn.Module):
     def reattached(self, state: ModelState) -> ModelState:
         """A state that was cut from its history, equal to the bit, through which gradients reach the step sizes of the levels
         that made it: see `nestling.layers.carried`. `Learner` carries its states so from step to step."""
+        self._check_state(state, len(state.position))
         learned = zip(self.learning, state.continuum, strict=True)
         continuum = tuple(reattached(self.continuum(number), own) for number, own in learned)
         blocks = tuple(block.reattached(own) for block, own in zip(self.each(), state.blocks, strict=True))
@@ -249,12 +250,16 @@ class LanguageModel(nn.Module):
                 raise ValueError(
                     f"{name} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(tokens.shape)}"
                 )
-        if state is not None and (len(state.blocks) != len(self.blocks) or len(state.position) != tokens.shape[0]):
+        if state is not None:
+            self._check_state(state, tokens.shape[0])
+
+    def _check_state(self, state: ModelState, lanes: int) -> None:
+        if len(state.blocks) != len(self.blocks) or len(state.position) != lanes:
             raise ValueError(
                 f"the state has {len(state.blocks)} blocks and {len(state.position)} lanes; expected {len(self.blocks)} "
-                f"blocks and {tokens.shape[0]} lanes: it was made by another model or for another batch"
+                f"blocks and {lanes} lanes: it was made by another model or for another batch"
             )
-        if state is not None and (state.open is not None or self.learning):
+        if state.open is not None or self.learning:
             self._check_learned(state)
 
     def _check_learned(self, state: ModelState) -> None:
@@ -270,7 +275,7 @@ class LanguageModel(nn.Module):
             if came != fits:
                 raise ValueError(
                     f"the state of block {number}'s continuum has weights {came}; expected {fits}: it was made by a model with "
-                    "other periods or widths"
+                    "other periods, widths or another inner rule"
                 )
 
 

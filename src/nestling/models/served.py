@@ -44,7 +44,9 @@ class Served:
         )
 
     def _sum(self, key: tuple[int, int, int], weight: Tensor, moved: Tensor, together: bool) -> Tensor:
-        if key not in self._known or self._known[key][0] is not moved:
+        known = self._known.get(key)
+        # What was made in inference mode is of no use to a window, which is differentiated in any mode.
+        if known is None or known[0] is not moved or (known[1].is_inference() and torch.is_grad_enabled()):
             self._known[key] = moved, (weight.detach() if together else weight) + moved
         return self._known[key][1]
 
