@@ -13,6 +13,8 @@ from torch import Tensor
 from nestling.memory.layout import Layout, Shared, layout
 from nestling.memory.native.fields import CLOSES, FRESH
 
+LEAST = 256  # tokens between two places that weights are kept of, where tiles have that many
+
 
 class Runs(NamedTuple):
     """Tiles of every lane.
@@ -33,8 +35,9 @@ class Runs(NamedTuple):
     @property
     def group(self) -> int:
         """Tiles between two that weights are kept of: those kept and those made again then grow with the root of the length.
-        Those kept are of all memories, those made again of one at a time: rather few are kept."""
-        return max(1, isqrt(2 * self.table.shape[1]))
+        Those kept are of all memories, those made again of one at a time: rather few are kept, of short calls most of all, where
+        they weigh more than what the call was given."""
+        return max(1, isqrt(2 * self.table.shape[1]), min(16, LEAST // max(1, self.longest)))
 
 
 def runs(cut: Layout, time: int, tail: Tensor | None = None) -> Runs | None:
