@@ -197,5 +197,5 @@ def test_impossible_ranks_are_refused_in_words() -> None:
     with pytest.raises(ValueError, match="expected a rule without a memory"):
         Continuum(8, 4, (4,), rank=2, rule=Adam())
     tokens = torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="other periods or widths"):
+    with pytest.raises(ValueError, match="other periods, widths or"):
         build(2)(tokens, build(3)(tokens)[1])

@@ -23,6 +23,7 @@ from nestling.memory.networks import Matrix
 from nestling.memory.self_modifying import READOUT_STD
 from nestling.models import LanguageModel
 from nestling.models.block import Block, ModelConfig
+from nestling.models.lm import ModelState
 
 Scores = dict[str, float]
 Make = Callable[[int], LanguageModel]
@@ -148,12 +149,13 @@ def text(
     edges = [0, *(document >> n for n in range(5, -1, -1))]
     long = [d for d in corpus.heldout if len(d.text) >= document][:documents]
     ready = [p for p in passages(long, tokenizer, document + 4) if len(p.tokens) > document]
-    carried: list[object] = [None]
+    carried: list[ModelState | None] = [None]
 
     def loss(model: LanguageModel) -> Tensor:
         batch = next(reading)
-        logits, state = model(batch.tokens, carried[0], reset=batch.reset)
-        carried[0] = model.reattached(fast.detach(state))
+        before = None if carried[0] is None else model.reattached(carried[0])
+        logits, state = model(batch.tokens, before, reset=batch.reset)
+        carried[0] = fast.detach(state)
         nats = token_nats(logits, batch.targets.masked_fill(~batch.loss_mask, -100))
         return nats.sum() / batch.loss_mask.sum()
 

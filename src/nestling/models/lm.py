@@ -150,7 +150,8 @@ class LanguageModel(nn.Module):
 
     def reattached(self, state: ModelState) -> ModelState:
         """A state that was cut from its history, equal to the bit, through which gradients reach the step sizes of the levels
-        that made it: see `nestling.layers.carried`. `Learner` carries its states so from step to step."""
+        that made it: see `nestling.layers.carried`. For the call that reads on, after the step sizes themselves have moved;
+        `Learner` carries its states so from step to step."""
         self._check_state(state, len(state.position))
         learned = zip(self.learning, state.continuum, strict=True)
         continuum = tuple(reattached(self.continuum(number), own) for number, own in learned)
