@@ -133,6 +133,7 @@ def test_help_needs_no_pytorch(verb):
         ("eval one two", r"'two' is one word too many"),
         ("train --lanes", r"--lanes: expected a value after it"),
         ("train --lanes --length 3", r"--lanes: expected a value after it"),
+        ("train --set vocab_size=5", r"set: got vocab_size, but --model and --size choose the model"),
         ("train --data --tokens 5", r"--data: expected at least one value after it"),
         ("train --lanes two", r"--lanes: got 'two', but expected a whole number\."),
         ("train --lanes 2.5", r"--lanes: got '2\.5', but expected a whole number\."),
