@@ -153,6 +153,24 @@ def test_step_sizes_are_trained_through_a_module_around_the_model():
     assert found[0] == found[1]
 
 
+def test_a_module_of_two_models_carries_what_it_returned():
+    """Whose state it is only the module knows."""
+
+    class Both(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.one, self.other = model, models.build("hope", "tiny", periods=[4])
+
+        def forward(self, tokens, state=None, **masks):
+            state = (None, None) if state is None else state
+            (a, first), (b, second) = self.one(tokens, state[0], **masks), self.other(tokens, state[1], **masks)
+            return a + b, (first, second)
+
+    learner = learner_of("hope", [text(0, 2000)], lanes=1, length=8)
+    learner.model = Both(learner.model)
+    assert all(math.isfinite(learner.step().loss) for _ in range(3))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -29,6 +29,7 @@ from nestling.learn.checkpoint import (
     set_random_state,
 )
 from nestling.learn.evaluation import masks, token_nats
+from nestling.models.lm import LanguageModel, ModelState
 from nestling.stream import Lanes, Parts
 
 
@@ -222,10 +223,11 @@ class Learner:
 
     def _carried(self) -> Any:
         """What the last step left: a constant, but for the step sizes of levels that have learned by it."""
-        # Of the model itself: a module around it does not hand on its methods.
-        own = (found for module in self.model.modules() if (found := getattr(module, "reattached", None)) is not None)
-        reattached = None if self.state is None else next(own, None)
-        return self.state if reattached is None else reattached(self.state)
+        # A module around the model does not hand on its methods. Whose state it is where there are several nobody can tell.
+        own = [module for module in self.model.modules() if isinstance(module, LanguageModel)]
+        if len(own) != 1 or not isinstance(self.state, ModelState):
+            return self.state
+        return own[0].reattached(self.state)
 
     def _start_afresh(self, lanes: int) -> None:
         """Every lane back to its start state. What made a step go wrong may sit in the carried state, so a

@@ -27,7 +27,7 @@ from nestling.learn.continual import Retained
 from nestling.learn.display import Display, clock
 from nestling.learn.evaluation import Score, bits_per_byte, evaluate, passages
 from nestling.learn.interrupt import Interrupt
-from nestling.learn.learner import Learner
+from nestling.learn.learner import Learner, Progress, StepResult
 from nestling.learn.metrics import MetricsLog, draw_curve, read_metrics
 
 EVAL_BYTES = 8192
@@ -174,31 +174,38 @@ def _learn(
             seconds = time.monotonic() - start
             recalibrated = budget.observe(now.tokens, seconds)
 
-            log.write(
-                step=now.step,
-                tokens=now.tokens,
-                loss=result.loss,
-                bits_per_byte=result.bits_per_byte,
-                lr=result.lr,
-                grad_norm=result.grad_norm,
-                faults=result.faults,
-                skipped=result.skipped,
-                seconds=round(seconds, 3),
-            )
+            _write(log, now, result, seconds)
             left = None if config.minutes is None else 60 * config.minutes - seconds
             display.show(result, budget.progress(now.tokens), left)
-            if result.skipped:
-                display.note(
-                    f"step {now.step}: loss or gradient not finite, nothing learned from it ({now.skipped} so far)"
-                )
-            elif result.faults:
-                display.note(
-                    f"step {now.step}: {result.faults} tokens or writes to memories were not finite, and left out"
-                )
-
+            if note := _trouble(now, result):
+                display.note(note)
             if recalibrated or complete() or stop.requested or now.step % config.checkpoint_every == 0:
                 keep()
     return seconds, stopped or stop.requested
+
+
+def _write(log: MetricsLog, now: Progress, result: StepResult, seconds: float) -> None:
+    """A step's line in the metrics."""
+    log.write(
+        step=now.step,
+        tokens=now.tokens,
+        loss=result.loss,
+        bits_per_byte=result.bits_per_byte,
+        lr=result.lr,
+        grad_norm=result.grad_norm,
+        faults=result.faults,
+        skipped=result.skipped,
+        seconds=round(seconds, 3),
+    )
+
+
+def _trouble(now: Progress, result: StepResult) -> str:
+    """What was not finite in a step, in words; empty: nothing."""
+    if result.skipped:
+        return f"step {now.step}: loss or gradient not finite, nothing learned from it ({now.skipped} so far)"
+    if result.faults:
+        return f"step {now.step}: {result.faults} tokens or writes to memories were not finite, and left out"
+    return ""
 
 
 def _measure(

@@ -13,7 +13,8 @@ from torch import Tensor
 from nestling.memory.layout import Layout, Shared, layout
 from nestling.memory.native.fields import CLOSES, FRESH
 
-LEAST = 256  # tokens between two places that weights are kept of, where tiles have that many
+# Between two places that weights are kept of, at least: so many tokens, or so many tiles.
+TOKENS, TILES = 256, 16
 
 
 class Runs(NamedTuple):
@@ -37,7 +38,8 @@ class Runs(NamedTuple):
         """Tiles between two that weights are kept of: those kept and those made again then grow with the root of the length.
         Those kept are of all memories, those made again of one at a time: rather few are kept, of short calls most of all, where
         they weigh more than what the call was given."""
-        return max(1, isqrt(2 * self.table.shape[1]), min(16, LEAST // max(1, self.longest)))
+        tiles = self.table.shape[1]
+        return max(1, min(tiles, max(isqrt(2 * tiles), min(TILES, TOKENS // max(1, self.longest)))))
 
 
 def runs(cut: Layout, time: int, tail: Tensor | None = None) -> Runs | None:
