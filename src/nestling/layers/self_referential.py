@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nestling.layers.base import Layer
 from nestling.layers.level import Level, Period
+from nestling.layers.self_referential_in_c import read
 from nestling.memory import Report
 from nestling.memory.inputs import surely
 from nestling.state import register
@@ -81,19 +82,14 @@ class SelfReferential(Layer):
             lost = ~fine if valid is None else ~fine & valid.to(x.device)
             wide = wide if surely(fine) else torch.where(fine[..., None, None], wide, 0.0)
             begins = None if reset is None else reset.to(x.device) & (valid.to(x.device) if valid is not None else True)
-            outputs = []
-            for first in range(0, time, GROUP):
-                part = slice(first, first + GROUP)
-                starts = None if begins is None else begins[:, part]
-                given = (wide[:, part].softmax(-1), live[:, part], starts, fresh, weights)
-                if torch.is_grad_enabled() and time > GROUP:
-                    y, weights = checkpoint(
-                        _read, *given, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-                    )
-                else:
-                    y, weights = _read(*given)
-                outputs.append(y)
-            y = torch.cat(outputs, 1).flatten(2).to(x.dtype)
+            given = wide.transpose(1, 2).softmax(-1)
+
+            def slow(x: Tensor, fresh: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+                return _read_in_groups(x, live, begins, fresh, w)
+
+            found = read(given, live, begins, fresh, weights, slow)
+            y, weights = slow(given, fresh, weights) if found is None else found
+            y = y.transpose(1, 2).flatten(2).to(x.dtype)
         return self.out(y), SelfReferentialState(weights, faults + lost.sum(1))
 
     def levels(self) -> list[Level]:
@@ -112,15 +108,30 @@ class SelfReferential(Layer):
         ]
 
 
+def _read_in_groups(x: Tensor, live: Tensor, begins: Tensor | None, fresh: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """x and answers `[lane, head, time, width]`, by the framework's operations."""
+    time, outputs = x.shape[2], []
+    for first in range(0, time, GROUP):
+        part = slice(first, first + GROUP)
+        starts = None if begins is None else begins[:, part]
+        given = (x[:, :, part], live[:, part], starts, fresh, w)
+        if torch.is_grad_enabled() and time > GROUP:
+            y, w = checkpoint(_read, *given, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        else:
+            y, w = _read(*given)
+        outputs.append(y)
+    return torch.cat(outputs, 2), w
+
+
 def _read(x: Tensor, live: Tensor, begins: Tensor | None, fresh: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """x `[lane, time, head, width]`, after φ; live, begins bool `[lane, time]`: tokens that write, that start from `fresh`."""
+    """x `[lane, head, time, width]`, after φ; live, begins bool `[lane, time]`: tokens that write, that start from `fresh`."""
     width, everyone, outputs = x.shape[-1], surely(live), []
     shares = [width, width, width, 4]
     repeats = torch.tensor([width, width, width, 4], device=x.device)
-    for t in range(x.shape[1]):
+    for t in range(x.shape[2]):
         if begins is not None:
             w = torch.where(begins[:, t, None, None, None], fresh, w)
-        y, q, k, b = torch.split(x[:, t, :, None] @ w, shares, -1)
+        y, q, k, b = torch.split(x[:, :, t, None] @ w, shares, -1)
         key = k.softmax(-1)
         step = b.sigmoid().repeat_interleave(repeats, -1, output_size=3 * width + 4)
         change = step * ((q.softmax(-1) - key) @ w)
@@ -128,4 +139,4 @@ def _read(x: Tensor, live: Tensor, begins: Tensor | None, fresh: Tensor, w: Tens
             change = torch.where(live[:, t, None, None, None], change, 0.0)
         w = w + key.mT * change
         outputs.append(y[:, :, 0])
-    return torch.stack(outputs, 1), w
+    return torch.stack(outputs, 2), w

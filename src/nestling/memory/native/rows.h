@@ -69,6 +69,23 @@ static void add_part(int rows, int n, const real *from, int wide, real *to, int 
     for (int i = 0; i < rows; i++) add(n, from + (size_t)i * wide, to + (size_t)i * width);
 }
 
+// to += Σ_i scale_i from_i, over rows of n numbers: some at a time, so that `to` is not read and written for each.
+static void add_rows(int rows, int n, const real *restrict scale, const real *restrict from, real *restrict to) {
+    int i = 0;
+    for (; i + 4 <= rows; i += 4, from += 4 * n) {
+        const real *restrict a = from, *restrict b = a + n, *restrict c = b + n, *restrict d = c + n;
+        real of_a = scale[i], of_b = scale[i + 1], of_c = scale[i + 2], of_d = scale[i + 3];
+        for (int j = 0; j < n; j++) to[j] += of_a * a[j] + of_b * b[j] + of_c * c[j] + of_d * d[j];
+    }
+    for (; i < rows; i++, from += n)
+        for (int j = 0; j < n; j++) to[j] += scale[i] * from[j];
+}
+
+// to_i = a · from_i, the same rows.
+static void dots(int rows, int n, const real *restrict a, const real *restrict from, real *restrict to) {
+    for (int i = 0; i < rows; i++, from += n) to[i] = dot(a, from, n);
+}
+
 // to −= scale from
 static void less(int n, real scale, const real *restrict from, real *restrict to) {
     for (int j = 0; j < n; j++) to[j] -= scale * from[j];
