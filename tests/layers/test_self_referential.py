@@ -81,7 +81,7 @@ def test_equals_the_definition_whatever_is_missing(width: int, time: int, seed: 
 
 @NEEDS
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("time", [1, TILE - 1, TILE, TILE + 1, 256, 257, 333])
+@pytest.mark.parametrize("time", [2, TILE - 1, TILE, TILE + 1, 256, 257, 333])
 def test_lengths_around_tiles_and_kept_weights(time: int, masked: bool, calls: list[int]) -> None:
     """The backward pass takes as many stretches as the text needs, the last one not whole."""
     layer, x = example(3, time, 5)
@@ -145,6 +145,7 @@ def test_all_modes_and_any_number_of_threads_give_the_same(calls: list[int]) -> 
         z, other = layer(x)
     assert torch.equal(y, z)
     assert torch.equal(state.weights, other.weights)
+    assert state.weights.is_contiguous()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -191,6 +192,12 @@ def test_what_overflows_is_left_to_the_definition(bad: float, fresh: bool, calls
     for a, b in ((y, z), (end.weights, other.weights)):
         assert torch.equal(a.isfinite(), b.isfinite())
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_one_token_alone_is_left_to_the_framework(calls: list[int]) -> None:
+    layer, x = example(4, 1, 25)
+    assert len(everything(layer, x)) == 2 + 4
+    assert not calls
 
 
 @NEEDS

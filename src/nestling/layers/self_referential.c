@@ -8,7 +8,8 @@
 //     p_t = x_t W + Σ_{i<t} (x_t·κ_i) c_i        z_t = d_t W + Σ_{i<t} (d_t·κ_i) c_i                                  (derived)
 //
 // Every x is known before, so what is read for them is a product over the tile, and so is what all tokens write. d is made of what
-// its token has just read: d W is each token's own pass over the weights, the only one.
+// its token has just read: d W is each token's own pass over the weights, the only one. Columns of W behind those of b, with which
+// the caller fills its rows up, are 0 and stay so.
 //
 // Backward, with G the gradient of the weights behind the tile, and one pass over them for W ∂z:
 //
@@ -90,7 +91,7 @@ static void back_softmax(int n, const real *restrict y, const real *restrict of_
 }
 
 // Columns of part number i.
-static int part_of(const Hand *h, int i) { return i < PARTS - 1 ? h->n : h->columns - (PARTS - 1) * h->n; }
+static int part_of(const Hand *h, int i) { return i < PARTS - 1 ? h->n : PARTS; }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -177,9 +178,7 @@ static void back_token(Hand *h, int t, int L, int acts, const real *x, const rea
         back_softmax(width, h->query + (size_t)t * width, h->of_d, of_p + width);
         back_softmax(width, h->key + (size_t)t * width, of_key, of_p + 2 * width);
     } else {
-        memset(of_z, 0, columns * sizeof(real));
         memset(of_asked, 0, t * sizeof(real));
-        memset(of_p + width, 0, (columns - width) * sizeof(real));
     }
     dots(t, columns, of_p, h->c, h->of_seen + (size_t)t * L);
 }
@@ -196,6 +195,8 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
     for (int t = L - 1; t >= 0; t--) {
         h->of_c = h->p + (size_t)t * columns;
         memcpy(h->of_p + (size_t)t * columns, s->of_y + first + (size_t)t * width, width * sizeof(real));
+        memset(h->of_p + (size_t)t * columns + width, 0, (columns - width) * sizeof(real));
+        memset(h->of_z + (size_t)t * columns, 0, columns * sizeof(real));
         back_token(h, t, L, writes(s, memory, &runs[n], t), x, w);
     }
     for (int t = 0; t < L; t++) memset(h->of_seen + (size_t)t * L + t, 0, (L - t) * sizeof(real));

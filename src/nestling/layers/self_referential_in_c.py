@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.layout import layout
@@ -17,13 +18,14 @@ from nestling.memory.native.scan import runs_here
 from nestling.native import plain
 
 SOURCE = Path(__file__).parent / "self_referential.c"
+LINE = 16  # columns that the weights' are a multiple of there, with zeros behind them: rows then begin with a line of the cache
 TILE = 16  # tokens at a time: more make longer products, and more pairs of tokens
 
 Slow = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Scan(Lanes):
-    """One scan. Its stream: x `[lane, head, time, width]`, after φ."""
+    """One scan. Its stream: x `[lane, head, time, width]`, after φ; its weights: `_lined`."""
 
     source = SOURCE
     entry = "nestling_self_referential"
@@ -53,19 +55,23 @@ def read(
     x `[lane, head, time, width]`, after φ; live, begins bool `[lane, time]`: tokens that write, that start from `fresh`
     slow   the same by the framework's operations, of x, fresh and w
     """
-    if plain(x, live, fresh, w) or not runs_here(SOURCE, x) or x.numel() == 0:
-        return None
-    lanes, _, time, _ = x.shape
+    if plain(x, live, fresh, w) or not runs_here(SOURCE, x) or x.numel() == 0 or x.shape[2] == 1:
+        return None  # one token alone is read by few operations, which take less than what a call of the C code begins with
+    (lanes, _, time, _), columns = x.shape, w.shape[-1]
     cut = runs(layout(torch.zeros(lanes, dtype=torch.int64), time, begins, None, period=TILE, tile=TILE, halo=0), time)
     assert cut is not None
 
     def again(streams: Given, at: Stand) -> Ends:
         (x,) = streams
         assert x is not None
-        y, end = slow(x, at.start[0] if at.start else fresh, at.weights[0])
-        return Ends(y, (end,), (), ())
+        y, end = slow(x, at.start[0][..., :columns] if at.start else fresh, at.weights[0][..., :columns])
+        return Ends(y, (_lined(end),), (), ())
 
     fine = None if bool(live.all()) else live.contiguous()
     one = Scan("self_referential", cut._replace(whole=True), fine, again)
-    ends = one.scan((x,), Stand((w,), (), (), (fresh,) if cut.fresh else ()))
-    return None if ends is None else (ends.y, ends.weights[0])
+    ends = one.scan((x,), Stand((_lined(w),), (), (), (_lined(fresh),) if cut.fresh else ()))
+    return None if ends is None else (ends.y, ends.weights[0][..., :columns].contiguous())
+
+
+def _lined(w: Tensor) -> Tensor:
+    return F.pad(w, (0, -w.shape[-1] % LINE))
