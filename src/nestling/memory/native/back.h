@@ -75,21 +75,23 @@ static void back_answers(
         }
         const real *C = t->c->write + (size_t)first * N;
         real *restrict of_write = g->c->write + (size_t)first * N;
-        product(L, in, N, plain(m->h[l], in), turned(m->at.x[l], in), m->gram, N, 0, m->panel);
-        product(L, out, N, plain(of_z, out), turned(m->rows[l], out), m->mixed, N, 0, m->panel);
-        for (int i = 0; i < L * N; i++) {
-            real from = -m->mixed[i], gram = m->gram[i];
-            of_write[i] += from * gram;
-            m->mixed[i] = from * C[i];
-            m->gram[i] = gram * C[i];
-        }
-        product(N, L, out, turned(m->gram, N), plain(of_z, out), m->of_delta[l], out, -1, m->panel);
-        product(N, L, in, turned(m->mixed, N), plain(m->h[l], in), m->of_x[l], in, 1, m->panel);
-        product(L, N, in, plain(m->mixed, N), plain(m->at.x[l], in), of_h, in, 0, m->panel);
+        Triangle made = below(MADE, N - L), read = below(READ, N - L), across = below(READ_TURNED, N - L);
+        triangular(made, L, in, N, plain(m->h[l], in), turned(m->at.x[l], in), m->gram, N, 0, m->panel);
+        triangular(made, L, out, N, plain(of_z, out), turned(m->rows[l], out), m->mixed, N, 0, m->panel);
+        for (int i = 0; i < L; i++)
+            for (int j = i * N, end = j + reach(made, i, N); j < end; j++) {
+                real from = -m->mixed[j], gram = m->gram[j];
+                of_write[j] += from * gram;
+                m->mixed[j] = from * C[j];
+                m->gram[j] = gram * C[j];
+            }
+        triangular(across, N, L, out, turned(m->gram, N), plain(of_z, out), m->of_delta[l], out, -1, m->panel);
+        triangular(across, N, L, in, turned(m->mixed, N), plain(m->h[l], in), m->of_x[l], in, 1, m->panel);
+        triangular(read, L, N, in, plain(m->mixed, N), plain(m->at.x[l], in), of_h, in, 0, m->panel);
         for (int of_s = 0; of_s <= cell->momentum; of_s++) {
-            const real *scale = (of_s ? t->c->carry : t->c->keep) + first, *made = of_s ? m->at_s[l] : m->at_w[l];
+            const real *scale = (of_s ? t->c->carry : t->c->keep) + first, *answer = of_s ? m->at_s[l] : m->at_w[l];
             real *of_scale = (of_s ? g->c->carry : g->c->keep) + first;
-            for (int i = 0; i < L; i++) of_scale[i] += dot(of_z + (size_t)i * out, made + (size_t)i * out, out);
+            for (int i = 0; i < L; i++) of_scale[i] += dot(of_z + (size_t)i * out, answer + (size_t)i * out, out);
             scaled(L, out, scale, of_z, m->other);
             Operand back = of_s ? turned(at->s[l], out) : transposed(at->w, t->begun ? at->turned : 0, l, in, out);
             product(L, out, in, plain(m->other, out), back, of_h, in, 1, m->panel);
@@ -126,7 +128,8 @@ static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *
         for (int i = end - 1; i > b; i--)
             for (int j = b; j < i; j++) less(out, m->mixed[i * L + j], of + (size_t)i * out, of + (size_t)j * out);
     }
-    product(L, out, L, plain(of, out), turned(m->rows[l], out), m->gram, L, 0, m->panel);
+    Triangle made = below(MADE, 0);
+    triangular(made, L, out, L, plain(of, out), turned(m->rows[l], out), m->gram, L, 0, m->panel);
     for (int i = 0; i < L; i++) {
         const real *restrict coefficient = t->c->write + (size_t)i * L, *restrict x_x = system + i * L;
         real *restrict of_coefficient = g->c->write + (size_t)i * L, *restrict of_t = m->gram + i * L;
@@ -137,7 +140,7 @@ static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *
             of_coefficient[j] += minus * weight * x_x[j];
             of_t[j] = minus * weight * coefficient[j];
         }
-        for (int j = i; j < L; j++) of_t[j] = 0;
+        for (int j = i, end = reach(made, i, L); j < end; j++) of_t[j] = 0;
         real *restrict back = of + (size_t)i * out, *restrict of_z = m->of_read[l] + (size_t)i * out;
         real along = dot(back, read + (size_t)i * out, out);
         g->gates->lr[i] += dot(back, m->delta[l] + (size_t)i * out, out);
@@ -152,8 +155,8 @@ static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *
             g->gates->erase[i] += of_strength;
         }
     }
-    product(L, L, in, plain(m->gram, L), plain(x, in), m->of_x[l], in, 1, m->panel);
-    product(L, L, in, turned(m->gram, L), plain(x, in), m->of_x[l], in, 1, m->panel);
+    triangular(below(READ, 0), L, L, in, plain(m->gram, L), plain(x, in), m->of_x[l], in, 1, m->panel);
+    triangular(below(READ_TURNED, 0), L, L, in, turned(m->gram, L), plain(x, in), m->of_x[l], in, 1, m->panel);
     if (t->begun) return;
     product(L, out, in, plain(m->of_read[l], out), turned(at->w[l], out), m->of_x[l], in, 1, m->panel);
     if (!g->unasked) product(in, L, out, turned(x, in), plain(m->of_read[l], out), g_of->w[l], out, 1, m->panel);

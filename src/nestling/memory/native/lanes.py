@@ -52,6 +52,10 @@ class Ends(NamedTuple):
 
 
 Again = Callable[[Given, Stand], Ends]
+
+# Tiles between two places that weights are kept of: at least so many. What is kept may be so many times as large as the answers,
+# less so many times what is kept at one place.
+FEW, ROOM, LESS = 4, 8, 10
 T = TypeVar("T")
 
 
@@ -129,8 +133,13 @@ class Lanes(ABC):
         return stand.weights[-1].shape[-1]
 
     def group(self, stand: Stand) -> int:
-        """Runs between two that weights are kept of for the backward pass."""
-        return self.cut.group
+        """Runs between two that weights are kept of for the backward pass: as few as a core's cache likes, where what is kept
+        stays in proportion to the answers, which are as long as the text. Measured so that a layer in training takes at most
+        twice attention's memory."""
+        tiles, apiece, last = self.cut.table.shape[1], self.keeps(stand), stand.weights[-1]
+        answers = last[..., 0, 0].numel() * self.width(stand) * tiles * self.cut.longest
+        places = max(0, ROOM * answers // max(1, apiece) - LESS)
+        return min(self.cut.group, max(FEW, -(-tiles // (places + 1))))
 
     def keeps(self, stand: Stand) -> int:
         """Numbers that are kept there, of all memories."""

@@ -2,6 +2,8 @@
 //
 //     C = A B,  C += A B,  C -= A B,  C = s F + t G − A B      each operand as it lies, or transposed
 //
+// Where A or C is a triangle, only about what lies in it is computed.
+//
 // B is packed into panels of PANEL columns, so that the inner loop reads it in order. Works for any size; sizes that are
 // multiples of ROWS and PANEL are the fast ones.
 
@@ -180,9 +182,25 @@ static void across(
     }
 }
 
+// Which of a product's matrices is a triangle, whose row i has entries j <= i + past alone. MADE: C; above them anything may be
+// left. READ: A; above them it is 0, and need not be there from column `reach` on. READ_TURNED: the same of A transposed.
+typedef enum { NONE, MADE, READ, READ_TURNED } Which;
+typedef struct {
+    Which which;
+    int past;  // whole blocks of ROWS
+} Triangle;
+
+static inline Triangle below(Which which, int past) { return (Triangle){which, (past + ROWS - 1) / ROWS * ROWS}; }
+
+// Where row i of a triangle ends for those that read it.
+static inline int reach(Triangle t, int i, int columns) {
+    int end = i / ROWS * ROWS + ROWS + t.past;
+    return end < columns ? end : columns;
+}
+
 // C `[rows, columns]` of row length `width` from A `[rows, depth]` and B `[depth, columns]`. scratch: depth · PANEL reals.
-static void product(
-    int rows, int depth, int columns, Operand a, Operand b, real *c, int width, int sign, real *restrict scratch
+static void triangular(
+    Triangle t, int rows, int depth, int columns, Operand a, Operand b, real *c, int width, int sign, real *restrict scratch
 ) {
     if (b.column != 1 && rows <= PANEL && columns > PANEL) {
         across(rows, depth, columns, a, b, c, width, sign, scratch);
@@ -198,8 +216,10 @@ static void product(
             panel = scratch, stride = PANEL;
         }
         real edge[ROWS * PANEL];
-        for (int m = 0; m < rows; m += ROWS) {
-            int block = rows - m < ROWS ? rows - m : ROWS;
+        int top = t.which == MADE && n > t.past ? n - t.past : 0;
+        for (int m = top; m < rows; m += ROWS) {
+            int block = rows - m < ROWS ? rows - m : ROWS, left = t.which == READ_TURNED && m > t.past ? m - t.past : 0;
+            int deep = (t.which == READ ? reach(t, m, depth) : depth) - left;
             real *to = c + (size_t)m * width + n;
             ptrdiff_t step = width;
             if (!whole) {  // sum beside, then copy what there is room for
@@ -208,15 +228,21 @@ static void product(
                     for (int i = 0; i < block; i++)
                         copy_part(live, c + (size_t)(m + i) * width + n, edge + i * PANEL);
             }
-            const real *from = a.at + m * a.row;
-            if (block == ROWS && narrow) kernel_full_1(from, a.row, a.column, panel, stride, depth, to, step, sign);
-            else if (block == ROWS) kernel_full_2(from, a.row, a.column, panel, stride, depth, to, step, sign);
-            else few(block, narrow, from, a.row, a.column, panel, stride, depth, to, step, sign);
+            const real *from = a.at + m * a.row + left * a.column, *by = panel + left * stride;
+            if (block == ROWS && narrow) kernel_full_1(from, a.row, a.column, by, stride, deep, to, step, sign);
+            else if (block == ROWS) kernel_full_2(from, a.row, a.column, by, stride, deep, to, step, sign);
+            else few(block, narrow, from, a.row, a.column, by, stride, deep, to, step, sign);
             if (!whole)
                 for (int i = 0; i < block; i++)
                     copy_part(live, edge + i * PANEL, c + (size_t)(m + i) * width + n);
         }
     }
+}
+
+static inline void product(
+    int rows, int depth, int columns, Operand a, Operand b, real *c, int width, int sign, real *restrict scratch
+) {
+    triangular(below(NONE, 0), rows, depth, columns, a, b, c, width, sign, scratch);
 }
 
 // s F + t G, which lie as C does; F may be C, and G null.

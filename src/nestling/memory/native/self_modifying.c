@@ -220,7 +220,7 @@ static int make(const Scan *s, Hand *h, int memory, const Run *run, const Memori
     int erases = s->cells[MAIN].erases;
     h->gates = gates_at(s, h, memory, run);
     coefficients(L, L, 1, erases, &h->gates, &h->c);
-    if (erases) product(L, d, L, plain(h->key, d), turned(h->key, d), h->gram, L, 0, h->panel);
+    if (erases) triangular(below(MADE, 0), L, d, L, plain(h->key, d), turned(h->key, d), h->gram, L, 0, h->panel);
     return total - total == 0;
 }
 

@@ -123,7 +123,7 @@ static void erased(const Cell *cell, Space *m, const Tile *t, const Stand *at, i
     int L = t->tokens, in = cell->network.width[l], out = cell->network.width[l + 1];
     real *rows = m->rows[l], *strength = m->strength[l];
     const real *x = m->at.x[l], *system = system_of(m, t, l), *read = reading(m, t, l);
-    if (system == m->system[l]) product(L, in, L, plain(x, in), turned(x, in), m->system[l], L, 0, m->panel);
+    if (system == m->system[l]) triangular(below(MADE, 0), L, in, L, plain(x, in), turned(x, in), m->system[l], L, 0, m->panel);
     if (!t->begun) product(L, in, out, plain(x, in), plain(at->w[l], out), m->read[l], out, 0, m->panel);
     for (int i = 0; i < L; i++) {
         real erase = t->gates->erase[i], step = t->gates->lr[i];
@@ -226,9 +226,11 @@ static void answers(const Cell *cell, Space *m, const Tile *t, const Stand *at, 
                 for (int j = 0; j < out; j++) to[j] = keep[i] * a[j];
             }
         }
-        product(L, in, N, plain(m->h[l], in), turned(m->at.x[l], in), m->gram, N, 0, m->panel);
-        for (int i = 0; i < L * N; i++) m->mixed[i] = m->gram[i] * C[i];
-        product(L, N, out, plain(m->mixed, N), plain(m->rows[l], out), z, out, -1, m->panel);
+        Triangle made = below(MADE, N - L), read = below(READ, N - L);
+        triangular(made, L, in, N, plain(m->h[l], in), turned(m->at.x[l], in), m->gram, N, 0, m->panel);
+        for (int i = 0; i < L; i++)
+            for (int j = i * N, end = j + reach(made, i, N); j < end; j++) m->mixed[j] = m->gram[j] * C[j];
+        triangular(read, L, N, out, plain(m->mixed, N), plain(m->rows[l], out), z, out, -1, m->panel);
         if (t->scale) scaled(L, out, t->scale[l], z, z);
         activate_asked(n, m, L, l, !y);
     }
