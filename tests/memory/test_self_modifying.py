@@ -468,8 +468,8 @@ def test_a_faulty_token_writes_into_no_memory_of_its_lane(variant: str, bad: flo
             close(y[1], untouched[1])
         ends = [nl.memory.scan(spec, w0, *part(inputs, 0, time))[1] for time in (5, 6)]
         for a, b in zip(*((*e.weights, *e.momentum) for e in ends), strict=True):
-            assert torch.equal(a[0], b[0]), place
-            assert not torch.equal(a[1], b[1]), place
+            assert torch.allclose(a[0], b[0], rtol=1e-14, atol=1e-14), place  # in tiles of two tokens and of one
+            assert not torch.allclose(a[1], b[1], rtol=1e-12, atol=1e-12), place
         assert ends[1].position.tolist() == [6, 6]
 
 
