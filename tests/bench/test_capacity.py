@@ -33,6 +33,18 @@ def test_a_hebbian_memory_errs_as_its_formula_says() -> None:
     assert found.recall.shape == (200, 2)
 
 
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_a_seed_is_the_same_alone_as_beside_others(rewrite: bool) -> None:
+    spec = capacity_lab.matrix(8, 8, Implicit(), Polynomial(2, reduce=4))
+    trial = Trial("", spec, passes=2, rates=(0.1, 1.0), rewrite=rewrite)
+    both = measure(trial, (4, 12), seeds=3, seed=5)
+    alone = [measure(trial, (4, 12), seeds=1, seed=seed) for seed in (5, 6, 7)]
+    assert {one.rate for one in alone} == {both.rate}
+    torch.testing.assert_close(torch.cat([one.error for one in alone]), both.error)
+    assert torch.equal(torch.cat([one.recall for one in alone]), both.recall)
+    assert len(set(both.error[:, 1].tolist())) == 3, "seeds differ"
+
+
 def test_pairs_shown_in_pieces_or_at_once_are_the_same() -> None:
     """A read on the way changes nothing, and where it rounds nothing a lower precision's loop over tokens is float32's scan."""
     both = measure(Trial("", HEBB), (8, 16), seeds=2)

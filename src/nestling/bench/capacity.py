@@ -4,8 +4,9 @@
     error    Σ‖M(k) − v‖²/Σ‖v‖²: 0 is stored exactly, 1 is no better than answering 0
     capacity the largest n with recall at least 0.9, interpolated in log n; `exact`: the largest with error at most 0.1
 
-Keys are of unit norm, uniform or with a common part; values are normal. Seeds are heads, so that keys, values and initial weights
-are all their own. Step sizes are tried on half of the seeds, and the figures come from the other half.
+Keys are of unit norm, uniform or with a common part; values are normal. Seeds are heads, and each draws keys, values, initial
+weights and orders from a generator of its own: its figures are the same with others beside it or without. Step sizes are tried
+on seeds of their own, the same ones whatever is measured (`TUNING`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from nestling.memory.retentions import linked
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 RECALLED, EXACT = 0.9, 0.1
+TUNING = range(-12, 0)  # seeds that choose step sizes, none of which gives figures
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,19 @@ class Rounded(Features):
 
 
 def measure(trial: Trial, ns: Sequence[int], *, seeds: int = 6, seed: int = 0) -> Curve:
-    """Store n pairs for each n, and ask for them. `seeds` give the figures, as many others choose the rate.
+    """Store n pairs for each n, and ask for them. Seeds `seed`, `seed` + 1, … give the figures, `TUNING` chooses the rate.
 
-    Trials of equal sizes meet the same pairs, so that they can be compared seed by seed.
+    Each is what it would be alone. Trials of equal sizes meet the same pairs, so that they can be compared seed by seed.
     """
-    both, rates = 2 * seeds, len(trial.rates)
-    generator = torch.Generator().manual_seed(seed)
-    keys, values = (x.repeat(1, rates, 1, 1) for x in _pairs(trial, max(ns), both, generator))
+    rates = len(trial.rates)
+    tuned = TUNING if rates > 1 else ()
+    generators = [torch.Generator().manual_seed(own) for own in (*range(seed, seed + seeds), *tuned)]
+    both = len(generators)
+    drawn = [_pairs(trial, max(ns), own) for own in generators]
+    keys, values = (torch.cat(parts, 1).repeat(1, rates, 1, 1) for parts in zip(*drawn, strict=True))
     spec = _at_precision(trial)
-    w0 = tuple(w.repeat(rates, 1, 1) for w in spec.init(both, torch.Generator().manual_seed(seed + 1)))
+    initial = [spec.init(1, own) for own in generators]
+    w0 = tuple(torch.cat(parts).repeat(rates, 1, 1) for parts in zip(*initial, strict=True))
     lr = torch.tensor(trial.rates).repeat_interleave(both).view(1, -1, 1)
     found = []
 
@@ -141,11 +147,11 @@ def measure(trial: Trial, ns: Sequence[int], *, seeds: int = 6, seed: int = 0) -
                 before = n
         else:
             for n in ns:
-                shown, bound = _shown(trial, keys[:, :, :n], values[:, :, :n], generator)
+                shown, bound = _shown(trial, keys[:, :, :n], values[:, :, :n], generators)
                 state = write(trial, spec, w0, shown, bound, lr)
                 found.append(score(state, n))
     recall, error = (torch.stack(part, -1).view(rates, both, -1) for part in zip(*found, strict=True))
-    best = int((recall - error.clamp(max=1))[:, seeds:].mean((1, 2)).argmax())
+    best = int((recall - error.clamp(max=1))[:, seeds:].mean((1, 2)).argmax()) if tuned else 0
     return Curve(trial.label, tuple(ns), recall[best, :seeds], error[best, :seeds], trial.rates[best])
 
 
@@ -213,31 +219,32 @@ def _at_precision(trial: Trial) -> MemorySpec:
     return replace(trial.spec, features=Rounded(trial.spec.features, getattr(torch, trial.precision)))
 
 
-def _pairs(trial: Trial, n: int, heads: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Keys `[1, head, n, key_dim]` of unit norm, and values."""
+def _pairs(trial: Trial, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A seed's keys `[1, 1, n, key_dim]` of unit norm, and values."""
 
     def unit(*shape: int) -> Tensor:
         return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
-    common = unit(1, heads, 1, trial.spec.key_dim)
-    apart = unit(1, heads, n, trial.spec.key_dim)
+    common = unit(1, 1, 1, trial.spec.key_dim)
+    apart = unit(1, 1, n, trial.spec.key_dim)
     apart = (
         torch.nn.functional.normalize(apart - (apart * common).sum(-1, keepdim=True) * common, dim=-1)
         if trial.correlation
         else apart
     )
     keys = trial.correlation**0.5 * common + (1 - trial.correlation) ** 0.5 * apart
-    return keys, torch.randn(1, heads, n, trial.spec.value_dim, generator=generator)
+    return keys, torch.randn(1, 1, n, trial.spec.value_dim, generator=generator)
 
 
-def _shown(trial: Trial, keys: Tensor, values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The stream: all pairs in a new order each pass; with `rewrite`, other values for the same keys first."""
-    n = keys.shape[2]
-    orders = [torch.randperm(n, generator=generator) for _ in range(trial.passes)]
-    shown, bound = keys[:, :, torch.cat(orders)], values[:, :, torch.cat(orders)]
+def _shown(trial: Trial, keys: Tensor, values: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """The stream: all pairs in a new order each pass, every seed's own; with `rewrite`, other values for the same keys first."""
+    n, rates = keys.shape[2], keys.shape[1] // len(generators)
+    orders = [torch.cat([torch.randperm(n, generator=own) for _ in range(trial.passes)]) for own in generators]
+    order = torch.stack(orders).repeat(rates, 1)[None, :, :, None]
+    shown, bound = (x.take_along_dim(order, 2) for x in (keys, values))
     if trial.rewrite:
-        old = torch.randn(values.shape, generator=generator)
-        shown, bound = torch.cat([keys, shown], 2), torch.cat([old, bound], 2)
+        old = torch.cat([torch.randn(1, 1, n, values.shape[-1], generator=own) for own in generators], 1)
+        shown, bound = torch.cat([keys, shown], 2), torch.cat([old.repeat(1, rates, 1, 1), bound], 2)
     return shown, bound
 
 

@@ -24,9 +24,9 @@ class CapacityConfig:
     experiments: tuple[str, ...] = ()
     """Which experiments, by name; none: all of them."""
     seeds: int = 12
-    """How many seeds give the figures; as many others choose the step sizes."""
+    """How many seeds give the figures; others, always the same, choose the step sizes."""
     seed: int = 0
-    """The first seed."""
+    """The first seed; the others are the numbers behind it, and each is what it is alone."""
     threads: int = 1
     """Threads of PyTorch."""
     quick: bool = False
@@ -38,6 +38,8 @@ class CapacityConfig:
         check_threads(self.threads)
         if self.seeds < 1:
             raise SettingError(f"seeds is {self.seeds}, but expected at least 1.")
+        if self.seed < 0:
+            raise SettingError(f"seed is {self.seed}, but expected at least 0: those below choose the step sizes.")
 
 
 def run(config: CapacityConfig) -> int:
