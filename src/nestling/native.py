@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -39,6 +39,8 @@ SCAN = HEADERS / "scan.c"
 
 
 _AWAY: ContextVar[bool] = ContextVar("away", default=False)
+_POISON = 0  # what every library's own is set to
+_LOADED: list[ctypes.CDLL] = []
 
 
 @contextmanager
@@ -49,6 +51,26 @@ def without() -> Iterator[None]:
         yield
     finally:
         _AWAY.reset(token)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """The C code's scratch is filled with NaN before it is used, so that a cell which nobody wrote shows: for tests."""
+    before = _POISON
+    _poison(1)
+    try:
+        yield
+    finally:
+        _poison(before)
+
+
+def _poison(value: int, *codes: ctypes.CDLL) -> None:
+    """Set it in these libraries, or in all: those that are loaded, and those that will be."""
+    global _POISON
+    _POISON = value
+    for code in codes or _LOADED:
+        with suppress(ValueError):  # one without scratch
+            ctypes.c_int.in_dll(code, "nestling_poison").value = value
 
 
 def library(source: Path, dtype: torch.dtype) -> ctypes.CDLL | None:
@@ -85,7 +107,10 @@ def _load(source: Path, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "off: no C compiler found (cc, gcc or clang)"
     try:
-        return _built(compiler, source, DEFINES[dtype]), f"on, built by {compiler}"
+        code = _built(compiler, source, DEFINES[dtype])
+        _LOADED.append(code)
+        _poison(_POISON, code)
+        return code, f"on, built by {compiler}"
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()
         return None, f"off: {compiler} could not build it ({last[-1] if last else f'exit status {error.returncode}'})"

@@ -137,11 +137,12 @@ def run(made: Memory, w0: list[Tensor], example: Example, state: Any = None, **o
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that is allocated and not written holds NaN, so that a cell which nobody wrote shows."""
+    """Memory that is allocated and not written holds NaN, the C code's scratch too, so that a cell which nobody wrote shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
     try:
-        yield
+        with native.poisoned():
+            yield
     finally:
         torch.use_deterministic_algorithms(before)
 

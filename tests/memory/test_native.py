@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import subprocess
@@ -590,6 +591,51 @@ def test_every_part_is_built(dtype: torch.dtype) -> None:
     assert len(sources) >= 5
     for source in sources:
         assert library(source, dtype) is not None, source
+
+
+PROBE = """
+#include "share.h"
+
+typedef struct {
+    int cells;
+    real *seen;
+} Probe;
+
+static void look(const void *given, int part, real *space) {
+    const Probe *p = given;
+    memcpy(p->seen + part * p->cells, space, p->cells * sizeof(real));
+    for (int i = 0; i < p->cells; i++) space[i] = 1;
+}
+
+int probe(int parts, int threads, int cells, real *seen) {
+    Probe p = {cells, seen};
+    return spread(&p, look, parts, threads, cells);
+}
+"""
+
+
+@NEEDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scratch_is_full_of_nan_where_it_is_poisoned(dtype: torch.dtype, tmp_path: Path, monkeypatch) -> None:
+    """In every part, also behind one that wrote there, of a library that was loaded before or is loaded meanwhile."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sources = [tmp_path / f"{when}.c" for when in ("before", "meanwhile")]
+    for source in sources:
+        source.write_text(PROBE)
+
+    def seen(source: Path, threads: int) -> Tensor:
+        code, cells = library(source, dtype), torch.zeros(6, 37, dtype=dtype)
+        assert code is not None
+        assert code.probe(6, threads, 37, ctypes.c_void_p(cells.data_ptr())) == 0
+        return cells
+
+    assert seen(sources[0], 1)[1:].eq(1).all(), "a thread's parts share a space"
+    with nl.testing.poisoned():
+        for source in sources:
+            for threads in (1, 3):
+                assert seen(source, threads).isnan().all()
+    for source in sources:
+        assert seen(source, 1)[1:].eq(1).all(), "it is left on"
 
 
 def test_what_does_not_load_is_not_kept(tmp_path: Path) -> None:

@@ -7,8 +7,12 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define MOST_THREADS 64
+
+// Not 0, for tests: every space is filled with NaN before a part begins, so that a cell which the part did not write shows.
+int nestling_poison = 0;
 
 // Does part `part` of a task in a space of its thread's own.
 typedef void (*Work)(const void *task, int part, real *space);
@@ -22,9 +26,13 @@ typedef struct {
 
 static void *do_share(void *given) {
     Share *s = given;
-    real *space = aligned_alloc(64, (s->reals * sizeof(real) + 63) / 64 * 64);
+    size_t bytes = (s->reals * sizeof(real) + 63) / 64 * 64;
+    real *space = aligned_alloc(64, bytes);
     if (!space) return 0;  // the others do its parts
-    for (int part; (part = __atomic_fetch_add(s->next, 1, __ATOMIC_RELAXED)) < s->parts;) s->work(s->task, part, space);
+    for (int part; (part = __atomic_fetch_add(s->next, 1, __ATOMIC_RELAXED)) < s->parts;) {
+        if (nestling_poison) memset(space, 0xff, bytes);
+        s->work(s->task, part, space);
+    }
     free(space);
     return 0;
 }
