@@ -225,7 +225,13 @@ def check(spec: MemorySpec | SelfModifying, call: Call) -> tuple[int, int, int]:
 
 
 def shift_tail(tail: Tail, key: Tensor, value: Tensor, ok: Tensor, keep: Tensor) -> Tail:
-    """The tail after one more token (key, value `[lane, head, 1, dim]`, ok `[lane, 1]`); lanes not in `keep` stay."""
+    """The tail after one more token (key, value `[lane, head, 1, dim]`, ok `[lane, 1]`); lanes not in `keep` stay.
+
+    In the place of a token that is not ok stand zeros, whatever is made of a key of 0.
+    """
+    if not surely(ok):
+        there = ok[:, None, :, None]
+        key, value = torch.where(there, key, 0.0), torch.where(there, value, 0.0)
     moved = Tail(
         torch.cat([tail.key, key], 2)[:, :, 1:],
         torch.cat([tail.value, value], 2)[:, :, 1:],

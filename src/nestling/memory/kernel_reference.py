@@ -198,4 +198,5 @@ def _joined(tail: Tail | None, own: Seen) -> Seen:
 
 def _tail(seen: Seen) -> Tail:
     """All but the oldest, with a lane in front."""
-    return Tail(seen.key[None, :, 1:], seen.value[None, :, 1:], seen.ok[None, 1:])
+    ok = seen.ok[None, 1:]
+    return Tail(seen.key[None, :, 1:], seen.value[None, :, 1:], ok).only(ok)
