@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -118,6 +120,11 @@ def test_gates_that_say_nothing_leave_linear_attention() -> None:
         torch.testing.assert_close(run(name, {})[0], plain)
     ones = torch.ones(T, D, dtype=torch.float64)
     torch.testing.assert_close(run("gla", {"retention": ones})[0], plain)
+
+
+@pytest.mark.parametrize("name", ["mamba2_like", "gla", "rwkv7_like", "comba_like"])
+def test_a_baseline_whose_paper_is_no_source_of_ours_says_so(name: str) -> None:
+    assert re.match(r"Like [\w-]+: our source is not its paper\.", nl.memory.describe(name)["notes"])
 
 
 def test_channel_decays_neither_overflow_nor_vanish() -> None:

@@ -43,7 +43,8 @@ register(
     "gla",
     equation="W ← diag(α)W + η kᵀv",
     source="Miras, Table 1",
-    notes="From the paper's table: every channel of the key has its own α. The classic has no step size: give no lr.",
+    notes="Like GLA: our source is not its paper. Every channel of the key has its own α. The classic has no step size: give no "
+    "lr.",
     network=Matrix(),
     bias=DotProduct(),
     retention=Decay(per_channel=True),
