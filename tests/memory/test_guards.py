@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from torch import Tensor
 
 import nestling as nl
-from nestling.memory import Decay, Gates, Matrix, MemorySpec
+from nestling.memory import (
+    L2,
+    MLP,
+    Decay,
+    DotProduct,
+    Gates,
+    Gradient,
+    Huber,
+    Lp,
+    Lq,
+    Matrix,
+    MemorySpec,
+    Muon,
+    Omega,
+    Polynomial,
+    Powers,
+    Sketch,
+    Unit,
+)
 from nestling.memory.protocol import PARTS
 from nestling.native import without
+from nestling.testing import assert_close, assert_same
+
+from .cases import in_pieces, normal
 
 NAMES = nl.memory.names()
 TOKEN = 6
 
 
-def example(name: str, time: int = 14) -> tuple[MemorySpec, list[Tensor], list]:
-    short = {"shard": 8, "global_chunk": 4} if name == "tnt" else {}
-    spec = nl.memory.named(name, key_dim=4, chunk=4, **short)
+def example(name: str, time: int = 14, **choices: object) -> tuple[MemorySpec, list[Tensor], list]:
+    short = {"shard": 8, **({} if choices else {"global_chunk": 4})} if name == "tnt" else {}
+    spec = nl.memory.named(name, key_dim=4, chunk=4, **short, **choices)
     w0 = [w.double() for w in spec.init(2, torch.Generator().manual_seed(1))]
     return spec, w0, list(spec.example(torch.Generator().manual_seed(0), time=time, dtype=torch.float64))
 
@@ -247,11 +270,70 @@ def test_report_collects_surprise_update_and_faults() -> None:
         (lambda: nl.memory.named("memora", rule=nl.memory.DeltaGradient()), "dual"),
         (lambda: nl.memory.Omega(nl.memory.L2(), length=0), "length is 0"),
         (lambda: nl.memory.MLP(depth=0), "depth is 0"),
+        (lambda: nl.memory.named("titans", key_dim=True), "titans: key_dim is True; expected a whole number"),
+        (lambda: MLP(depth=1.5), r"MLP.depth is 1.5; expected a whole number of at least 1"),
+        (lambda: MLP(expansion=float("nan")), "MLP.expansion is nan; expected a finite number above 0"),
+        (lambda: MLP(init_scale=float("inf")), "MLP.init_scale is inf"),
+        (lambda: Matrix(init_scale="1"), "Matrix.init_scale is '1'; expected a finite number of at least 0"),
+        (lambda: Omega(L2(), length=2.5), "Omega.length is 2.5; expected a whole number"),
+        (lambda: Omega(8), r"Omega.inner is 8; expected what answers nestling.memory.Bias, such as L2\(\)"),
+        (lambda: Omega(L2), r"Omega.inner is the class L2; expected one made of it: L2\(\)"),
+        (lambda: Unit(Polynomial), "Unit.inner is the class Polynomial"),
+        (lambda: Polynomial(2.5), "Polynomial.degree is 2.5"),
+        (lambda: Powers(1.5), "Powers.degree is 1.5"),
+        (lambda: Muon(steps=2.5), "Muon.steps is 2.5; expected a whole number of at least 0"),
+        (lambda: Muon(iteration=("a", "b", "c")), "expected the three numbers a, b, c"),
+        (lambda: Lp(float("inf")), "Lp.p is inf; expected a finite number of at least 1"),
+        (lambda: Lp("3"), "Lp.p is '3'; expected a finite number"),
+        (lambda: Lq(float("inf")), "Lq.q is inf; expected a finite number of at least 2"),
+        (lambda: nl.memory.ElasticNet(float("inf")), "ElasticNet.threshold is inf"),
+        (lambda: nl.memory.named("swdt", key_dim=4, span=2.5), "swdt: span is 2.5; expected a whole number"),
+        (lambda: nl.memory.named("tnt", key_dim=4, shard=2.5), "tnt: shard is 2.5; expected a whole number"),
     ],
 )
 def test_impossible_settings_are_refused_in_words(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("name", ["titans", "dot", "self_modifying"])
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"bias": "l2"}, r"bias is 'l2'; expected what answers nestling.memory.Bias, such as"),
+        ({"bias": Gradient()}, r"bias is Gradient\(.*expected what answers nestling.memory.Bias"),
+        ({"bias": L2}, r"bias is the class L2; expected one made of it: L2\(\)"),
+        ({"retention": None}, "retention is None; expected"),
+        ({"network": "mlp"}, "network is 'mlp'; expected"),
+        ({"rule": L2()}, r"rule is L2\(\); expected what answers nestling.memory.Rule, such as"),
+        ({"features": None}, "features is None; expected what answers nestling.memory.Features"),
+        ({"kernel": "exp"}, "kernel is 'exp'; expected"),
+        ({"others": DotProduct()}, r"others is DotProduct\(\); expected what answers nestling.memory.Network"),
+    ],
+)
+def test_what_is_no_choice_of_its_kind_is_refused_in_words(name: str, choices: dict, words: str) -> None:
+    if not choices.keys() <= {field.name for field in fields(nl.memory.named(name, key_dim=4))}:
+        return  # it has no such choice
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
+        nl.memory.named(name, key_dim=4, **choices)
+
+
+def test_a_class_that_answers_a_kind_by_itself_is_one() -> None:
+    """It need not inherit it; see docs/extending.md."""
+
+    @dataclass(frozen=True)
+    class Own:
+        window = 1
+        reads_prediction = True
+
+        def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
+            return L2().loss(prediction, value)
+
+        def error(self, prediction: Tensor, value: Tensor) -> Tensor:
+            return L2().error(prediction, value)
+
+    (own, w0, inputs), (known, _, _) = example("titans", bias=Own()), example("titans", bias=L2())
+    assert_close(own.scan(w0, *inputs)[0], known.scan(w0, *inputs)[0], "outputs")
 
 
 @pytest.mark.parametrize(
@@ -322,3 +404,145 @@ def test_a_cost_is_that_of_its_products() -> None:
     small, gram, mixed = 64 * 8 * 4, 64 * 64 * 8, 64 * 64 * 4
     assert counted.flops == 2 * (3 * small + gram + mixed) / 64
     assert counted.state == 2 * 8 * 4
+
+
+DEAD = {name: (name, {}) for name in NAMES} | {
+    "omeganet, Huber, no threshold given": ("omeganet", {"bias": Omega(Huber(), length=3)}),
+    "swla, monomials": ("swla", {"features": Polynomial(2), "bias": Omega(DotProduct(), length=3)}),
+    "atlas, sketch": ("atlas", {"features": Sketch(2, 5), "bias": Omega(L2(), length=3)}),
+    "dot, window": ("dot", {"bias": Omega(L2(), length=3)}),
+    "swdt, boundary": ("swdt", {"span": 3, "read": "boundary"}),
+    "tnt, omeganet": ("tnt", {"locals": ("omeganet",), "global_": None}),
+}
+
+
+@pytest.mark.parametrize("c", [True, False], ids=["C", "no C"])
+@pytest.mark.parametrize("case", DEAD)
+def test_where_a_refused_token_stood_the_state_is_the_same_in_every_way_to_read(case: str, c: bool) -> None:
+    """As a whole, one by one and in the reference; and so are gradients, with those of the feature map's own numbers (C2, C4)."""
+    name, choices = DEAD[case]
+    spec, w0, (q, k, v, gates) = example(name, 9, **choices)
+    gates = Gates(
+        **{gate: x for gate, x in gates.items() if gate not in ("threshold", "lr")}
+    )  # what stands for none given
+    w0 = [w.requires_grad_() for w in w0]
+    window = getattr(spec, "bias", L2()).window
+    for place in range(9 - max(2, min(3, window)), 9):
+        bad = k.clone()
+        bad[0, 0, place] = torch.nan
+        found = []
+        with nullcontext() if c else without():
+            for bounds, engine in (([0, 9], "reference"), ([0, 9], "chunked"), (range(10), "chunked")):
+                y, state = in_pieces(spec, w0, (q, bad, v, gates), bounds, engine=engine)
+                kept = [x for x in (y, *nl.state.leaves(state)) if x.is_floating_point()]
+                total = sum((x * normal(*x.shape, seed=n)).sum() for n, x in enumerate(kept))
+                gradients = torch.autograd.grad(total, w0, allow_unused=True)
+                found.append((state, [torch.zeros(1) if g is None else g for g in gradients]))
+        for state, gradients in found[1:]:
+            assert_same(state, found[0][0])
+            for a, b in zip(gradients, found[0][1], strict=True):
+                assert_close(a, b, f"a gradient, token {place} refused")
+        for m in memories(found[0][0]):
+            if getattr(m, "tail", None) is not None:
+                gone = ~m.tail.ok[:, None, :, None]
+                assert not m.tail.key.where(gone, 0.0).any()
+                assert not m.tail.value.where(gone, 0.0).any()
+
+
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
+@pytest.mark.parametrize("time", [1, 5])
+@pytest.mark.parametrize(
+    ("name", "own", "other", "words"),
+    [
+        ("omeganet", {"bias": Omega(L2(), 8)}, {"bias": Omega(L2(), 4)}, r"state.tail, .*, 3, .*expected .*, 7, "),
+        ("omeganet", {"bias": Omega(L2(), 4)}, {"bias": Omega(L2(), 8)}, r"state.tail, .*, 7, .*expected .*, 3, "),
+        (
+            "omeganet",
+            {"bias": Omega(L2(), 4)},
+            {"bias": Omega(Huber(), 4)},
+            r"state.tail, .*, 5\)\); expected .*, 4\)\)",
+        ),
+        ("omeganet", {"bias": Omega(L2(), 4)}, {"bias": L2()}, r"state.tail, .* has shapes None; expected"),
+        ("titans", {}, {"rule": Gradient()}, "the state has no momentum; expected one"),
+        ("titans", {"rule": Gradient()}, {}, "the state has a momentum; expected none"),
+        ("titans", {}, {"network": MLP(depth=3)}, "state has 3 weights; expected 2"),
+        ("titans", {}, {"network": MLP(expansion=2)}, r"state.weights\[0\] has shape .* expected"),
+        ("swdt", {"span": 4}, {"span": 8}, r"have shapes .*, 8, .*expected .*, 4, .*another memory"),
+    ],
+)
+def test_a_state_of_other_choices_is_refused_in_words(
+    name: str, own: dict, other: dict, words: str, time: int, engine: str
+) -> None:
+    (spec, w0, inputs), (maker, w1, _) = example(name, time, **own), example(name, time, **other)
+    with pytest.raises(ValueError, match=words):
+        spec.scan(w0, *inputs, maker.start(w1, 2), engine=engine)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_another_class_or_precision_is_refused_in_words(name: str) -> None:
+    spec, w0, inputs = example(name, 3)
+    _, state = spec.scan(w0, *inputs)
+    for other in ("tnt", "swdt", "titans"):
+        maker, w1, _ = example(other)
+        foreign = maker.start(w1, 2)
+        if type(foreign) is not type(state):
+            with pytest.raises(
+                ValueError, match=f"{name}: state is a {type(foreign).__name__}; expected .*another memory"
+            ):
+                spec.scan(w0, *inputs, foreign)
+    with pytest.raises(ValueError, match=f"{name}: state is a tuple; expected"):
+        spec.scan(w0, *inputs, (1, 2))
+    half = nl.state.tree_map(lambda x: x.half() if x.is_floating_point() else x, state)
+    single = nl.state.tree_map(lambda x: x.float() if x.is_floating_point() else x, state)
+    for engine in ("chunked", "reference"):
+        with pytest.raises(ValueError, match=r"holds torch.float16 .* expected all of it in float32"):
+            spec.scan(w0, *inputs, half, engine=engine)
+        if name != "swdt":  # whose state is of inputs alone, which go up
+            with pytest.raises(
+                TypeError, match=r"has dtype torch.float64, but weights and state are kept in torch.float32"
+            ):
+                spec.scan(w0, *inputs, single, engine=engine)
+    low = [w.float() for w in w0], *(x.float() for x in inputs[:3]), inputs[3].map(torch.Tensor.float)
+    y, after = spec.scan(*low, state)
+    assert y.dtype == torch.float32
+    assert {x.dtype for x in nl.state.leaves(after) if x.is_floating_point()} == {torch.float64}
+
+
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
+@pytest.mark.parametrize("time", [1, 5])
+@pytest.mark.parametrize("name", ["titans", "trellis", "dot", "self_modifying", "tnt"])
+def test_what_is_no_input_is_refused_in_words(name: str, time: int, engine: str) -> None:
+    spec, w0, (q, k, v, gates) = example(name, time)
+    gate = next(iter(sorted(spec.gates_used)), "lr")
+    ones = torch.ones(2, 2, time)
+    wide = ones[..., None].expand(*ones.shape, 2) if spec.gate_channels.get(gate) else ones
+    for change, error, words in (
+        ({"q": q.numpy()}, TypeError, "q is a ndarray; expected a tensor"),
+        ({"gates": {"lr": ones}}, TypeError, "gates is a dict; expected nestling.memory.Gates"),
+        ({"gates": Gates(**{gate: 0.1})}, TypeError, f"gates.{gate} is a float; expected a tensor"),
+        ({"gates": Gates(**{gate: wide * 1j})}, TypeError, f"gates.{gate} has dtype torch.complex64; expected real"),
+        ({"reset": [[True] * time] * 2}, TypeError, "reset is a list; expected a tensor"),
+        ({"valid": [[True] * time] * 2}, TypeError, "valid is a list; expected a tensor"),
+        ({"tile": 2.5}, ValueError, f"{name}: tile is 2.5; expected a whole number of at least 1"),
+        ({"tile": 0}, ValueError, "tile is 0"),
+        ({"w0": None}, ValueError, "w0 is None; expected .* from spec.init"),
+        ({"w0": [w.long() for w in w0]}, TypeError, r"w0\[0\] has dtype torch.int64; expected a floating point"),
+        ({"w0": [w0[0], w0[1][:1], *w0[2:]]}, ValueError, r"w0\[1\] has shape \(1, .*expected \(2, "),
+    ):
+        given = {"w0": w0, "q": q, "gates": gates} | change
+        if "gates" in change and not spec.gates_used and gate == "lr" and "complex" in words:
+            continue  # it has none, which is said first
+        with pytest.raises(error, match=words):
+            spec.scan(given.pop("w0"), given.pop("q"), k, v, engine=engine, **given)
+
+
+def test_a_step_refuses_what_is_no_input_in_words() -> None:
+    spec, w0, (q, k, v, _) = example("titans", 1)
+    q, k, v = (x[:, :, 0] for x in (q, k, v))
+    for change, words in (
+        ({"gates": Gates(lr=0.1)}, "gates.lr is a float"),
+        ({"gates": {"lr": 0.1}}, "gates is a dict"),
+        ({"reset": [True, False]}, "reset is a list"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            spec.step(w0, q, k, v, **change)

@@ -25,6 +25,7 @@ from nestling.memory import (
     Omega,
     Polynomial,
 )
+from nestling.memory.protocol import Read
 from nestling.native import without
 
 from .cases import normal
@@ -265,6 +266,22 @@ def test_impossible_choices_are_refused_in_words(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
     assert Full() == KernelMemory(4, 4).retention
+
+
+@pytest.mark.parametrize("name", ["swdt", "dot"])
+@pytest.mark.parametrize("read", ["after", "boundary"])
+def test_a_chunk_has_the_effect_that_is_said(name: str, read: Read) -> None:
+    """Read at the boundary, it has one also on a matrix with the dot product, and with a span."""
+    own = {"network": Matrix(), "bias": DotProduct(), "read": read}
+    made = [nl.memory.named(name, key_dim=D, chunk=chunk, **own) for chunk in (2, 5)]
+    inputs = made[0].example(torch.Generator().manual_seed(0), time=11)
+    few, many = (spec.scan(spec.init(2, torch.Generator().manual_seed(1)), *inputs)[0] for spec in made)
+    has = not torch.allclose(few, many)
+    assert has == (read == "boundary")
+    for spec, chunk in zip(made, (2, 5), strict=True):
+        assert spec.reads_chunk == has
+        assert spec.update_period == (chunk if has else 1)
+        assert spec.describe()["period"] == (f"{chunk} tokens" if has else "every token (chunk has no effect)")
 
 
 def test_a_state_of_another_memory_is_refused_in_words() -> None:

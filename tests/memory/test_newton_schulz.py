@@ -109,10 +109,16 @@ def test_half_precision_is_computed_in_float32_even_under_autocast(dtype: torch.
         ({"iteration": "quartic"}, "quintic"),
         ({"iteration": (1.0, 2.0)}, "three numbers"),
         ({"dtype": torch.float16}, "underflows"),
+        ({"iteration": ("a", "b", "c")}, "three numbers"),
+        ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
+        ({"dtype": torch.int32}, "dtype is torch.int32"),
         ({"x": torch.ones(3)}, "matrices"),
+        ({"x": torch.ones(0, 3)}, r"shape \(0, 3\); expected matrices .* that have entries"),
+        ({"x": torch.ones(2, 3, dtype=torch.int64)}, "dtype torch.int64; expected a real floating point tensor"),
+        ({"x": torch.ones(2, 3, dtype=torch.complex64)}, "dtype torch.complex64; expected a real"),
     ],
 )
 def test_impossible_settings_are_refused_in_words(options: dict, words: str) -> None:
     x = options.pop("x", torch.ones(2, 3))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         newton_schulz(x, **options)

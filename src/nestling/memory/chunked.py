@@ -67,8 +67,6 @@ def scan(
         return _silence(spec, x), x.state
     if time == 1 and report is None:
         return step(spec, x.featured())
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile is {tile}; expected at least 1 token")
     halo = spec.bias.window - 1
     per_token = _per_token(spec, x.retention is not None)
     size = tile or _tile_size(spec, per_token)

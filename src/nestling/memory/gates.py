@@ -67,6 +67,8 @@ def check_gates(
                 f"gates.{gate} was given, but {name} has no such gate (it uses: {', '.join(sorted(used)) or 'none'}). "
                 "Leave it out, or choose a rule, retention or bias that reads it."
             )
+        if tensor.is_complex():
+            raise TypeError(f"gates.{gate} has dtype {tensor.dtype}; expected real numbers: take their .real or .abs()")
         last = channels.get(gate.removeprefix("log_"))
         expected = shape if last is None else (*shape, last)
         if tuple(tensor.shape) != expected:

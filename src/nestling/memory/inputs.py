@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from nestling.memory.gates import Factor, Gates, check_gates, factor
 from nestling.memory.retentions import per_channel
 from nestling.memory.rules import Implicit, Leader
 from nestling.memory.rules.delta import proximal
-from nestling.memory.state import MemoryState, Tail, Weights
+from nestling.memory.state import MemoryState, Shapes, Tail, Weights
 
 if TYPE_CHECKING:
-    from nestling.memory.protocol import Call, Memory
+    from nestling.memory.protocol import Call, Memory, TwoEngines
     from nestling.memory.self_modifying import SelfModifying
+    from nestling.memory.slots import SlotMemory
     from nestling.memory.spec import MemorySpec
 
 
@@ -127,14 +128,21 @@ def prepare(spec: MemorySpec, call: Call) -> Inputs:
 
 
 def check_weights(spec: Memory, w0: Sequence[Tensor]) -> None:
-    """Refuse initial weights of the wrong number or shape."""
+    """Refuse initial weights of the wrong number, shape or kind."""
     name, shapes = spec.name, spec.shapes
-    if len(w0) != len(shapes):
-        raise ValueError(f"{name}: w0 has {len(w0)} weights; expected {len(shapes)}, from spec.init")
+    if w0 is None or len(w0) != len(shapes):
+        came = "is None" if w0 is None else f"has {len(w0)} weights"
+        raise ValueError(f"{name}: w0 {came}; expected {len(shapes)} weights, from spec.init")
+    heads = w0[0].shape[:1]
     for number, (w, shape) in enumerate(zip(w0, shapes, strict=True)):
-        if w.dim() != 3 or tuple(w.shape[1:]) != shape:
+        if w.shape != (*heads, *shape):
+            count = heads[0] if number and w.dim() == 3 else "heads"  # that of the first
             raise ValueError(
-                f"{name}: w0[{number}] has shape {tuple(w.shape)}; expected (heads, {shape[0]}, {shape[1]})"
+                f"{name}: w0[{number}] has shape {tuple(w.shape)}; expected ({count}, {shape[0]}, {shape[1]})"
+            )
+        if not w.is_floating_point():
+            raise TypeError(
+                f"{name}: w0[{number}] has dtype {w.dtype}; expected a floating point tensor, from spec.init"
             )
 
 
@@ -177,7 +185,18 @@ def _neutral(gate: str) -> float:
     return 1.0 if gate in ("retention", "momentum") else 0.0
 
 
-def check_call(spec: Memory, call: Call) -> tuple[int, int, int]:
+def check_kinds(call: Call) -> None:
+    """Refuse what is no tensor, or no `Gates`, before anything is asked of it."""
+    if not isinstance(call.gates, Gates):
+        raise TypeError(f"gates is a {type(call.gates).__name__}; expected nestling.memory.Gates: Gates(lr=…), or None")
+    masks = (("reset", call.reset), ("valid", call.valid))
+    given = (("q", call.q), ("k", call.k), ("v", call.v), *(mask for mask in masks if mask[1] is not None))
+    for name, x in (*given, *((f"gates.{gate}", x) for gate, x in call.gates.items())):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor: make it one with torch.as_tensor")
+
+
+def check_call(spec: TwoEngines[Any, Any], call: Call) -> tuple[int, int, int]:
     """Refuse what does not fit, in words. Returns lanes, heads, time."""
     w0, q, k, v, gates, state, reset, valid = call
     check_weights(spec, w0)
@@ -199,6 +218,11 @@ def check_call(spec: Memory, call: Call) -> tuple[int, int, int]:
             raise ValueError(
                 f"{name} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {(lanes, time)} ([lane, time])"
             )
+    if state is not None and not isinstance(call.state, spec._state):
+        raise ValueError(
+            f"{spec.name}: state is a {type(state).__name__}; expected the {spec._state.__name__} that its scan or start "
+            "returns, or None for lanes that have read nothing: this one was made by another memory"
+        )
     if state is not None and state.position.shape[0] != lanes:
         raise ValueError(
             f"state holds {state.position.shape[0]} lanes, q has {lanes}: take or repeat lanes with nl.state first"
@@ -207,21 +231,66 @@ def check_call(spec: Memory, call: Call) -> tuple[int, int, int]:
     return lanes, heads, time
 
 
-def check(spec: MemorySpec | SelfModifying, call: Call) -> tuple[int, int, int]:
-    """`check_call`, and that the state is this memory's."""
+def check(spec: MemorySpec | SelfModifying | SlotMemory, call: Call) -> tuple[int, int, int]:
+    """`check_call`, and that the state, a `MemoryState`, is this memory's."""
     lanes, heads, time = check_call(spec, call)
-    state: MemoryState | None = call.state
-    if state is not None:
-        shapes = spec.state_shapes(heads)
-        for layer, (w, shape) in enumerate(zip(state.weights, shapes, strict=False)):
-            if len(state.weights) != len(shapes) or tuple(w.shape[1:]) != shape:
-                raise ValueError(
-                    f"state.weights[{layer}] has shape {tuple(w.shape)}; expected {(lanes, *shape)}: "
-                    "the state was made by another memory"
-                )
-        if bool(state.momentum) != spec.rule.momentum or (state.tail is None) != (spec.bias.window == 1):
-            raise ValueError(f"the state does not belong to {spec.name}: its momentum or window tail does not fit")
+    dtype = call.w0[0].dtype
+    if call.state is not None:
+        check_state(spec.name, call.state, lanes, heads, spec.state_shapes(heads))
+        dtype = call.state.weights[0].dtype
+    check_precision(dtype, call)
     return lanes, heads, time
+
+
+def check_precision(kept: torch.dtype, call: Call) -> None:
+    """Refuse inputs that are more precise than the weights, or the state, that are kept in this type."""
+    if kept == torch.float64:
+        return
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if x.dtype == torch.float64:
+            raise TypeError(
+                f"{name} has dtype {x.dtype}, but weights and state are kept in {kept}; expected inputs that are no more "
+                f"precise: make w0 torch.float64 as well, and start from its state, or give {name}.float()"
+            )
+
+
+def check_state(name: str, state: MemoryState, lanes: int, heads: int, expected: Shapes) -> None:
+    """Refuse a state that another memory made."""
+    shapes, momentum, (tokens, key, value) = expected
+    if len(state.weights) != len(shapes):
+        raise ValueError(
+            f"state has {len(state.weights)} weights; expected {len(shapes)}: it was made by another memory than {name}"
+        )
+    for layer, (w, shape) in enumerate(zip(state.weights, shapes, strict=True)):
+        if w.shape != (lanes, *shape):
+            raise ValueError(
+                f"state.weights[{layer}] has shape {tuple(w.shape)}; expected {(lanes, *shape)}: the state was made by "
+                f"another memory than {name}"
+            )
+    if bool(state.momentum) != momentum:
+        raise ValueError(
+            f"the state has {'a' if state.momentum else 'no'} momentum; expected {'one' if momentum else 'none'}: it was made by "
+            f"another memory than {name}"
+        )
+    tail = state.tail
+    found = None if tail is None else (tuple(tail.key.shape), tuple(tail.value.shape))
+    fitting = ((lanes, heads, tokens, key), (lanes, heads, tokens, value)) if tokens else None
+    if found != fitting:
+        raise ValueError(
+            f"state.tail, the keys and values of a window, has shapes {found}; expected {fitting}: the state was made by another "
+            f"memory than {name}, or with another length of its window"
+        )
+    check_dtypes([*state.weights, *state.momentum, *(() if tail is None else tail[:2])])
+
+
+def check_dtypes(kept: Sequence[Tensor]) -> None:
+    """Refuse a state whose numbers are not all of one precision, at least float32 (C7)."""
+    dtype = kept[0].dtype
+    for x in kept:
+        if x.dtype != dtype or dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the state holds {dtype} and {x.dtype}; expected all of it in float32, or all in float64, as it was returned"
+            )
 
 
 def shift_tail(tail: Tail, key: Tensor, value: Tensor, ok: Tensor, keep: Tensor) -> Tail:

@@ -30,14 +30,14 @@ from nestling.memory.biases import Bias, DotProduct, reads_threshold
 from nestling.memory.draw import Draw
 from nestling.memory.features.exponential import Exponential
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import check_call, check_weights, token_guard, widest
+from nestling.memory.inputs import check_call, check_dtypes, check_precision, check_weights, token_guard, widest
 from nestling.memory.kernel_sum import Kind, Sum, summed
 from nestling.memory.networks import MLP, Matrix
 from nestling.memory.pieces import INSIDE, Grown, Size, fitting
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Full
 from nestling.memory.rules import Gradient
-from nestling.memory.settings import read_timing, whole_numbers
+from nestling.memory.settings import choice, read_timing, whole_numbers
 from nestling.memory.state import Tail, Weights, raised
 from nestling.state import register
 
@@ -110,7 +110,8 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
     retention            Full(), or Decay(): α multiplies weights and pairs
     normalized           divide by the kernels' sum
     span                 None: every token counts, and the state grows;  a number: the last so many alone, nothing is retained
-    chunk                period of the anchor. Without effect on a matrix memory with the dot product, or with a span
+    chunk                period of the anchor. Without effect on a matrix memory with the dot product, or with a span, unless
+                         these are read at the boundary
     read                 "after" the token's own write, "before" it, or from the chunk's start ("boundary")
 
     Raises ValueError for combinations that cannot work.
@@ -127,10 +128,13 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
     chunk: int = 16
     read: Read = "after"
     name: str = "kernel"
+    _state = KernelState
 
     def __post_init__(self) -> None:
         whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, chunk=self.chunk)
         read_timing(self.name, self.read)
+        choice(self.name, "kernel", self.kernel, Exponential, "Exponential()")
+        choice(self.name, "bias", self.bias, Bias, "DotProduct()")
         if not isinstance(self.network, MLP | Matrix):
             raise ValueError(
                 f"{self.name}: network is {self.network!r}; expected one whose first layer is one: MLP or Matrix"
@@ -142,8 +146,7 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         if reads_threshold(self.bias):
             raise ValueError(f"{self.name}: bias is {self.bias!r}; expected one without a threshold")
         if self.span is not None:
-            if not isinstance(self.span, int) or self.span < 1:
-                raise ValueError(f"{self.name}: span is {self.span!r}; expected at least 1 token, or None")
+            whole_numbers(self.name, span=self.span)
             if self.bias.window > 1 or self.retention != Full():
                 raise ValueError(
                     f"{self.name}: with a span nothing before it is kept, and it is the window itself; expected Full() and a "
@@ -165,10 +168,6 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         """(in, out) of each of w0: the network's weights, then the kernel's θ."""
         return (*self.fast_shapes, (1, 1))
 
-    def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
-        """Shape of each of the state's weights, without the lane."""
-        return tuple((heads, *shape) for shape in self.fast_shapes) if self.span is None else ()
-
     @property
     def rule(self) -> Gradient:
         return Gradient()
@@ -179,8 +178,13 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         return self.span is None and (self.bias.reads_prediction or self.network.depth > 1)
 
     @property
+    def reads_chunk(self) -> bool:
+        """Whether `chunk` has an effect: the anchor matters, or is what is read."""
+        return self.reads_weights or self.read == "boundary"
+
+    @property
     def update_period(self) -> int:
-        return self.chunk if self.reads_weights else 1
+        return self.chunk if self.reads_chunk else 1
 
     @property
     def anchored(self) -> bool:
@@ -276,9 +280,14 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         lanes, heads, time = check_call(self, call)
         w0, q, k, v, gates, state, reset, valid = call
         start = self.start(w0, lanes)
-        state = start if state is None else state
-        self._check_state(state, start)
-        dtype = widest(torch.float32, q, k, v, *w0, *state.weights)
+        if state is None:
+            state = start
+        else:
+            self._check_state(state, start)
+        kept = self._kept(state)[0].dtype
+        if self.span is None:
+            check_precision(kept, call)
+        dtype = widest(kept, q, k, v, *w0)
         fine, (k, v), gates = token_guard(
             (k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)), forward=self.normalized
         )
@@ -292,9 +301,19 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         )
 
     def _check_state(self, state: KernelState, start: KernelState) -> None:
-        mine, theirs = ([*s.weights, *([] if s.tail is None else s.tail[:2])] for s in (start, state))
-        if [x.shape for x in mine] != [x.shape for x in theirs] or (state.pairs is None) != (start.pairs is None):
-            raise ValueError(f"the state does not belong to {self.name}: it was made by another memory")
+        mine, theirs = self._kept(start), self._kept(state)
+        expected, came = ([tuple(x.shape) for x in kept] for kept in (mine, theirs))
+        if came != expected or (state.pairs is None) != (start.pairs is None):
+            raise ValueError(
+                f"the state's weights and window have shapes {came}, {'no' if state.pairs is None else 'and'} pairs; expected "
+                f"{expected}, {'no' if start.pairs is None else 'and'} pairs: it was made by another memory than {self.name}, or "
+                "with another span or window"
+            )
+        check_dtypes(theirs + list(state.pairs or ()))
+
+    def _kept(self, state: KernelState) -> list[Tensor]:
+        """Those of a state's numbers that do not grow."""
+        return [*state.weights, *([] if state.tail is None else state.tail[:2])]
 
     def describe(self) -> dict[str, str]:
         fast, width = sum(i * o for i, o in self.fast_shapes), self.fast_shapes[0][1]
@@ -304,10 +323,10 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
             again = f" and {self.bias.window - 1} more a chunk" if tail else ""
             pair = self.key_dim + width + 2
             state = f"{2 * fast}{more} numbers per lane and head, and {pair} for every token read{again}"
-            keeps, period = f"every key; {self.retention}", f"{self.chunk} tokens"
+            keeps = f"every key; {self.retention}"
         else:
             state = f"{self.halo * (self.key_dim + self.value_dim + 1)} numbers per lane and head"
-            keeps, period = f"the last {self.span} tokens", "every token (chunk has no effect)"
+            keeps = f"the last {self.span} tokens"
         return {
             "name": self.name,
             "features": f"{self.kernel}{', over the kernels’ sum' if self.normalized else ''}",
@@ -315,7 +334,7 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
             "bias": str(self.bias),
             "retention": keeps,
             "rule": "gradient descent" + ("" if self.span is None else " from the initial weights"),
-            "period": period if self.reads_weights or self.span is not None else "every token (chunk has no effect)",
+            "period": f"{self.chunk} tokens" if self.reads_chunk else "every token (chunk has no effect)",
             "read": self.read,
             "gates": ", ".join(sorted(self.gates_used)),
             "state": state,

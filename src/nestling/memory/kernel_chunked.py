@@ -86,8 +86,6 @@ def scan(
     silence = x.v.new_zeros(*x.v.shape[:3], spec.value_dim)
     if time == 0:
         return silence, x.state
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile is {tile}; expected at least 1 token")
     size = tile or TILE
     period = spec.chunk if spec.span is None or spec.read == "boundary" else size  # else no chunk begins anywhere
     cut = layout(x.state.position, time, x.reset, x.valid, period=period, tile=size, halo=spec.halo)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nestling.memory.settings import whole_numbers
+
 Iteration = Literal["quintic", "cubic"] | tuple[float, float, float]
 _COEFFICIENTS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5, 0.0)}
 EPS = 1e-12  # a matrix of a smaller norm has no direction
@@ -27,7 +29,8 @@ def coefficients_of(iteration: Iteration) -> tuple[float, float, float]:
                 f"iteration is {iteration!r}; expected one of: {', '.join(_COEFFICIENTS)}, or three numbers a, b, c"
             )
         return _COEFFICIENTS[iteration]
-    if len(iteration) != 3:
+    numeric = len(iteration) == 3 and all(isinstance(number, int | float) for number in iteration)
+    if not numeric:
         raise ValueError(f"iteration is {iteration!r}; expected the three numbers a, b, c of aX + (bA + cA²)X")
     return iteration
 
@@ -49,12 +52,15 @@ def newton_schulz(
                 is refused, as the squares of small singular values vanish in it
     """
     a, b, c = coefficients_of(iteration)
-    if steps < 0:
-        raise ValueError(f"steps is {steps}; expected at least 0")
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected matrices [..., rows, columns]")
+    whole_numbers("newton_schulz", least=0, steps=steps)
+    if x.dim() < 2 or 0 in x.shape[-2:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected matrices [..., rows, columns] that have entries")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; expected a real floating point tensor: convert it first")
     if dtype == torch.float16:
         raise ValueError("dtype is torch.float16, in which A² underflows; expected torch.bfloat16, float32 or float64")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; expected torch.bfloat16, float32 or float64")
     with torch.autocast(x.device.type, enabled=False):
         up = x.to(torch.promote_types(x.dtype, torch.float32))
         # Squares of very large or small entries leave the range; the largest one divides out, as the map is free of scale.

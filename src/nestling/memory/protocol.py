@@ -12,7 +12,9 @@ from torch import Tensor
 from nestling.memory import overflow, pieces
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Gates
+from nestling.memory.inputs import check_kinds
 from nestling.memory.report import Report
+from nestling.memory.settings import whole_numbers
 from nestling.memory.state import Weights
 
 Read = Literal["after", "before", "boundary"]
@@ -135,13 +137,13 @@ class Memory(Protocol):
         valid: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """One token: `scan` without the time dimension (q, k, v `[lane, head, dim]`, gates `[lane, head]`, masks `[lane]`)."""
-        gates = None if gates is None else Gates(**{n: g.unsqueeze(2) for n, g in gates.items()})
+        check_kinds(Call(w0, q, k, v, Gates() if gates is None else gates, state, reset, valid))
         y, new = self.scan(
             w0,
             q.unsqueeze(2),
             k.unsqueeze(2),
             v.unsqueeze(2),
-            gates,
+            None if gates is None else gates.map(lambda gate: gate.unsqueeze(2)),
             state,
             reset=None if reset is None else reset.unsqueeze(1),
             valid=None if valid is None else valid.unsqueeze(1),
@@ -197,6 +199,8 @@ class TwoEngines(Memory, Generic[Inputs, State]):
 
     _guards = True
     """Whether what overflows is looked for here, and not by the memories that it is made of."""
+    _state: type = object
+    """Class of its state; `object`: that is not looked at."""
     _guards_queries = False
     """Whether a query that is not finite is one more reason to refuse a token."""
 
@@ -230,6 +234,10 @@ class TwoEngines(Memory, Generic[Inputs, State]):
         """Read and write a stretch of tokens, with memory running; arguments as `Memory.scan`."""
         if engine not in ("chunked", "reference"):
             raise ValueError(f"engine is {engine!r}; expected 'chunked' or 'reference'")
+        if tile is not None:
+            whole_numbers(self.name, tile=tile)
+        call = Call(w0, q, k, v, Gates() if gates is None else gates, state, reset, valid)
+        check_kinds(call)
         reference, chunked = self._engines()
 
         def plain(call: Call, report: Report | None) -> tuple[Tensor, State, Inputs]:
@@ -244,7 +252,6 @@ class TwoEngines(Memory, Generic[Inputs, State]):
                     return overflow.read(plain, call, report, self.start, halve=halve, guarded=guarded)
                 return plain(call, report)[:2]
 
-        call = Call(w0, q, k, v, Gates() if gates is None else gates, state, reset, valid)
         cut = None
         whole = engine == "reference" or report is not None or torch.compiler.is_compiling() or q.shape[2] == 1
         if not (whole or pieces.uncut()):

@@ -32,8 +32,8 @@ from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import DeltaGradient, Directed, Implicit, Leader, Nesterov, Rule
-from nestling.memory.settings import read_timing, whole_numbers
-from nestling.memory.state import MemoryState, Weights, raised
+from nestling.memory.settings import choice, numbers, read_timing, whole_numbers
+from nestling.memory.state import MemoryState, Shapes, Weights, raised
 
 SMALL = 0.02 / 2**0.5  # last layers at first: M(x) ≈ x, so that k ≈ x, v ≈ x and every v̂ ≈ v
 FIRST_BIAS = {"lr": -2.0, "retention": 5.0}  # η ≈ 0.12 η_max, α ≈ 0.993
@@ -139,6 +139,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     unit_values: bool = False
     static: tuple[str, ...] = ()
     name: str = "self_modifying"
+    _state = MemoryState
     _guards_queries = True
 
     def __post_init__(self) -> None:
@@ -151,6 +152,11 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
                 "memory is asked both for keys and for values"
             )
         read_timing(self.name, self.read)
+        choice(self.name, "network", self.network, Network, "MLP()")
+        choice(self.name, "others", self.others, Network, "MLP()")
+        choice(self.name, "bias", self.bias, Bias, "L2()")
+        choice(self.name, "retention", self.retention, Retention, "Decay()")
+        choice(self.name, "rule", self.rule, Rule, "DeltaGradient()")
         single = self.bias.window == 1 and not reads_threshold(self.bias)
         mapped = not self.retention.linear or isinstance(self.retention, Settled)
         if not single or mapped or per_channel(self.retention) or toward_initial(self.retention):
@@ -169,8 +175,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
             )
         if "q" in self.static and not self.adaptive_q:
             raise ValueError(f"{self.name}: static has 'q', which has no memory: leave it out, or set adaptive_q")
-        if not self.lr_max > 0:
-            raise ValueError(f"{self.name}: lr_max is {self.lr_max}; expected a positive number")
+        numbers(self.name, above=0, lr_max=self.lr_max)
         for field, network in (("network", self.network), ("others", self.others)):
             if isinstance(network, Matrix) and not (network.identity or network.init_scale):
                 raise ValueError(
@@ -212,10 +217,10 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
         weights = [shape for bank in self.banks for _ in bank.names for shape in bank.network.shapes(d, d)]
         return (*weights, *(shape for _ in self.gates for shape in ((d, 1), (1, 1))))
 
-    def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
-        """Shape of each of the state's weights, without the lane."""
+    def state_shapes(self, heads: int) -> Shapes:
         d = self.key_dim
-        return tuple((len(bank.names), heads, *shape) for bank in self.banks for shape in bank.network.shapes(d, d))
+        weights = ((len(bank.names), heads, *shape) for bank in self.banks for shape in bank.network.shapes(d, d))
+        return Shapes(tuple(weights), self.rule.momentum)
 
     @property
     def reads_weights(self) -> bool:
@@ -326,7 +331,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     def describe(self) -> dict[str, str]:
         """The choices in words, with gates used and state size per lane and head."""
         generators, main = self.banks
-        numbers = sum(torch.Size(shape).numel() for shape in self.state_shapes(1))
+        numbers = sum(torch.Size(shape).numel() for shape in self.state_shapes(1).weights)
         period = f"{main.chunk} tokens"
         if generators.chunk != main.chunk:
             period += f" (the other memories: {generators.chunk})"

@@ -145,8 +145,6 @@ def scan(
         return x.q.new_zeros(x.q.shape), x.state
     if time == 1 and report is None:
         return step(spec, x)
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile is {tile}; expected at least 1 token")
     periods = tuple(bank.chunk for bank in spec.banks)
     cut = layout(x.state.position, time, x.reset, x.valid, period=periods, tile=tile or TILE, halo=0)
     if cut.tokens.shape[1] == 0:  # no valid token at all

@@ -25,11 +25,11 @@ from torch import Tensor
 from nestling.memory.coefficients import Coefficients
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import check_call, check_weights, surely, token_guard, widest
+from nestling.memory.inputs import check, check_weights, surely, token_guard, widest
 from nestling.memory.norm import EPS
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.settings import whole_numbers
-from nestling.memory.state import MemoryState, Weights, raised
+from nestling.memory.state import MemoryState, Shapes, Weights, raised
 from nestling.memory.unit import unit_rows
 
 CODES = ("l2", "rms", "softmax", "none")
@@ -131,6 +131,7 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
     chunk: int = 16
     read: Read = "after"
     name: str = "slots"
+    _state = MemoryState
 
     def __post_init__(self) -> None:
         whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, slots=self.slots, chunk=self.chunk)
@@ -176,9 +177,8 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
             return {"retention": self.slots}
         return {} if self.passes == 1 else dict.fromkeys(sorted(self.gates_used), self.passes)
 
-    def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
-        """Shape of each of the state's weights, without the lane."""
-        return tuple((heads, *shape) for shape in self.shapes[: self.states])
+    def state_shapes(self, heads: int) -> Shapes:
+        return Shapes(tuple((heads, *shape) for shape in self.shapes[: self.states]))
 
     @abstractmethod
     def tokens(
@@ -218,15 +218,8 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
         return slots_reference.scan, slots_chunked.scan
 
     def _prepare(self, call: Call) -> Streams:
-        lanes, heads, time = check_call(self, call)
+        lanes, heads, time = check(self, call)
         w0, q, k, v, gates, state, reset, valid = call
-        if state is not None:
-            shapes = tuple((lanes, *shape) for shape in self.state_shapes(heads))
-            found = tuple(tuple(w.shape) for w in state.weights)
-            if found != shapes:
-                raise ValueError(
-                    f"state.weights have shapes {found}; expected {shapes}: the state was made by another memory than {self.name}"
-                )
         start = self.start(w0, lanes) if state is None or reset is not None else state  # read after resets only
         state = start if state is None else state
         dtype = widest(state.weights[0].dtype, q, k, v)

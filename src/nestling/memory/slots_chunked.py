@@ -40,8 +40,6 @@ def scan(
         return silence, x.state
     if time == 1 and report is None:
         return step(spec, x)
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile is {tile}; expected at least 1 token")
     longest = tile or (SHORT if spec.per_slot else TILE)
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.chunk, tile=longest, halo=0)
     count = cut.tokens.shape[1]

@@ -20,8 +20,8 @@ from nestling.memory.pieces import Size
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Full, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import Directed, Gradient, Implicit, Leader, Nesterov, Rule
-from nestling.memory.settings import read_timing, whole_numbers
-from nestling.memory.state import MemoryState, Tail, Weights, raised
+from nestling.memory.settings import choice, read_timing, whole_numbers
+from nestling.memory.state import MemoryState, Shapes, Tail, Weights, raised
 
 GUARD_PERIOD = 64  # border guard's period where `chunk` plays no part
 
@@ -54,6 +54,7 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
     read: Read = "after"
     name: str = "custom"
     features: Features = Identity()
+    _state = MemoryState
 
     def __post_init__(self) -> None:
         whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, chunk=self.chunk)
@@ -110,17 +111,20 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
 
     def _check_choices(self) -> None:
         """Refuse what is no choice yet, or one that cannot be told from others of its class."""
-        for field in ("features", "network", "bias", "retention", "rule"):
-            choice = getattr(self, field)
-            if isinstance(choice, type):
-                raise ValueError(
-                    f"{self.name}: {field} is the class {choice.__name__}; expected one made of it: {choice.__name__}()"
-                )
+        kinds = {
+            "features": (Features, "Identity(), or Exponential() in a KernelMemory"),
+            "network": (Network, "MLP()"),
+            "bias": (Bias, "L2()"),
+            "retention": (Retention, "Full()"),
+            "rule": (Rule, "Gradient()"),
+        }
+        for field, (kind, example) in kinds.items():
+            choice(self.name, field, given := getattr(self, field), kind, example)
             try:
-                hash(choice)
+                hash(given)
             except TypeError:
                 raise ValueError(
-                    f"{self.name}: {field} is {choice!r}, which has no hash: make its class a @dataclass(frozen=True)"
+                    f"{self.name}: {field} is {given!r}, which has no hash: make its class a @dataclass(frozen=True)"
                 ) from None
 
     def _check_inputs(self) -> None:
@@ -130,9 +134,9 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
                 repr(self.retention): per_channel(self.retention),
                 repr(self.rule): isinstance(self.rule, Implicit) or (self.rule.erase != "none" and self.network.keyed),
             }
-            for choice in (choice for choice, acts in along.items() if acts):
+            for given in (given for given, acts in along.items() if acts):
                 raise ValueError(
-                    f"{self.name}: {choice} acts along the key, but the weights of {self.network!r} have one number for each "
+                    f"{self.name}: {given} acts along the key, but the weights of {self.network!r} have one number for each "
                     "channel of the value: choose Decay(), and Gradient() or Momentum(), or Matrix()"
                 )
 
@@ -151,9 +155,9 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
         """(in, out) of each of w0: the network's weights, then the feature map's own parameters, which stay slow."""
         return (*self.fast_shapes, *self.features.shapes(self.key_dim))
 
-    def state_shapes(self, heads: int) -> tuple[tuple[int, ...], ...]:
-        """Shape of each of the state's weights, without the lane."""
-        return tuple((heads, *shape) for shape in self.fast_shapes)
+    def state_shapes(self, heads: int) -> Shapes:
+        weights = tuple((heads, *shape) for shape in self.fast_shapes)
+        return Shapes(weights, self.rule.momentum, (self.bias.window - 1, self.width, self.target_dim))
 
     @property
     def reads_weights(self) -> bool:

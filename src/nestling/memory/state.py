@@ -76,4 +76,17 @@ class MemoryState(NamedTuple):
         )
 
 
+class Shapes(NamedTuple):
+    """What a memory's `MemoryState` consists of, without lanes.
+
+    weights   shape of each of its weights
+    momentum  whether it has a momentum
+    tail      tokens of the window tail, and how many numbers each of their keys and values has
+    """
+
+    weights: tuple[tuple[int, ...], ...]
+    momentum: bool = False
+    tail: tuple[int, int, int] = (0, 0, 0)
+
+
 register(Tail)

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Gates
-from nestling.memory.inputs import check_call, check_weights, surely, token_guard, widest
+from nestling.memory.inputs import check_call, check_dtypes, check_precision, check_weights, surely, token_guard, widest
 from nestling.memory.named import named
 from nestling.memory.pieces import FEW, INSIDE, Size, fitting
 from nestling.memory.projection import Projecting
 from nestling.memory.protocol import Call, Engines, Example, Memory, Part, Read, TwoEngines
+from nestling.memory.settings import whole_numbers
 from nestling.memory.state import Weights
 from nestling.state import leaves, register
 
@@ -104,6 +105,7 @@ class Tnt(TwoEngines[Streams, TntState]):
     steps: tuple[float, ...] | None = None
     name: str = "tnt"
     _guards = False
+    _state = TntState
 
     def __post_init__(self) -> None:
         for field in ("chunk", "shard", "locals"):
@@ -121,8 +123,7 @@ class Tnt(TwoEngines[Streams, TntState]):
                     "for each"
                 )
         for number in shards:
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{self.name}: shard is {number!r}; expected a whole number of at least 1")
+            whole_numbers(self.name, shard=number)
         if self.projection not in get_args(Projecting):
             raise ValueError(
                 f"{self.name}: projection is {self.projection!r}; expected one of: {', '.join(get_args(Projecting))}"
@@ -313,15 +314,24 @@ class Tnt(TwoEngines[Streams, TntState]):
                 f"{len(self.memories)} and {len(self.lengths)}: it does not belong to {self.name}"
             )
         start = self.start(w0, lanes)
-        dtype = widest(torch.float32, *w0, q, k, v)
+        if state is None:
+            state = start
+        for p, own in zip(state.projection, start.projection, strict=True):
+            if p.shape != own.shape:
+                raise ValueError(
+                    f"state.projection has shape {tuple(p.shape)}; expected {tuple(own.shape)}: the state was made by another "
+                    f"memory than {self.name}"
+                )
+        if state.projection:
+            check_dtypes(state.projection)
+            check_precision(state.projection[0].dtype, call)
+        dtype = widest(torch.float32, *w0, q, k, v, *state.projection)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         gates = gates.map(lambda gate: gate.to(dtype))
         fine = token_guard((k, v), gates)[0]
         if not surely(fine):
             k = torch.where(fine[:, None, :, None], k, torch.nan)
-        return Streams(
-            start, start if state is None else state, self.apart(w0), q, k, v, self._gates(gates), fine, reset, valid
-        )
+        return Streams(start, state, self.apart(w0), q, k, v, self._gates(gates), fine, reset, valid)
 
     def _gates(self, gates: Gates) -> tuple[Gates, ...]:
         """The gates of each memory."""

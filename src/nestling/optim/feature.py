@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.features import Features, Polynomial
+from nestling.memory.settings import choice
 from nestling.optim.base import GradientMemory, Optimizer, Params, State, refuse_shards, rows
 from nestling.optim.preconditioners import Identity, Preconditioner
 
@@ -49,6 +50,7 @@ class FeatureMomentum(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         self.features: Features = Polynomial(2, reduce=16) if features is None else features
+        choice("FeatureMomentum", "features", self.features, Features, "Polynomial()")
         self.preconditioner: Preconditioner = Identity() if preconditioner is None else preconditioner
         self.seed = seed
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 
+@runtime_checkable
 class Bias(Protocol):
     """A loss ℓ(p, v) of a prediction p = M(k) and a value v, both `[…, value_dim]`."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.biases.base import Bias
+from nestling.memory.settings import numbers
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class EpsilonInsensitive(Bias):
     epsilon: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.epsilon >= 0:
-            raise ValueError(f"EpsilonInsensitive.epsilon is {self.epsilon}; expected at least 0")
+        numbers(self, least=0, epsilon=self.epsilon)
 
     def __str__(self) -> str:
         return f"absolute error beyond {self.epsilon:g}" if self.epsilon else "absolute error (L1)"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nestling.memory.biases.base import Bias
 from nestling.memory.biases.smooth import exact_power, power, sign, signed_power_integral
+from nestling.memory.settings import numbers
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,11 @@ class Lp(Bias):
     cap: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.p >= 1:
-            raise ValueError(f"Lp.p is {self.p}; expected at least 1, below which the loss is not convex")
-        if self.slope is not None and not self.slope > 0:
-            raise ValueError(f"Lp.slope is {self.slope}; expected a positive number, or None for the exact sign")
-        if self.cap is not None and not self.cap > 0:
-            raise ValueError(f"Lp.cap is {self.cap}; expected a positive number, or None for no cap")
+        numbers(self, least=1, hint=", below which the loss is not convex", p=self.p)
+        if self.slope is not None:
+            numbers(self, above=0, hint=", or None for the exact sign", slope=self.slope)
+        if self.cap is not None:
+            numbers(self, above=0, hint=", or None for no cap", cap=self.cap)
 
     def __str__(self) -> str:
         smooth = "" if self.slope is None else ", smooth sign"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nestling.memory.biases.base import Bias, reads_threshold
+from nestling.memory.settings import choice, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Omega(Bias):
     length: int = 8
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"Omega.length is {self.length}; expected at least 1 token")
+        choice(self, "inner", self.inner, Bias, "L2()")
+        whole_numbers(self, length=self.length)
         if self.inner.window != 1:
             raise ValueError("Omega around another windowed bias: give the inner bias alone and set Omega.length")
 

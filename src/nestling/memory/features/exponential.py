@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling.memory.settings import numbers
+
 CAP = (
     30.0  # of the exponent, for keys not of unit norm: e^30 is far outside any memory, and its square finite in float32
 )
@@ -35,17 +37,11 @@ class Exponential:
     unit_peak: bool = True
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"Exponential.scale is {self.scale}; expected a positive number, or None for √key_dim")
+        if self.scale is not None:
+            numbers(self, above=0, hint=", or None for √key_dim", scale=self.scale)
 
     def __str__(self) -> str:
         return f"exponential (by its kernel), exp(s{'(q·k − 1)' if self.unit_peak else ' q·k'})"
-
-    def width(self, key_dim: int) -> int:
-        """Refused: there is no end of them."""
-        raise ValueError(
-            "Exponential() has infinitely many features and works by its kernel alone: make a KernelMemory"
-        )
 
     def init(self, key_dim: int, heads: int) -> Tensor:
         """θ `[head, 1, 1]`."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.features.base import Features
+from nestling.memory.settings import whole_numbers
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,9 @@ class Polynomial(Features):
     reduce: int | None = None
 
     def __post_init__(self) -> None:
-        if self.degree < 1:
-            raise ValueError(f"Polynomial.degree is {self.degree}; expected at least 1")
-        if self.reduce is not None and self.reduce < 1:
-            raise ValueError(f"Polynomial.reduce is {self.reduce}; expected at least 1 dimension, or None")
+        whole_numbers(self, degree=self.degree)
+        if self.reduce is not None:
+            whole_numbers(self, reduce=self.reduce)
 
     def __str__(self) -> str:
         return f"polynomial of degree {self.degree}" + (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.features.base import Features
+from nestling.memory.settings import whole_numbers
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class Powers(Features):
     degree: int = 2
 
     def __post_init__(self) -> None:
-        if self.degree < 1:
-            raise ValueError(f"Powers.degree is {self.degree}; expected at least 1")
+        whole_numbers(self, degree=self.degree)
 
     def __str__(self) -> str:
         return f"each entry's powers up to {self.degree}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.features.base import Features
+from nestling.memory.settings import whole_numbers
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,8 @@ class Sketch(Features):
     size: int = 128
 
     def __post_init__(self) -> None:
-        if self.degree < 2:
-            raise ValueError(f"Sketch.degree is {self.degree}; expected at least 2, as lower powers need no sketch")
-        if self.size < 1:
-            raise ValueError(f"Sketch.size is {self.size}; expected at least 1 feature a degree")
+        whole_numbers(self, least=2, degree=self.degree)  # lower powers need no sketch
+        whole_numbers(self, size=self.size)
 
     def __str__(self) -> str:
         return f"random sketch of the polynomial of degree {self.degree}, {self.size} features a degree"

@@ -11,6 +11,7 @@ from torch import Tensor
 from nestling.memory.features.base import Features
 from nestling.memory.features.identity import Identity
 from nestling.memory.norm import l2_norm
+from nestling.memory.settings import choice
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class Unit(Features):
     """`Unit(Polynomial())`: the unit vector's features. For keys that come without a norm; a memory layer's have one."""
 
     inner: Features = Identity()
+
+    def __post_init__(self) -> None:
+        choice(self, "inner", self.inner, Features, "Identity()")
 
     def __str__(self) -> str:
         return "the key at unit norm" if self.inner == Identity() else f"unit norm, then {self.inner}"

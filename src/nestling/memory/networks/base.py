@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Trace(NamedTuple):
     saved: tuple[Tensor, ...]
 
 
+@runtime_checkable
 class Network(Protocol):
     """A map from keys to values whose weights are matrices; the gradient of one token is rank one in each of them."""
 

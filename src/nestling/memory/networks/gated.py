@@ -14,6 +14,7 @@ from nestling.memory.networks.activation import NAMES, activate, activate_with_s
 from nestling.memory.networks.base import Linear, Network, Trace
 from nestling.memory.networks.layer_norm import EPS, back, normalize
 from nestling.memory.networks.mlp import widths, words
+from nestling.memory.settings import numbers
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class GatedMLP(Network):
     init_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        numbers(self, above=0, expansion=self.expansion)
+        numbers(self, least=0, init_scale=self.init_scale)
         if self.activation not in NAMES:
             raise ValueError(f"GatedMLP.activation is {self.activation!r}; expected one of: {', '.join(NAMES)}")
 

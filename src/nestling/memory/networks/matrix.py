@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.networks.base import Linear, Network, Trace
+from nestling.memory.settings import numbers
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Matrix(Network):
 
     init_scale: float = 0.0
     identity: bool = False
+
+    def __post_init__(self) -> None:
+        numbers(self, least=0, init_scale=self.init_scale)
 
     def __str__(self) -> str:
         return "matrix, at first " + ("the identity" if self.identity else "random" if self.init_scale else "0")

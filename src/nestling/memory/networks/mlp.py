@@ -19,6 +19,7 @@ from torch import Tensor
 from nestling.memory.networks.activation import NAMES, activate, activate_with_slope
 from nestling.memory.networks.base import Linear, Network, Trace
 from nestling.memory.networks.layer_norm import EPS, back, normalize
+from nestling.memory.settings import numbers, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,11 @@ class MLP(Network):
     last_std: float | None = None
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"MLP.depth is {self.depth}; expected at least 1 weight matrix")
+        whole_numbers(self, depth=self.depth)
+        numbers(self, above=0, expansion=self.expansion)
+        numbers(self, least=0, init_scale=self.init_scale)
+        if self.last_std is not None:
+            numbers(self, least=0, last_std=self.last_std)
         if self.activation not in NAMES:
             raise ValueError(f"MLP.activation is {self.activation!r}; expected one of: {', '.join(NAMES)}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.networks.base import Linear, Network, Trace
+from nestling.memory.settings import numbers
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Vector(Network):
 
     keyed: bool = True
     init_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        numbers(self, least=0, init_scale=self.init_scale)
 
     def __str__(self) -> str:
         first = "random" if self.init_scale else "0"

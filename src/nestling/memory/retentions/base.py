@@ -8,7 +8,7 @@ For most retentions the link is the identity and Z = W.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from nestling.memory.state import Weights
 
 
+@runtime_checkable
 class Retention(Protocol):
     """A retention that leaves all as it is here is a decay of the weights themselves."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.retentions.base import Retention
+from nestling.memory.settings import numbers
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class ElasticNet(Retention):
     smooth: bool = False
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0:
-            raise ValueError(f"ElasticNet.threshold is {self.threshold}; expected a positive number, or choose Decay()")
+        numbers(self, above=0, hint=", or choose Decay()", threshold=self.threshold)
 
     def __str__(self) -> str:
         return f"decay, {'smooth' if self.smooth else 'soft'} threshold {self.threshold:g} (elastic net)"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.retentions.base import Settled
+from nestling.memory.settings import numbers
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,7 @@ class ElasticStep(Settled):
     smooth: bool = False
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0:
-            raise ValueError(
-                f"ElasticStep.threshold is {self.threshold}; expected a positive number, or choose Decay()"
-            )
+        numbers(self, above=0, hint=", or choose Decay()", threshold=self.threshold)
 
     def __str__(self) -> str:
         return (

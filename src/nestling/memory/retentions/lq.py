@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.retentions.base import Retention, Scaled
+from nestling.memory.settings import numbers
 
 SMALL = 0.04  # of a layer's largest step
 
@@ -50,7 +51,7 @@ class Lq(Scaled):
     floor: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check("Lq", self.q, self.floor)
+        _check(self)
 
     def __str__(self) -> str:
         return f"decay of a dual, weights the dual over its L{self.q:g} norm to the power {self.q - 2:g}"
@@ -79,7 +80,7 @@ class LqDual(Retention):
     mean: bool = False
 
     def __post_init__(self) -> None:
-        _check("LqDual", self.q, self.floor)
+        _check(self)
 
     def __str__(self) -> str:
         norm = f"L{self.q:g} {'power mean' if self.mean else 'norm'}"
@@ -107,8 +108,6 @@ class LqDual(Retention):
         return initial.sign() * root * self._size(root) ** (self.q - 2)
 
 
-def _check(name: str, q: float, floor: float) -> None:
-    if not q >= 2:
-        raise ValueError(f"{name}.q is {q}; expected at least 2, the conjugate of an exponent in (1, 2]")
-    if not floor > 0:
-        raise ValueError(f"{name}.floor is {floor}; expected a positive number")
+def _check(owner: Lq | LqDual) -> None:
+    numbers(owner, least=2, hint=", the conjugate of an exponent in (1, 2]", q=owner.q)
+    numbers(owner, above=0, floor=owner.floor)

@@ -9,7 +9,7 @@ G_t is the gradient at the anchor, x_t the layer's own input. A rule says which 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ Erase = Literal["none", "with_decay", "after_decay"]
 """ε = 0;  ε = β: erase what stood before the decay;  ε = αβ: decay first, then erase."""
 
 
+@runtime_checkable
 class Rule(Protocol):
     """A rule that leaves all as it is here is gradient descent."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nestling.memory.newton_schulz import Iteration, coefficients_of, newton_schulz
 from nestling.memory.rules.base import Directed
+from nestling.memory.settings import whole_numbers
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class Muon(Directed):
     def __post_init__(self) -> None:
         if self.per not in ("chunk", "token") and not (isinstance(self.per, int) and self.per > 1):
             raise ValueError(f"Muon.per is {self.per!r}; expected 'chunk', 'token' or a number of tokens, at least 2")
-        if self.steps < 0:
-            raise ValueError(f"Muon.steps is {self.steps}; expected at least 0")
+        whole_numbers(self, least=0, steps=self.steps)
         coefficients_of(self.iteration)
 
     def __str__(self) -> str:
