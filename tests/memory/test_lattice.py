@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import nestling as nl
+from nestling import testing
 from nestling.memory import Gates, Lattice
 
 from .cases import normal, slots_equal_their_definition
@@ -146,6 +147,89 @@ def test_the_parallel_form_is_the_loop_over_a_chunks_stale_steps(
     torch.testing.assert_close(state.weights[0][0, 0], s, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("read_norm", ["token", "chunk", "none"])
+@pytest.mark.parametrize("tile", [None, 2])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_gate_form_is_the_loop_over_running_slots_with_gates_of_the_chunks_start(
+    objective: str, tile: int | None, read_norm: str
+) -> None:
+    """Gates above 1 and below 0 as well, and one that is exactly 0."""
+    time, chunk = 17, 5
+    s, q, k, v = normal(M, D), normal(time, M, seed=1), normal(time, M, seed=2), normal(time, D, seed=3)
+    mu, lr = normal(time, seed=4).sigmoid(), normal(time, seed=5).sigmoid()
+    h, a = writing(objective, s, k[2], v[2])
+    radial = a * (phi(s) @ h) / s.norm(dim=-1)
+    mu[2], lr[2] = 0.5, 0.5 / radial.max()  # the gate of this slot is 0
+    outputs, gates, anchor, start = [], list[Tensor](), s, s
+    for t in range(time):
+        h, a = writing(objective, anchor, k[t], v[t])
+        gates.append(mu[t] - lr[t] * a * (phi(anchor) @ h) / anchor.norm(dim=-1))
+        s = gates[-1][:, None] * s + lr[t] * a[:, None] * h
+        norms = {"token": s, "chunk": anchor, "none": phi(s)}[read_norm].norm(dim=-1, keepdim=True)
+        outputs.append(q[t] @ (s / norms))
+        anchor = s if (t + 1) % chunk == 0 else anchor
+    spec = spec_of(objective=objective, norm="decay", chunk=chunk, read_norm=read_norm, form="gate")
+    y, state = spec.scan(
+        plain(spec, start),
+        *(x[None, None] for x in (q, k, v)),
+        Gates(lr=lr[None, None], retention=mu[None, None]),
+        tile=tile,
+    )
+    assert float(torch.stack(gates).max()) > 1
+    assert float(torch.stack(gates).min()) < 0
+    assert float(gates[2].abs().min()) < 1e-12
+    torch.testing.assert_close(y[0, 0], torch.stack(outputs), rtol=0, atol=1e-10)
+    torch.testing.assert_close(state.weights[0][0, 0], s, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["retract", "decay", "free"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_both_forms_are_one_in_chunks_of_one_token_and_where_nothing_is_normalized(objective: str, norm: str) -> None:
+    choices = [{"chunk": 1, "norm": norm}]
+    if norm != "retract":
+        choices.append({"chunk": 5, "norm": norm, "phi": "identity", "read_norm": "none"})
+    for own in choices:
+        gate, stale = (spec_of(objective=objective, form=form, **own) for form in ("gate", "stale"))
+        q, k, v, gates = gate.example(torch.Generator().manual_seed(3), heads=1, time=13, dtype=torch.float64)
+        w0 = plain(gate, 0.7 * normal(M, D))
+        y, state = gate.scan(w0, q, k, v, gates)
+        z, same = stale.scan(w0, q, k, v, gates)
+        torch.testing.assert_close(y, z, rtol=0, atol=1e-12)
+        torch.testing.assert_close(state.weights, same.weights, rtol=0, atol=1e-12)
+        torch.testing.assert_close(state.anchor, same.anchor, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_forms_differ_in_second_order(objective: str) -> None:
+    """Half the step, a quarter of what is between them, over one chunk: from the second token on."""
+    s, k, v = normal(M, D), normal(6, M, seed=1), normal(6, D, seed=2)
+    gaps = []
+    for size in (2e-3, 1e-3, 5e-4):
+        lr = torch.full((6,), size, dtype=torch.float64)
+        (_, a), (_, b) = (run(spec_of(objective=objective, form=form), s, k, k, v, lr=lr) for form in ("gate", "stale"))
+        gaps.append(float((a - b).norm()))
+    assert gaps[0] > 1e-8
+    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.02)
+    assert gaps[1] / gaps[2] == pytest.approx(4, rel=0.01)
+    first, same = (run(spec_of(objective=objective, form=form), s, k[:1], k[:1], v[:1]) for form in ("gate", "stale"))
+    torch.testing.assert_close(first, same, rtol=0, atol=1e-12)
+
+
+def test_what_is_along_a_chunks_slot_stays_in_both_forms() -> None:
+    s, k, v = normal(M, D), normal(9, M, seed=1), normal(9, D, seed=2)
+    for objective in OBJECTIVES:
+        for form in ("stale", "gate"):
+            _, end = run(spec_of(objective=objective, form=form), s, k, k, v, lr=torch.full((9,), 0.2).double())
+            assert (end - s).abs().max() > 0.1
+            torch.testing.assert_close((end * phi(s)).sum(-1), s.norm(dim=-1), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_gate_form_keeps_every_contract(objective: str) -> None:
+    testing.check(Lattice(4, 4, slots=3, chunk=5, form="gate", objective=objective, norm="decay"))
+    testing.check(Lattice(4, 4, slots=3, chunk=5, form="gate", objective=objective))
+
+
 @pytest.mark.parametrize(
     ("objective", "norm", "name", "chunk"),
     [
@@ -271,6 +355,10 @@ MIXTURES = [
     {"norm": "retract", "objective": "encoding", "read_norm": "none"},
     {"norm": "retract", "objective": "similarity", "code": "none"},
     {"norm": "decay", "objective": "decoding", "phi": "identity", "read_norm": "none"},
+    {"form": "gate"},
+    {"form": "gate", "norm": "decay", "objective": "encoding", "code": "rms"},
+    {"form": "gate", "norm": "decay", "objective": "similarity", "read_norm": "chunk", "slots": 7},
+    {"form": "gate", "norm": "free", "objective": "encoding", "read_norm": "none"},
 ]
 
 
@@ -283,9 +371,10 @@ def test_every_setting_equals_its_definition_in_outputs_state_and_gradients(mixt
     slots_equal_their_definition(spec, w0, generator)
 
 
+@pytest.mark.parametrize("form", ["stale", "gate"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_derivatives_through_two_chunks_are_numerical_ones(objective: str) -> None:
-    spec = Lattice(key_dim=2, value_dim=3, slots=2, chunk=3, objective=objective, norm="decay")
+def test_derivatives_through_two_chunks_are_numerical_ones(objective: str, form: str) -> None:
+    spec = Lattice(key_dim=2, value_dim=3, slots=2, chunk=3, objective=objective, norm="decay", form=form)
     generator = torch.Generator().manual_seed(0)
     w0 = [w.double() for w in spec.init(1, generator)]
     q, k, v, gates = spec.example(generator, lanes=1, heads=1, time=5, dtype=torch.float64)
@@ -313,6 +402,7 @@ def test_float32_slots_stay_unit_and_finite_in_a_long_stream() -> None:
     [
         ({"objective": "recoding"}, "objective is 'recoding'"),
         ({"norm": "keep"}, "norm is 'keep'"),
+        ({"form": "gates"}, "form is 'gates'"),
         ({"slots": 0}, "slots is 0"),
         ({"phi": "identity"}, "takes slots with their norms"),
         ({"phi": "identity", "norm": "free"}, "read_norm='none'"),

@@ -203,6 +203,7 @@ def test_what_it_leaves_to_the_framework(calls: list[int]) -> None:
     options: dict[str, Any]
     for cell, choices, options in (
         ("decode", plain, {}),
+        ("decode", {"form": "gate"}, {}),
         ("decode", {"read": "boundary"}, {}),
         ("trellis", {"read": "boundary"}, {}),
         ("trellis", {"phi": "tanh"}, {}),

@@ -15,6 +15,15 @@ the paper's text and are derived from descriptions of it.
 
 A step is orthogonal to its slot, whose norm therefore only grows: ‖s_i‖² by ‖step‖². With `norm="retract"` slots go back to the
 unit sphere at every chunk's end, and the rule is Riemannian descent on spheres, each slot turned by tan = γ|a_i|‖hP_i‖.
+
+Inside a chunk a_i, h, f_i and n_i are those of its start S_0, and so is the step. With `form="gate"` the same recurrence is read
+as a gated linear attention (derived), whose gates stand at the chunk's start but multiply the running slots,
+
+    s_{i,t} = (μ_t + γ_t a_i (h f_iᵀ)/n_i) s_{i,t−1} − γ_t a_i h
+
+In chunks of one token both are the recurrence above; else they differ by γ a_i (h f_iᵀ)/n_i (s_{i,t−1} − s_{i,0}), which is of
+second order in γ. The gate is no decay: it can be more than 1, and 0 or less. Without decay, the part of a slot along f_i stays
+n_i in either form.
 """
 
 from __future__ import annotations
@@ -45,6 +54,7 @@ Objective = Literal["decoding", "similarity", "encoding"]
 Norm = Literal["retract", "decay", "free"]
 ReadNorm = Literal["token", "chunk", "none"]
 Phi = Literal["unit", "identity"]
+Form = Literal["stale", "gate"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ class Lattice(SlotMemory):
     code        what is made of the projected k and q: "l2", "rms", "softmax" or "none"
     phi         "unit", or "identity": no norms and no projection, which makes it linear attention (similarity), the delta rule
                 (decoding) or the delta rule in the opposite direction (encoding)
+    form        what a token does inside a chunk: "stale", the step at the chunk's start; "gate", the gate at the chunk's start on
+                the running slots; see the module. Equal with chunk 1, and with phi "identity", which has no gate
 
     γ is `gates.lr`. Defaults are ours: retract, codes of unit norm, 64 slots, chunk 16; reading after the write.
     Raises ValueError for what does not fit together.
@@ -70,6 +82,7 @@ class Lattice(SlotMemory):
     read_norm: ReadNorm = "token"
     code: Literal["l2", "rms", "softmax", "none"] = "l2"
     phi: Phi = "unit"
+    form: Form = "stale"
     name: str = "lattice"
 
     def __post_init__(self) -> None:
@@ -79,6 +92,7 @@ class Lattice(SlotMemory):
         self.choose("read_norm", get_args(ReadNorm))
         self.choose("code", CODES)
         self.choose("phi", get_args(Phi))
+        self.choose("form", get_args(Form))
         if self.phi == "identity" and (self.norm == "retract" or self.read_norm != "none"):
             raise ValueError(
                 f"{self.name}: phi='identity' takes slots with their norms, which norm={self.norm!r} with "
@@ -88,6 +102,10 @@ class Lattice(SlotMemory):
     @property
     def states(self) -> int:
         return 1
+
+    @property
+    def slotwise(self) -> bool:
+        return self.form == "gate" and self.phi == "unit"
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -117,13 +135,26 @@ class Lattice(SlotMemory):
         return (normalized(self.code, q @ slow[1]), code, harmless(fine, v)), fine
 
     def loss(self, tokens: Weights, weights: Weights) -> Tensor:
+        return self._loss(tokens, unit_slots(weights[0]) if self.phi == "unit" else weights[0])
+
+    def _loss(self, tokens: Weights, f: Tensor) -> Tensor:
+        """At slots as they are read, F."""
         _, k, v = tokens
-        f = unit_slots(weights[0]) if self.phi == "unit" else weights[0]
         if self.objective == "decoding":
             return 0.5 * (k @ f - v).square().sum()
         if self.objective == "similarity":
             return -((k @ f) * v).sum()
         return 0.5 * (v @ f.mT - k).square().sum()
+
+    def written(self, tokens: Weights, anchor: Weights, weights: Weights, gradients: Weights) -> Weights:
+        """With gates: G_i = a_i h − (a_i (h f_iᵀ)/n_i) s_i at the running slot, where n_i a_i h is the derivative to f_i."""
+        if not self.slotwise:
+            return gradients
+        n = slot_norms(anchor[0]).unsqueeze(-1)
+        f = anchor[0] / n
+        (of_f,) = torch.autograd.grad(self._loss(tokens, f), f, create_graph=True)
+        step = of_f / n
+        return (step - (step * f).sum(-1, keepdim=True) / n * weights[0],)
 
     def answer(self, tokens: Weights, anchor: Weights, weights: Weights) -> Tensor:
         (w,) = weights
@@ -151,5 +182,7 @@ class Lattice(SlotMemory):
             ],
             bias=losses[self.objective],
             retention=kept[self.norm],
-            rule="gradient descent" + (" orthogonal to each slot" if self.phi == "unit" else ""),
+            rule="gradient descent"
+            + (" orthogonal to each slot" if self.phi == "unit" else "")
+            + (", as a gate on the running slots" if self.slotwise else ""),
         )

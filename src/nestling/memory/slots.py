@@ -153,6 +153,11 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
         return False
 
     @property
+    def slotwise(self) -> bool:
+        """Whether slots keep different shares, so that a tile's coefficients are those of every slot."""
+        return self.per_slot
+
+    @property
     @abstractmethod
     def states(self) -> int:
         """How many of w0 are initial states; the others are projections."""
@@ -200,6 +205,10 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
     def loss(self, tokens: Weights, weights: Weights) -> Tensor:
         """The written loss, summed over `[lane, head, 1, dim]` tokens: its gradient is the definition's G."""
         ...
+
+    def written(self, tokens: Weights, anchor: Weights, weights: Weights, gradients: Weights) -> Weights:
+        """The definition's G of a token at the running weights, from the gradients at the anchor. Default: these."""
+        return gradients
 
     @abstractmethod
     def answer(self, tokens: Weights, anchor: Weights, weights: Weights) -> Tensor:

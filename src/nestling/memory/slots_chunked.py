@@ -40,7 +40,7 @@ def scan(
         return silence, x.state
     if time == 1 and report is None:
         return step(spec, x)
-    longest = tile or (SHORT if spec.per_slot else TILE)
+    longest = tile or (SHORT if spec.slotwise else TILE)
     cut = layout(x.state.position, time, x.reset, x.valid, period=spec.chunk, tile=longest, halo=0)
     count = cut.tokens.shape[1]
     if count == 0:  # no valid token at all

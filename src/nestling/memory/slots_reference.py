@@ -2,6 +2,8 @@
 
 W_t = α_t W_{t−1} − η_t ∇ℓ_t(A)        A: the anchor, the weights at the start of token t's chunk
 A   = settle(W)                        at a chunk's end, where W is settled too
+
+What a memory makes of ∇ℓ_t at the running weights stands in its `written`.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def _token(
     total = sum(g.sum((1, 2, 3)) for g in gradients)
     assert isinstance(total, Tensor)
     fine = x.fine[:, t] & torch.isfinite(total)
+    gradients = spec.written(tokens, leaves, state.weights, gradients)
     live = fine & alive.to(fine.device)
     shape = (*x.lr.shape[:2], spec.states, 1, 1)
     lr = x.lr[:, :, t, :, None, None].expand(shape)

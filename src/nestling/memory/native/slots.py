@@ -98,7 +98,7 @@ def _code(spec: SlotMemory, x: Tensor) -> type[Scan] | None:
     from nestling.memory.trellis import Trellis
 
     found: type[Scan] | None = None
-    if isinstance(spec, Lattice) and spec.phi == "unit":
+    if isinstance(spec, Lattice) and spec.phi == "unit" and spec.form == "stale":
         found = LatticeScan
     elif isinstance(spec, Trellis) and spec.phi in fields.PHI and spec.between in fields.BETWEEN and not spec.per_slot:
         found = TrellisScan

@@ -10,9 +10,10 @@ from nestling.memory.named import register
 NOTES = (
     "From the paper's abstract: a fixed number of slots, one step of online gradient descent a token, each slot written only "
     "with what is orthogonal to it, a gate that depends on state and input, training in parallel chunks. Derived: the gradient "
-    "through the normalized slots, tokens' norms inside a chunk, retraction at its end. Known from descriptions alone: the "
-    "three objectives. Our defaults: unit slots by retraction and so no forget gate, codes of unit norm from slow projections "
-    "of keys and queries, 64 slots, chunk 16, reading the normalized slots after the write."
+    "through the normalized slots, tokens' norms inside a chunk, retraction at its end, and what `form` says of a chunk's "
+    "inside: the step at its start, or a gate on the running slots. Known from descriptions alone: the three objectives. Our "
+    "defaults: unit slots by retraction and so no forget gate, codes of unit norm from slow projections of keys and queries, 64 "
+    "slots, chunk 16, the step at the chunk's start, reading the normalized slots after the write."
 )
 STEP = "s_i ← s_i/‖s_i‖ at chunk ends, y = q φ(S)"
 
