@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nestling as nl
+from nestling import testing
 from nestling.memory import (
     L2,
     MLP,
+    Decay,
     DeltaGradient,
     DotProduct,
     Full,
@@ -24,6 +26,7 @@ from nestling.memory import (
     MemoryState,
     Momentum,
     Omega,
+    Retention,
     SelfModifying,
     Softmax,
 )
@@ -32,6 +35,7 @@ from nestling.native import without
 D, HEADS = 4, 2
 IDENTITY = Matrix(init_scale=0.3, identity=True)
 NEVER = 1_000_000
+BACK = Decay(toward_initial=True)
 
 VARIANTS: dict[str, dict[str, object]] = {
     "paper": {},
@@ -41,6 +45,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "momentum": {"rule": Momentum()},
     "momentum and erasing": {"rule": DeltaGradient(with_momentum=True)},
     "no decay": {"retention": Full()},
+    "back to the start": {"retention": BACK},
+    "back to the start, all else": {
+        "retention": BACK,
+        "rule": DeltaGradient("after_decay", with_momentum=True),
+        "adaptive_q": True,
+    },
+    "back to the start without erasing": {"retention": BACK, "rule": Gradient()},
     "adaptive q": {"adaptive_q": True},
     "static": {"static": ("k", "v"), "rule": DeltaGradient(with_momentum=True)},
     "unit values": {"unit_values": True},
@@ -163,6 +174,7 @@ def by_hand(
     """
     named = {name: w[0] for name, w in zip(spec.names, w0, strict=True)}
     w = {m: (named[f"{m}.0"], named[f"{m}.1"]) for m in ("k", "v", "lr", "retention", "main")}
+    first = {m: tuple(float(spec.retention == BACK) * u for u in own) for m, own in w.items()}
 
     def answer(m: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
         return u + F.gelu(u @ m[0]) @ m[1]
@@ -184,6 +196,7 @@ def by_hand(
                 alpha * w1 - lr * torch.outer(key, key @ w1) - lr * torch.outer(key, (error @ a[m][1].T)[0] * slope),
                 alpha * w2 - beta * torch.outer(h, h @ w2) - lr * torch.outer(h, error[0]),
             )
+            new[m] = tuple(u + (1 - alpha) * u0 for u, u0 in zip(new[m], first[m], strict=True))
         return {
             "before": answer(w["main"], q[t]),
             "after": answer(new["main"], q[t]),
@@ -209,10 +222,11 @@ def by_hand(
 
 
 @pytest.mark.parametrize("read", ["before", "after", "boundary"])
+@pytest.mark.parametrize("retention", [Decay(), BACK], ids=str)
 @pytest.mark.parametrize(("chunk", "others"), [(1, None), (4, None), (6, 2), (2, 5)])
-def test_both_engines_are_the_papers_equations(chunk: int, others: int | None, read: str) -> None:
-    """Nested Learning, eq. 86–88 at chunk 1, eq. 90–91 read causally otherwise."""
-    spec, w0 = build(1, chunk=chunk, chunk_others=others, read=read)
+def test_both_engines_are_the_papers_equations(chunk: int, others: int | None, retention: Retention, read: str) -> None:
+    """Nested Learning, eq. 86–88 at chunk 1, eq. 90–91 read causally otherwise; decay to 0, and to the initial memories."""
+    spec, w0 = build(1, chunk=chunk, chunk_others=others, read=read, retention=retention)
     q, k, v, _ = example(spec, lanes=1, time=15)
     expected, end = by_hand(spec, w0, *(x[0, 0] for x in (q, k, v)))
     for engine in ("reference", "chunked"):
@@ -379,6 +393,51 @@ def test_no_steps_and_no_decay_leave_static_projections() -> None:
     same(state._replace(position=torch.zeros(2)), spec.start(w0, 2))
 
 
+def test_what_is_let_go_goes_back_to_the_initial_memories() -> None:
+    """Without steps they stay as they began, which decay to 0 takes from them; and where nothing is let go, both are one."""
+    runs = {}
+    for retention in (BACK, Decay()):
+        for lr, alpha in ((-60.0, 0.0), (0.5, 60.0)):
+            spec, w0 = build(21, retention=retention, chunk=3)
+            for name, w in zip(spec.names, w0, strict=True):
+                if name == "retention.weight":
+                    w.zero_()
+                if name.endswith("bias"):
+                    w.fill_({"lr.bias": lr, "retention.bias": alpha}[name])
+            q, k, v, _ = example(spec, time=14)
+            y, state = spec.scan(w0, q, k, v)
+            runs[retention, alpha] = y, spec.start(w0, 2).weights, state.weights
+    _, start, end = runs[BACK, 0.0]
+    for a, b in zip(end, start, strict=True):
+        close(a, b)
+    assert all(float(w.abs().max()) < 1e-3 for w in runs[Decay(), 0.0][2])
+    close(runs[BACK, 60.0][0], runs[Decay(), 60.0][0])
+    for a, b, first in zip(runs[BACK, 60.0][2], runs[Decay(), 60.0][2], runs[BACK, 60.0][1], strict=True):
+        close(a, b)
+        assert float((a - first).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "rule", [DeltaGradient("with_decay"), DeltaGradient("after_decay", with_momentum=True)], ids=str
+)
+def test_going_back_keeps_every_contract(rule: DeltaGradient) -> None:
+    spec = nl.memory.named("self_modifying", key_dim=D, retention=BACK, rule=rule)
+    assert spec.describe()["retention"] == "decay to the initial weights"
+    testing.check(spec)
+
+
+def test_the_initial_memories_learn_on_a_carried_segment() -> None:
+    """What is let go returns to the live slow weights, so that they have a gradient behind a detached state."""
+    spec, w0 = build(4, retention=BACK)
+    q, k, v, _ = example(spec, time=12)
+    _, state = spec.scan(w0, q, k, v)
+    for w in w0:
+        w.requires_grad_()
+    y, _ = spec.scan(w0, q, k, v, None, nl.state.detach(state))
+    for name, g in zip(spec.names, torch.autograd.grad(y.sum(), w0), strict=True):
+        assert float(g.abs().max()) > 0, name
+
+
 def test_with_empty_last_layers_the_first_token_is_its_own_key_and_value() -> None:
     """k = x/‖x‖, v = x and v̂ = x, so that the last layers move by −η hᵀ(k − x); η by the read-out of x itself."""
     spec, w0 = build(5, chunk=4)
@@ -399,7 +458,12 @@ def test_with_empty_last_layers_the_first_token_is_its_own_key_and_value() -> No
 
 
 @pytest.mark.parametrize(
-    "choices", [{"chunk": 2}, {"chunk": 3, "chunk_others": 1, "adaptive_q": True, "read": "after"}]
+    "choices",
+    [
+        {"chunk": 2},
+        {"chunk": 3, "chunk_others": 1, "adaptive_q": True, "read": "after"},
+        {"chunk": 2, "retention": BACK},
+    ],
 )
 def test_outer_gradients_pass_gradcheck(choices: dict) -> None:
     """Through v̂, k, the gates, the read-outs and every initial state."""

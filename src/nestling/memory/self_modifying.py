@@ -11,6 +11,11 @@ the last state of the previous chunk). The main memory and the others may have c
 first layer, whose input k_t has unit norm, and η_t/(1 + η_t‖x̂‖²) for the others (derived: the paper's bracket fits the first
 layer alone). q_t is given: its projection is the one that does not learn in context.
 
+Decay takes the weights to 0, and so a memory with a residual path to M(x) = x, not to where it began. With
+`Decay(toward_initial=True)` it returns (derived), while what is erased along a key is still the memory's whole answer:
+
+    W ← (α_t I − ε_t x̂_tᵀ x̂_t) W + (1 − α_t) W_0 − η_t ∇_W ℓ
+
 The read-outs w, b are slow weights: they stand in w0, are read from there at every call and are not part of the state.
 """
 
@@ -110,7 +115,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     network              of the main memory
     others               network of the generators
     bias                 the inner loss
-    retention            Decay(), or Full(): α = 1 and no M_α
+    retention            Decay(), Decay(toward_initial=True): to W_0 in place of 0, see the module, or Full(): α = 1 and no M_α
     rule                 DeltaGradient(): eq. 88; Gradient(): without the erasing factor; with momentum: S ← μS − η∇ℓ,
                          W ← (…)W + S, where μ is given as `gates.momentum`
     chunk, chunk_others  periods of the main memory and of the generators, from the lane's position 0; None: the same
@@ -159,7 +164,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
         choice(self.name, "rule", self.rule, Rule, "DeltaGradient()")
         single = self.bias.window == 1 and not reads_threshold(self.bias)
         mapped = not self.retention.linear or isinstance(self.retention, Settled)
-        if not single or mapped or per_channel(self.retention) or toward_initial(self.retention):
+        if not single or mapped or per_channel(self.retention):
             raise ValueError(
                 f"{self.name}: bias {self.bias!r} with retention {self.retention!r} does not fit; expected a bias of one token "
                 "without threshold and a retention whose weights are their own dual, Decay() or Full()"
@@ -313,8 +318,9 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     def _prepare(self, call: Call) -> Streams:
         lanes, _, _ = check(self, call)
         w0, q, k, v, gates, state, reset, valid = call
-        needed = state is None or reset is not None or self.static
-        start = self.start(w0, lanes) if needed or state is None else state  # read after resets only
+        needed = state is None or reset is not None or self.static or toward_initial(self.retention)
+        # Read after resets, and where weights return to it.
+        start = self.start(w0, lanes) if needed or state is None else state
         state = start if state is None else self._live(start, state) if self.static else state
         dtype = widest(state.weights[0].dtype, q, k, v)
         gates = gates.map(lambda gate: gate.to(dtype))

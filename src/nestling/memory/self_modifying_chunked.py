@@ -25,6 +25,7 @@ from nestling.memory.layout import Layout, layout
 from nestling.memory.networks.base import at
 from nestling.memory.norm import l2_norm
 from nestling.memory.report import Report
+from nestling.memory.retentions import toward_initial
 from nestling.memory.self_modifying import SelfModifying, Streams, close, refused
 from nestling.memory.state import MemoryState, Weights
 from nestling.memory.tile import Factors, advance, gradients, only, read, solve, sound, surprise_and_update, triangle
@@ -211,6 +212,7 @@ def _group(
     """A few tiles in order."""
     anchor, weights, momentum, faults = running
     outputs, notes = [], list[Weights]()
+    back_to = x.start.weights if toward_initial(spec.retention) else ()
     for n in numbers:
         if cut.reset is not None:
             fresh = cut.reset[n]
@@ -237,10 +239,14 @@ def _group(
         moved = []
         for bank, own_factors, begins in zip(spec.banks, factors, cut.begins[n], strict=True):
             own = bank.layers
-            writes = solve(own_factors, c, weights[own], momentum[own], erase, 0, begins, system)
+            start = back_to[own]
+            writes = solve(own_factors, c, weights[own], momentum[own], erase, 0, begins, system, start)
             if bank.names == ("main",):
-                y = read(spec, c, anchor[own], weights[own], momentum[own], writes, made.q)
-            moved.append(advance(c, weights[own], momentum[own], writes))
+                y = read(spec, c, anchor[own], weights[own], momentum[own], writes, made.q, start=start)
+            after, moved_s = advance(c, weights[own], momentum[own], writes)
+            if start and c.keep is not None:
+                after = one.returning(after, c.keep[..., -1:], start)
+            moved.append((after, moved_s))
         outputs.append(y.squeeze(1))
         weights, momentum = (sum(parts, ()) for parts in zip(*moved, strict=True))
         if bool(cut.borders[:, n].any()):
@@ -292,6 +298,8 @@ def _token(spec: SelfModifying, x: Streams, gone: Tensor | None) -> tuple[Tensor
         for bank, found in zip(spec.banks, factors, strict=True)
     ]
     after, moved_s = (sum(parts, ()) for parts in zip(*moved, strict=True))
+    if retention is not None and toward_initial(spec.retention):
+        after = one.returning(after, retention, x.start.weights)
     here = torch.ones_like(position, dtype=torch.bool) if alive is None else alive.cpu()
     position = torch.where(here, position + 1, position)
     closing = [here & (position % bank.chunk == 0) for bank in spec.banks]

@@ -14,6 +14,7 @@ from nestling.memory.networks import Network
 from nestling.memory.networks.base import at
 from nestling.memory.norm import l2_norm
 from nestling.memory.reference import detach, layer_inputs
+from nestling.memory.retentions import toward_initial
 from nestling.memory.self_modifying import SelfModifying, Streams, close, refused
 from nestling.memory.state import MemoryState, Weights
 
@@ -82,6 +83,7 @@ def _token(
 
     after: dict[str, Weights] = {}
     moved = spec.split(state.momentum) if spec.rule.momentum else {}
+    first = spec.split(x.start.weights)
     for name, found in gradients.items():
         new, kept = [], []
         inputs = layer_inputs(networks[name], anchor[name], k)
@@ -92,6 +94,8 @@ def _token(
                 step = x.momentum.plain()[:, :, t, None, None] * moved[name][layer] + step
                 kept.append(torch.where(live, step, moved[name][layer]))
             changed = retention * w + step
+            if toward_initial(spec.retention):
+                changed = changed + (1 - retention) * first[name][layer]
             if spec.rule.erase != "none":
                 erase = lr * retention if spec.rule.erase == "after_decay" else lr
                 h = inputs[layer]

@@ -131,11 +131,13 @@ def solve(
     halo: int,
     begins: bool,
     first: Triangle | None = None,
+    start: Weights = (),
 ) -> Writes:
     """Add what an erasing rule takes away: e_i = ε_i x_i W_{i−1}, on the running weights.
 
     begins  a chunk begins here, so that the weights are the anchor and their products known
     first   the first layer's system, where several memories have the same keys and it is known already
+    start   initial weights, where what is not kept goes back to them
     """
     inputs, errors, _, products = found
     if erase is None:
@@ -148,6 +150,8 @@ def solve(
         scale = strength if c.keep is None else strength * c.keep[..., before]
         product = products[layer][..., halo:, :] if begins else x @ weights[layer]
         right = scale.unsqueeze(-1) * product
+        if start and c.keep is not None:
+            right = torch.addcmul(right, (strength - scale).unsqueeze(-1), x @ start[layer])
         if c.step is not None:
             right = torch.addcmul(right, c.step.unsqueeze(-1), delta)
         else:
