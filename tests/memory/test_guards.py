@@ -42,7 +42,7 @@ TOKEN = 6
 
 def example(name: str, time: int = 14, **choices: object) -> tuple[MemorySpec, list[Tensor], list]:
     short = {"shard": 8, **({} if choices else {"global_chunk": 4})} if name == "tnt" else {}
-    spec = nl.memory.named(name, key_dim=4, chunk=4, **short, **choices)
+    spec = nl.memory.named(name, key_dim=4, **{"chunk": 4, **short, **choices})
     w0 = [w.double() for w in spec.init(2, torch.Generator().manual_seed(1))]
     return spec, w0, list(spec.example(torch.Generator().manual_seed(0), time=time, dtype=torch.float64))
 
@@ -467,7 +467,7 @@ def test_where_a_refused_token_stood_the_state_is_the_same_in_every_way_to_read(
         ("titans", {"rule": Gradient()}, {}, "the state has a momentum; expected none"),
         ("titans", {}, {"network": MLP(depth=3)}, "state has 3 weights; expected 2"),
         ("titans", {}, {"network": MLP(expansion=2)}, r"state.weights\[0\] has shape .* expected"),
-        ("swdt", {"span": 4}, {"span": 8}, r"have shapes .*, 8, .*expected .*, 4, .*another memory"),
+        ("swdt", {"span": 4}, {"span": 8}, r"state.tail, .*, 8, .*expected .*, 4, .*another memory"),
     ],
 )
 def test_a_state_of_other_choices_is_refused_in_words(
@@ -476,6 +476,20 @@ def test_a_state_of_other_choices_is_refused_in_words(
     (spec, w0, inputs), (maker, w1, _) = example(name, time, **own), example(name, time, **other)
     with pytest.raises(ValueError, match=words):
         spec.scan(w0, *inputs, maker.start(w1, 2), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["chunked", "reference"])
+@pytest.mark.parametrize("time", [1, 4, 9])
+@pytest.mark.parametrize("local", ["omeganet", "dot", "gated_deltanet"])
+def test_a_hierarchy_looks_at_the_states_of_its_parts(local: str, time: int, engine: str) -> None:
+    """Also where a shard begins, from where on they are not read."""
+    (own, w0, inputs), (other, w1, _) = (example("tnt", time, locals=(part,), shard=4) for part in ("titans", local))
+    with pytest.raises(ValueError, match="made by another memory"):
+        own.scan(w0, *inputs, other.start(w1, 2), engine=engine)
+    narrow = own.start(w0, 2)
+    narrow = narrow._replace(projection=tuple(p[..., :3] for p in narrow.projection))
+    with pytest.raises(ValueError, match=r"state.projection has shape \(2, 2, 4, 3\); expected \(2, 2, 4, 4\)"):
+        own.scan(w0, *inputs, narrow, engine=engine)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -498,9 +512,7 @@ def test_a_state_of_another_class_or_precision_is_refused_in_words(name: str) ->
         with pytest.raises(ValueError, match=r"holds torch.float16 .* expected all of it in float32"):
             spec.scan(w0, *inputs, half, engine=engine)
         if name != "swdt":  # whose state is of inputs alone, which go up
-            with pytest.raises(
-                TypeError, match=r"has dtype torch.float64, but weights and state are kept in torch.float32"
-            ):
+            with pytest.raises(TypeError, match=r"has dtype torch.float64, but w0 or the state is torch.float32"):
                 spec.scan(w0, *inputs, single, engine=engine)
     low = [w.float() for w in w0], *(x.float() for x in inputs[:3]), inputs[3].map(torch.Tensor.float)
     y, after = spec.scan(*low, state)

@@ -18,9 +18,8 @@ from nestling.memory.rules.delta import proximal
 from nestling.memory.state import MemoryState, Shapes, Tail, Weights
 
 if TYPE_CHECKING:
+    from nestling.memory.kernel import KernelState
     from nestling.memory.protocol import Call, Memory, TwoEngines
-    from nestling.memory.self_modifying import SelfModifying
-    from nestling.memory.slots import SlotMemory
     from nestling.memory.spec import MemorySpec
 
 
@@ -97,11 +96,11 @@ def widest(dtype: torch.dtype, *tensors: Tensor) -> torch.dtype:
 
 def prepare(spec: MemorySpec, call: Call) -> Inputs:
     """Check shapes, cast up to at least float32 (C7), find the tokens the guard must skip (C8)."""
-    lanes, heads, time = check(spec, call)
+    lanes, heads, time = check_call(spec, call)
     w0, q, k, v, gates, state, reset, valid = call
     start = spec.start(w0, lanes)
     state = start if state is None else state
-    dtype = widest(state.weights[0].dtype, q, k, v)
+    dtype = check_precision(state.weights[0].dtype, call)
     q = q.to(dtype)
     fine, (k, v), gates = token_guard(
         (k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)), forward=isinstance(spec.rule, Implicit)
@@ -218,45 +217,44 @@ def check_call(spec: TwoEngines[Any, Any], call: Call) -> tuple[int, int, int]:
             raise ValueError(
                 f"{name} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {(lanes, time)} ([lane, time])"
             )
-    if state is not None and not isinstance(call.state, spec._state):
-        raise ValueError(
-            f"{spec.name}: state is a {type(state).__name__}; expected the {spec._state.__name__} that its scan or start "
-            "returns, or None for lanes that have read nothing: this one was made by another memory"
-        )
-    if state is not None and state.position.shape[0] != lanes:
-        raise ValueError(
-            f"state holds {state.position.shape[0]} lanes, q has {lanes}: take or repeat lanes with nl.state first"
-        )
+    if state is not None:
+        check_owner(spec, state, lanes, heads)
     check_gates(gates, used=spec.gates_used, name=spec.name, shape=(lanes, heads, time), channels=spec.gate_channels)
     return lanes, heads, time
 
 
-def check(spec: MemorySpec | SelfModifying | SlotMemory, call: Call) -> tuple[int, int, int]:
-    """`check_call`, and that the state, a `MemoryState`, is this memory's."""
-    lanes, heads, time = check_call(spec, call)
-    dtype = call.w0[0].dtype
-    if call.state is not None:
-        check_state(spec.name, call.state, lanes, heads, spec.state_shapes(heads))
-        dtype = call.state.weights[0].dtype
-    check_precision(dtype, call)
-    return lanes, heads, time
+def check_owner(spec: TwoEngines[Any, Any], state: Any, lanes: int, heads: int) -> None:
+    """Refuse a state that is not this memory's, or of other lanes."""
+    if not issubclass(type(state), spec._state):
+        raise ValueError(
+            f"{spec.name}: state is a {type(state).__name__}; expected the {spec._state.__name__} that its scan or start "
+            "returns, or None for lanes that have read nothing: this one was made by another memory"
+        )
+    if state.position.shape[0] != lanes:
+        raise ValueError(
+            f"state holds {state.position.shape[0]} lanes, q has {lanes}: take or repeat lanes with nl.state first"
+        )
+    spec._check_state(state, lanes, heads)
 
 
-def check_precision(kept: torch.dtype, call: Call) -> None:
-    """Refuse inputs that are more precise than the weights, or the state, that are kept in this type."""
+def check_precision(kept: torch.dtype, call: Call) -> torch.dtype:
+    """Refuse inputs that are more precise than what the state is kept in, which is the compute dtype and comes back."""
     if kept == torch.float64:
-        return
+        return kept
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
         if x.dtype == torch.float64:
             raise TypeError(
-                f"{name} has dtype {x.dtype}, but weights and state are kept in {kept}; expected inputs that are no more "
+                f"{name} has dtype {x.dtype}, but w0 or the state is {kept}; expected inputs that are no more "
                 f"precise: make w0 torch.float64 as well, and start from its state, or give {name}.float()"
             )
+    return kept
 
 
-def check_state(name: str, state: MemoryState, lanes: int, heads: int, expected: Shapes) -> None:
-    """Refuse a state that another memory made."""
-    shapes, momentum, (tokens, key, value) = expected
+def check_state(
+    name: str, state: MemoryState | KernelState, momentum: Weights, lanes: int, heads: int, expected: Shapes
+) -> None:
+    """Refuse weights, momentum and window tail of other shapes, or not all of one precision."""
+    shapes, has, (tokens, key, value) = expected
     if len(state.weights) != len(shapes):
         raise ValueError(
             f"state has {len(state.weights)} weights; expected {len(shapes)}: it was made by another memory than {name}"
@@ -267,9 +265,9 @@ def check_state(name: str, state: MemoryState, lanes: int, heads: int, expected:
                 f"state.weights[{layer}] has shape {tuple(w.shape)}; expected {(lanes, *shape)}: the state was made by "
                 f"another memory than {name}"
             )
-    if bool(state.momentum) != momentum:
+    if bool(momentum) != has:
         raise ValueError(
-            f"the state has {'a' if state.momentum else 'no'} momentum; expected {'one' if momentum else 'none'}: it was made by "
+            f"the state has {'a' if momentum else 'no'} momentum; expected {'one' if has else 'none'}: it was made by "
             f"another memory than {name}"
         )
     tail = state.tail
@@ -280,7 +278,7 @@ def check_state(name: str, state: MemoryState, lanes: int, heads: int, expected:
             f"state.tail, the keys and values of a window, has shapes {found}; expected {fitting}: the state was made by another "
             f"memory than {name}, or with another length of its window"
         )
-    check_dtypes([*state.weights, *state.momentum, *(() if tail is None else tail[:2])])
+    check_dtypes([*state.weights, *momentum, *(() if tail is None else tail[:2])])
 
 
 def check_dtypes(kept: Sequence[Tensor]) -> None:

@@ -30,7 +30,15 @@ from nestling.memory.biases import Bias, DotProduct, reads_threshold
 from nestling.memory.draw import Draw
 from nestling.memory.features.exponential import Exponential
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import check_call, check_dtypes, check_precision, check_weights, token_guard, widest
+from nestling.memory.inputs import (
+    check_call,
+    check_dtypes,
+    check_precision,
+    check_state,
+    check_weights,
+    token_guard,
+    widest,
+)
 from nestling.memory.kernel_sum import Kind, Sum, summed
 from nestling.memory.networks import MLP, Matrix
 from nestling.memory.pieces import INSIDE, Grown, Size, fitting
@@ -38,7 +46,7 @@ from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Full
 from nestling.memory.rules import Gradient
 from nestling.memory.settings import choice, read_timing, whole_numbers
-from nestling.memory.state import Tail, Weights, raised
+from nestling.memory.state import Shapes, Tail, Weights, raised
 from nestling.state import register
 
 TILE = 64  # tokens per product
@@ -280,14 +288,10 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         lanes, heads, time = check_call(self, call)
         w0, q, k, v, gates, state, reset, valid = call
         start = self.start(w0, lanes)
-        if state is None:
-            state = start
-        else:
-            self._check_state(state, start)
-        kept = self._kept(state)[0].dtype
-        if self.span is None:
-            check_precision(kept, call)
-        dtype = widest(kept, q, k, v, *w0)
+        state = start if state is None else state
+        dtype = widest(torch.float32, q, k, v, *w0, *state.weights, *([] if state.tail is None else state.tail[:1]))
+        if state.weights:
+            check_precision(state.weights[0].dtype, call)
         fine, (k, v), gates = token_guard(
             (k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)), forward=self.normalized
         )
@@ -300,20 +304,14 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
             start, state, initial, w0[-1].to(dtype), q.to(dtype), k, v, lr, retention, gates.window, fine, reset, valid
         )
 
-    def _check_state(self, state: KernelState, start: KernelState) -> None:
-        mine, theirs = self._kept(start), self._kept(state)
-        expected, came = ([tuple(x.shape) for x in kept] for kept in (mine, theirs))
-        if came != expected or (state.pairs is None) != (start.pairs is None):
-            raise ValueError(
-                f"the state's weights and window have shapes {came}, {'no' if state.pairs is None else 'and'} pairs; expected "
-                f"{expected}, {'no' if start.pairs is None else 'and'} pairs: it was made by another memory than {self.name}, or "
-                "with another span or window"
-            )
-        check_dtypes(theirs + list(state.pairs or ()))
+    def state_shapes(self, heads: int) -> Shapes:
+        weights = tuple((heads, *shape) for shape in self.fast_shapes) if self.span is None else ()
+        return Shapes(weights, tail=(self.halo, self.key_dim, self.value_dim + (self.span is not None)))
 
-    def _kept(self, state: KernelState) -> list[Tensor]:
-        """Those of a state's numbers that do not grow."""
-        return [*state.weights, *([] if state.tail is None else state.tail[:2])]
+    def _check_state(self, state: KernelState, lanes: int, heads: int) -> None:
+        check_state(self.name, state, (), lanes, heads, self.state_shapes(heads))
+        if state.pairs is not None:
+            check_dtypes([state.weights[0], *state.pairs])
 
     def describe(self) -> dict[str, str]:
         fast, width = sum(i * o for i, o in self.fast_shapes), self.fast_shapes[0][1]

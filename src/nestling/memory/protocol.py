@@ -208,6 +208,10 @@ class TwoEngines(Memory, Generic[Inputs, State]):
     def _prepare(self, call: Call) -> Inputs:
         """Check a call, cast it up to at least float32 (C7), find the tokens the guard must skip (C8)."""
 
+    def _check_state(self, state: State, lanes: int, heads: int) -> None:
+        """Refuse a state of its class that another memory made. Default: any is taken."""
+        return
+
     @abstractmethod
     def _engines(self) -> Engines[State]:
         """Both engines; imported here, as they import the memory."""

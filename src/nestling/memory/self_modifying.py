@@ -32,7 +32,15 @@ from torch import Tensor
 from nestling.memory.biases import L2, Bias, reads_threshold
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import border_guard, check, check_weights, overflowed, token_guard, widest
+from nestling.memory.inputs import (
+    border_guard,
+    check_call,
+    check_precision,
+    check_state,
+    check_weights,
+    overflowed,
+    token_guard,
+)
 from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Retention, Settled, per_channel, toward_initial
@@ -315,14 +323,17 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
 
         return self_modifying_reference.scan, self_modifying_chunked.scan
 
+    def _check_state(self, state: MemoryState, lanes: int, heads: int) -> None:
+        check_state(self.name, state, state.momentum, lanes, heads, self.state_shapes(heads))
+
     def _prepare(self, call: Call) -> Streams:
-        lanes, _, _ = check(self, call)
+        lanes, _, _ = check_call(self, call)
         w0, q, k, v, gates, state, reset, valid = call
         needed = state is None or reset is not None or self.static or toward_initial(self.retention)
         # Read after resets, and where weights return to it.
         start = self.start(w0, lanes) if needed or state is None else state
         state = start if state is None else self._live(start, state) if self.static else state
-        dtype = widest(state.weights[0].dtype, q, k, v)
+        dtype = check_precision(state.weights[0].dtype, call)
         gates = gates.map(lambda gate: gate.to(dtype))
         fine, (q, k, v), gates = token_guard((q.to(dtype), k.to(dtype), v.to(dtype)), gates)
         momentum = factor(gates.momentum, gates.log_momentum, dtype)

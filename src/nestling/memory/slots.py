@@ -25,7 +25,7 @@ from torch import Tensor
 from nestling.memory.coefficients import Coefficients
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import check, check_weights, surely, token_guard, widest
+from nestling.memory.inputs import check_call, check_precision, check_state, check_weights, surely, token_guard
 from nestling.memory.norm import EPS
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.settings import whole_numbers
@@ -226,12 +226,15 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
 
         return slots_reference.scan, slots_chunked.scan
 
+    def _check_state(self, state: MemoryState, lanes: int, heads: int) -> None:
+        check_state(self.name, state, state.momentum, lanes, heads, self.state_shapes(heads))
+
     def _prepare(self, call: Call) -> Streams:
-        lanes, heads, time = check(self, call)
+        lanes, heads, time = check_call(self, call)
         w0, q, k, v, gates, state, reset, valid = call
         start = self.start(w0, lanes) if state is None or reset is not None else state  # read after resets only
         state = start if state is None else state
-        dtype = widest(state.weights[0].dtype, q, k, v)
+        dtype = check_precision(state.weights[0].dtype, call)
         fine, (k, v), gates = token_guard((k.to(dtype), v.to(dtype)), gates.map(lambda gate: gate.to(dtype)))
         slow = tuple(w.to(dtype) for w in w0[self.states :])
         retention = factor(gates.retention, gates.log_retention, dtype)

@@ -13,7 +13,7 @@ from nestling.memory.biases import L2, Bias, DotProduct, reads_threshold
 from nestling.memory.draw import Draw
 from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Gates
-from nestling.memory.inputs import Inputs, check, check_weights, prepare, widest
+from nestling.memory.inputs import Inputs, check_call, check_state, check_weights, prepare, widest
 from nestling.memory.networks import Matrix, Network, Vector
 from nestling.memory.networks.base import at
 from nestling.memory.pieces import Size
@@ -245,6 +245,9 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
             tail = Tail.empty(weights[0], c - 1, self.width, self.target_dim)
         return MemoryState.fresh(weights, momentum=self.rule.momentum, tail=tail)
 
+    def _check_state(self, state: MemoryState, lanes: int, heads: int) -> None:
+        check_state(self.name, state, state.momentum, lanes, heads, self.state_shapes(heads))
+
     def _prepare(self, call: Call) -> Inputs:
         return prepare(self, call)
 
@@ -257,7 +260,7 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
         from nestling.memory import chunked
         from nestling.memory.native import stale
 
-        shape, like = check(self, call), call.q.new_empty(0, dtype=widest(torch.float32, *call[1:4], *call.w0))
+        shape, like = check_call(self, call), call.q.new_empty(0, dtype=widest(torch.float32, *call[1:4], *call.w0))
         return None if stale.serves(self, like, call) else chunked.piece(self, shape, tile, like)
 
     def recall(self, w0: Sequence[Tensor], weights: Sequence[Tensor], q: Tensor) -> Tensor:

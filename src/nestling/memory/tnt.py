@@ -26,7 +26,16 @@ from torch import Tensor
 
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Gates
-from nestling.memory.inputs import check_call, check_dtypes, check_precision, check_weights, surely, token_guard, widest
+from nestling.memory.inputs import (
+    check_call,
+    check_dtypes,
+    check_owner,
+    check_precision,
+    check_weights,
+    surely,
+    token_guard,
+    widest,
+)
 from nestling.memory.named import named
 from nestling.memory.pieces import FEW, INSIDE, Size, fitting
 from nestling.memory.projection import Projecting
@@ -305,25 +314,31 @@ class Tnt(TwoEngines[Streams, TntState]):
                 return False
         return True
 
-    def _prepare(self, call: Call) -> Streams:
-        lanes, _, _ = check_call(self, call)
-        w0, q, k, v, gates, state, reset, valid = call
-        if state is not None and (len(state.parts), len(state.projection)) != (len(self.memories), len(self.lengths)):
+    def _check_state(self, state: TntState, lanes: int, heads: int) -> None:
+        if (len(state.parts), len(state.projection)) != (len(self.memories), len(self.lengths)):
             raise ValueError(
                 f"the state has {len(state.parts)} memories and {len(state.projection)} projections; expected "
                 f"{len(self.memories)} and {len(self.lengths)}: it does not belong to {self.name}"
             )
-        start = self.start(w0, lanes)
-        if state is None:
-            state = start
-        for p, own in zip(state.projection, start.projection, strict=True):
-            if p.shape != own.shape:
+        for memory, part in zip(self.memories, state.parts, strict=True):
+            if isinstance(memory, TwoEngines):
+                check_owner(memory, part, lanes, heads)
+        square = (lanes, heads, self.key_dim, self.key_dim)
+        for p in state.projection:
+            if p.shape != square:
                 raise ValueError(
-                    f"state.projection has shape {tuple(p.shape)}; expected {tuple(own.shape)}: the state was made by another "
-                    f"memory than {self.name}"
+                    f"state.projection has shape {tuple(p.shape)}; expected {square}: the state was made by another memory than "
+                    f"{self.name}"
                 )
         if state.projection:
             check_dtypes(state.projection)
+
+    def _prepare(self, call: Call) -> Streams:
+        lanes, _, _ = check_call(self, call)
+        w0, q, k, v, gates, state, reset, valid = call
+        start = self.start(w0, lanes)
+        state = start if state is None else state
+        if state.projection:
             check_precision(state.projection[0].dtype, call)
         dtype = widest(torch.float32, *w0, q, k, v, *state.projection)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
