@@ -68,7 +68,7 @@ def test_derivatives_of_every_option_in_a_memory_are_numerical_ones(axis: str, o
     """Of outputs and weights, to q, k, v, every gate, the initial weights and a map's own parameters, over chunk borders."""
     spec = spec_of(axis, option)
     w0 = [0.7 * normal(1, *shape, seed=n) for n, shape in enumerate(spec.shapes)]
-    if isinstance(option, nl.memory.Divergence):  # which starts on the simplex
+    if isinstance(option, nl.memory.Divergence | nl.memory.SoftmaxLag):  # which start on the simplex
         w0 = [w.softmax(-2) for w in w0]
     example = spec.example(torch.Generator().manual_seed(5), lanes=1, heads=1, time=TIME, dtype=torch.float64)
     q, k, v, gates = example

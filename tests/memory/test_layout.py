@@ -22,6 +22,20 @@ def test_a_reset_at_the_start_keeps_lanes_in_step(lanes: list[bool]) -> None:
     assert cut.reset is None if not any(lanes) else cut.reset[0].tolist() == lanes and not cut.reset[1:].any()
 
 
+def test_shifted_chunks_close_later_in_lanes_in_and_out_of_step() -> None:
+    """A chunk's first token alone, then the others: borders at multiples of 4, and one token behind them."""
+    for places in ([0, 4], [0, 2]):
+        cut = layout(torch.tensor(places), 9, None, None, period=(4, 4), tile=4, halo=0, shifts=(0, 1))
+        for lane, place in enumerate(places):
+            filled = cut.ok[lane] if cut.ok is not None else torch.ones_like(cut.tokens[lane], dtype=torch.bool)
+            lengths = [n for n in filled.sum(-1).tolist() if n]
+            ends = [place + sum(lengths[: n + 1]) for n in range(len(lengths))]
+            assert ends == [n for n in range(place + 1, place + 10) if n % 4 in (0, 1) or n == place + 9]
+            for number, shift in enumerate((0, 1)):
+                assert cut.borders[number, : len(ends), lane].tolist() == [(end - shift) % 4 == 0 for end in ends]
+        assert cut.shared is None
+
+
 @pytest.mark.parametrize("name", ["titans", "omeganet", "gated_deltanet"])
 @pytest.mark.parametrize("lanes", [[True, True], [True, False], [False, False]])
 def test_resets_at_the_start_equal_the_reference(name: str, lanes: list[bool]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import nestling as nl
+from nestling import testing
 from nestling.memory import (
     L2,
     MLP,
@@ -22,6 +23,7 @@ from nestling.memory import (
     Momentum,
     Settled,
     Softmax,
+    SoftmaxLag,
 )
 from nestling.memory.retentions import ElasticNet
 
@@ -161,6 +163,100 @@ def test_what_an_elastic_step_cuts_is_gone_and_what_the_leader_cuts_comes_back()
         torch.testing.assert_close(y[0, 0, -1], torch.full((4,), read))
 
 
+def lagging(chunk: int, network: nl.memory.Network | None = None, **choices: object) -> MemorySpec:
+    return MemorySpec(4, 4, network or Matrix(), L2(), SoftmaxLag(), chunk=chunk, **choices)
+
+
+@pytest.mark.parametrize("engine", ["reference", "chunked"])
+@pytest.mark.parametrize("read", ["after", "before", "boundary"])
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_a_lag_token_then_a_chunk_in_the_weights_is_equation_30_to_32(chunk: int, read: str, engine: str) -> None:
+    """By hand; steps are so long that weights turn negative inside a chunk and the floor is met behind it."""
+    spec = lagging(chunk, read=read)
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(1), lanes=1, heads=1, time=23, dtype=torch.float64)
+    lr, alpha = gates.lr[0, 0], gates.retention[0, 0]
+    w = anchor = simplex(8, 4, 4)
+    y, state = spec.scan([w[None]], q, k, v, gates, engine=engine)
+    lowest, sums = 1.0, list[float]()
+    for t in range(23):
+        key, value = k[0, 0, t], v[0, 0, t]
+        before, stood = w, anchor
+        gradient = torch.outer(key, key @ anchor - value)
+        if t % chunk == 0:
+            w = anchor = (alpha[t] * anchor.log() - lr[t] * gradient).softmax(0)
+            assert torch.allclose(w.sum(0), torch.ones(4, dtype=torch.float64))
+        else:
+            w = alpha[t] * w - lr[t] * gradient
+            sums.append(float(w.sum(0).max()))
+        lowest = min(lowest, float(w.min()))
+        if (t + 1) % chunk == 0:
+            w = w.clamp_min(0.01 / 4)
+            w = anchor = w / w.sum(0)
+        served = {"after": w, "before": before, "boundary": stood}[read]
+        torch.testing.assert_close(y[0, 0, t], q[0, 0, t] @ served, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(state.weights[0][0, 0], w, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(state.anchor[0][0, 0], anchor, rtol=1e-10, atol=1e-10)
+    assert (lowest < 0) == (chunk > 1)
+    assert chunk == 1 or max(abs(total - 1) for total in sums) > 0.1
+
+
+def test_in_chunks_of_one_token_the_lag_is_softmax_retention() -> None:
+    """Eq. 27 at every token, in weights and in logits: short steps, whose weights stay above the floor."""
+    spec = lagging(1)
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(0), time=12, dtype=torch.float64)
+    gates = replace(gates, lr=0.2 * gates.lr)
+    z = 0.3 * normal(6, 2, 4, 4)
+    a, state = spec.scan([z.softmax(-2)], q, k, v, gates)
+    b, same = MemorySpec(4, 4, Matrix(), L2(), Softmax(), chunk=1).scan([z], q, k, v, gates)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(state.weights[0], same.weights[0].softmax(-2), rtol=1e-10, atol=1e-10)
+    assert state.weights[0].min() > 0.01 / 4
+    longer, _ = lagging(4).scan([z.softmax(-2)], q, k, v, gates)
+    assert (longer - a).abs().max() > 1e-3
+
+
+def test_a_floored_weight_comes_back_and_a_lag_token_that_is_refused_changes_nothing() -> None:
+    retention, linear = SoftmaxLag(0.04), torch.tensor([[1.0], [-3.0], [0.5], [0.0]]).double()
+    start = retention.settle(linear, linear)
+    torch.testing.assert_close(start, torch.tensor([[1.0], [0.01], [0.5], [0.01]]).double() / 1.52)
+    one, none = torch.ones(1, 1).double(), torch.zeros(4, 1).double()
+    torch.testing.assert_close(retention.first(none, start, one), start, rtol=0, atol=1e-15)
+    up = torch.tensor([[0.0], [6.0], [0.0], [0.0]]).double()
+    assert float(retention.first(up, start, one)[1, 0]) > 0.5
+    spec = lagging(4)
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(3), time=5, dtype=torch.float64)
+    w0 = [w.double() for w in spec.init(2, torch.Generator().manual_seed(0))]
+    assert float(w0[0].min()) > 0
+    k[:, :, 0] = torch.nan
+    for engine in ("reference", "chunked"):
+        _, state = spec.scan(w0, q[:, :, :1], k[:, :, :1], v[:, :, :1], gates[:1], engine=engine)
+        torch.testing.assert_close(state.weights[0][0], w0[0], rtol=0, atol=1e-15)
+        assert state.faults.tolist() == [1, 1]
+        assert state.position.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("network", [Matrix(), MLP()], ids=str)
+def test_a_lag_token_keeps_every_contract(network: nl.memory.Network) -> None:
+    testing.check(lagging(5, network))
+    testing.check(lagging(5, network, rule=Momentum()))
+
+
+def test_a_decode_step_with_a_lag_token_compiles() -> None:
+    spec = lagging(3)
+    w0 = spec.init(2)
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(3), time=8)
+    step = torch.compile(
+        lambda q, k, v, gates, state: spec.scan(w0, q, k, v, Gates(**gates), state), fullgraph=True, backend="eager"
+    )
+    compiled = eager = nl.state.clone(spec.start(w0, 2))
+    for t in range(8):
+        part = [x[:, :, t : t + 1] for x in (q, k, v)]
+        now = {name: gate.clone() for name, gate in gates[t : t + 1].items()}
+        y, compiled = step(*part, now, compiled)
+        z, eager = spec.scan(w0, *part, Gates(**now), eager)
+        torch.testing.assert_close(y, z, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("retention", RETENTIONS, ids=str)
 @pytest.mark.parametrize("read", ["after", "before"])
 def test_every_engine_and_every_cut_agree(retention: Settled, read: str) -> None:
@@ -187,6 +283,8 @@ def test_every_engine_and_every_cut_agree(retention: Settled, read: str) -> None
     [
         (lambda: ElasticStep(0.0), "threshold is 0.0"),
         (lambda: Divergence("chi"), "Divergence.f is 'chi'"),
+        (lambda: SoftmaxLag(0.0), "floor is 0.0"),
+        (lambda: MemorySpec(4, 4, retention=SoftmaxLag(), rule=nl.memory.Muon()), "maps the weights"),
         (lambda: MemorySpec(4, 4, retention=Divergence(), rule=nl.memory.Muon()), "maps the weights"),
         (lambda: nl.memory.SelfModifying(4, 4, retention=ElasticStep()), "does not fit"),
     ],

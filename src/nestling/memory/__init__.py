@@ -24,12 +24,14 @@ from nestling.memory.retentions import (
     ElasticNet,
     ElasticStep,
     Full,
+    Lagged,
     Lq,
     LqDual,
     Retention,
     Scaled,
     Settled,
     Softmax,
+    SoftmaxLag,
 )
 from nestling.memory.rules import DeltaGradient, Directed, Gradient, Implicit, Leader, Momentum, Muon, Nesterov, Rule
 from nestling.memory.self_modifying import SelfModifying
@@ -81,6 +83,7 @@ __all__ = [
     "Implicit",
     "KernelMemory",
     "KernelState",
+    "Lagged",
     "Lattice",
     "Leader",
     "Lp",
@@ -107,6 +110,7 @@ __all__ = [
     "Settled",
     "Sketch",
     "Softmax",
+    "SoftmaxLag",
     "Tail",
     "Tnt",
     "TntState",

@@ -70,7 +70,9 @@ def scan(
     halo = spec.bias.window - 1
     per_token = _per_token(spec, x.retention is not None)
     size = tile or _tile_size(spec, per_token)
-    cut = layout(x.state.position, time, x.reset, x.valid, period=spec.periods, tile=size, halo=halo)
+    cut = layout(
+        x.state.position, time, x.reset, x.valid, period=spec.periods, tile=size, halo=halo, shifts=spec.shifts
+    )
     if cut.tokens.shape[1] == 0:  # no valid token at all
         return _silence(spec, x), x.state
     if report is None and (found := native.scan(spec, x, cut, scan)) is not None:
@@ -195,7 +197,10 @@ def _group(
             if isinstance(spec.retention, Scaled):
                 scales = tuple(spec.retention.scale(w) for w in anchor)
         found = factors(spec, linked, keys[n], values[n])
-        border = cut.border[first + n]
+        border = closing = cut.border[first + n]
+        begun = cut.borders[-1, first + n] if spec.lagged else None  # a chunk's first token is a tile
+        if begun is not None:
+            border = closing | begun
         if courses:
             acts = cut.borders[-1, first + n]
             y, weights, momentum = directed.tile(spec, courses[n], linked, weights, momentum, found, queries[n], acts)
@@ -212,10 +217,11 @@ def _group(
             weights, momentum = advance(c, weights, momentum, writes)
             if back_to and c.keep is not None:
                 weights = returning(weights, c.keep[..., -1:], back_to)
-            weights = settled(spec.retention, border, weights, anchor)
+            share = None if c.keep is None else c.keep[..., -1:]
+            weights = settled(spec.retention, closing, weights, anchor, begun, share)
             maps = bool(scales) or isinstance(spec.retention, Settled)
             if maps and spec.read == "after" and bool(border.any()):
-                outputs[-1] = _closing(spec, cut, first + n, weights, queries[n], outputs[-1])
+                outputs[-1] = _closing(spec, cut, first + n, border, weights, queries[n], outputs[-1])
         if bool(border.any()):
             anchor, weights, momentum, broken = border_guard(border, anchor, weights, momentum)
             faults, linked = faults + broken, None
@@ -226,11 +232,13 @@ def _group(
     return torch.stack(outputs, 2), Running(anchor, weights, momentum, faults), notes
 
 
-def _closing(spec: MemorySpec, cut: Layout, number: int, weights: Weights, q: Tensor, y: Tensor) -> Tensor:
-    """Answers of a tile, where a chunk's last token reads the weights of the new anchor."""
+def _closing(
+    spec: MemorySpec, cut: Layout, number: int, border: Tensor, weights: Weights, q: Tensor, y: Tensor
+) -> Tensor:
+    """Answers of a tile, where the last token before a new anchor (`border`, bool `[lane]`) reads that anchor's weights."""
     place = torch.arange(cut.size, device=q.device)
     filled = cut.size if cut.ok is None else cut.ok[:, number, -cut.size :].sum(-1, keepdim=True).to(q.device)
-    last = (place == filled - 1).expand(q.shape[0], -1) & cut.border[number].to(q.device)[:, None]
+    last = (place == filled - 1).expand(q.shape[0], -1) & border.to(q.device)[:, None]
     its = torch.where(last[:, None, :, None], q, 0.0).sum(-2, keepdim=True)
     new = spec.network.apply(at([spec.retention.link(w) for w in weights]), its)
     return torch.where(last[:, None, :, None], new, y)

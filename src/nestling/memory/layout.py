@@ -59,8 +59,12 @@ def layout(
     period: int | tuple[int, ...],
     tile: int,
     halo: int,
+    shifts: tuple[int, ...] = (),
 ) -> Layout:
-    """Cut `time` tokens of lanes that stand at `position` (CPU). `reset` and `valid` are copied to the CPU if need be."""
+    """Cut `time` tokens of lanes that stand at `position` (CPU). `reset` and `valid` are copied to the CPU if need be.
+
+    shifts   of each period: its chunks close so many tokens later than at its multiples;  (): none does
+    """
     periods = (period,) if isinstance(period, int) else period
     tile, cycle = min(tile, *periods), lcm(*periods)
     lanes = position.shape[0]
@@ -71,7 +75,7 @@ def layout(
         places = tuple(int(p) for p in position.tolist())
     if reset is None and valid is None and len({p % cycle for p in places}) == 1:
         key = places[0] % cycle, time, periods, tile, halo
-        shared = _uniform(*key)
+        shared = _uniform(*key, shifts)
         tiles = shared.tokens.shape[1]
         return shared._replace(
             reset=None if fresh is None else torch.cat([fresh[None], fresh.new_zeros(tiles - 1, lanes)]),
@@ -81,13 +85,13 @@ def layout(
             position=position + time,
             tail=shared.tail.expand(lanes, -1),
             tail_ok=shared.tail_ok.expand(lanes, -1),
-            shared=key if fresh is None else None,
+            shared=key if fresh is None and not shifts else None,
         )
     if fresh is not None:  # lanes out of step, or some of them
         reset = torch.cat([fresh[:, None], fresh.new_zeros(lanes, time - 1)], 1)
     resets = None if reset is None else reset.cpu().numpy()
     valids = None if valid is None else valid.cpu().numpy()
-    return _cut(places, time, resets, valids, periods, tile, halo)
+    return _cut(places, time, resets, valids, periods, tile, halo, shifts)
 
 
 def _plain(reset: Tensor | None, valid: Tensor | None, halo: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -102,10 +106,10 @@ def _plain(reset: Tensor | None, valid: Tensor | None, halo: int) -> tuple[Tenso
 
 
 @lru_cache(maxsize=256)
-def _uniform(phase: int, time: int, periods: tuple[int, ...], tile: int, halo: int) -> Layout:
+def _uniform(phase: int, time: int, periods: tuple[int, ...], tile: int, halo: int, shifts: tuple[int, ...]) -> Layout:
     """All lanes in step: cut one and share it."""
     with torch.inference_mode(False):  # what is kept serves training too
-        cut = _cut((phase,), time, None, None, periods, tile, halo)
+        cut = _cut((phase,), time, None, None, periods, tile, halo, shifts)
     even = cut.ok is not None and bool(cut.ok.all()) and halo == 0
     return cut._replace(ok=None) if even else cut
 
@@ -128,8 +132,10 @@ def _cut(
     periods: tuple[int, ...],
     tile: int,
     halo: int,
+    shifts: tuple[int, ...],
 ) -> Layout:
     lanes = len(places)
+    ends = tuple(zip(periods, shifts or [0] * len(periods), strict=True))
     cuts: list[list[_Piece]] = []
     after, tails = [], []
     for lane, place in enumerate(places):
@@ -146,7 +152,7 @@ def _cut(
             known = np.concatenate([past, run])
             done = 0
             while done < len(run):
-                rooms = [period - position % period for period in periods]
+                rooms = [period - (position - shift) % period for period, shift in ends]
                 size = min(tile, *rooms, len(run) - done)
                 here = len(past) + done
                 begun = [room == period for room, period in zip(rooms, periods, strict=True)]

@@ -5,6 +5,7 @@ S_t = μ_t S_{t−1} − η_t G_t
 Z_t = α_t Z_{t−1} − ε_t x_tᵀ(x_t Z_{t−1}) + S_t  x_t: each layer's own input at the anchor
 A directed rule has S_t = μ_t S_{t−1} − G_t and adds η_t D(S_t) in place of S_t, at every token, every r-th or a chunk's last.
 Nesterov adds μ_t S_t − η_t G_t in place of S_t. A leader has S_t = μ_t S_{t−1} − G_t and W_t = W_0 + η_t S_t.
+A retention may map what a chunk's last token leaves, and its first (see `Settled` and `Lagged`).
 y_t = M(q_t; link(Z_t))                          or link(Z_{t−1}), or link(A): spec.read
 """
 
@@ -121,7 +122,13 @@ def _token(
             new = new - erasure(x_t, x_t @ seen, strength[..., None, None])
         after.append(torch.where(live, new + step, w))
 
-    ends = settled(spec.retention, closing, tuple(after), state.anchor)
+    if spec.lagged:
+        begun = alive & ((position - 1) % spec.period == 0)
+        kept = None if x.retention is None else torch.where(live[..., 0], x.retention.plain()[:, :, t, None], 1.0)
+        ends = settled(spec.retention, closing, tuple(after), state.anchor, begun, kept)
+        closing = closing | begun
+    else:
+        ends = settled(spec.retention, closing, tuple(after), state.anchor)
     anchors, weights, moved, broken = border_guard(closing, state.anchor, ends, tuple(momentum), gone)
     read = {"after": weights, "before": before, "boundary": state.anchor}[spec.read]
     q = x.q[:, :, t, None]

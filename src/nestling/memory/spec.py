@@ -18,7 +18,7 @@ from nestling.memory.networks import Matrix, Network, Vector
 from nestling.memory.networks.base import at
 from nestling.memory.pieces import Size
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
-from nestling.memory.retentions import Full, Retention, Settled, per_channel, toward_initial
+from nestling.memory.retentions import Full, Lagged, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import Directed, Gradient, Implicit, Leader, Nesterov, Rule
 from nestling.memory.settings import choice, read_timing, whole_numbers
 from nestling.memory.state import MemoryState, Shapes, Tail, Weights, raised
@@ -183,9 +183,24 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
 
     @property
     def periods(self) -> tuple[int, ...]:
-        """Tokens after which a tile must end: between two anchors, and between two steps of a strided rule."""
+        """Tokens after which a tile must end: between two anchors, and between two steps of a strided rule.
+
+        Those of a retention with a lag token have the second anchor of every chunk as well, `shifts` later than the first.
+        """
         stride = None if self.directed is None else self.directed.stride
+        if self.lagged:
+            return self.period, self.period
         return (self.period,) if stride is None else (self.period, stride)
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """Tokens by which each period's chunks close later than at its multiples;  (): none does."""
+        return (0, 1) if self.lagged else ()
+
+    @property
+    def lagged(self) -> bool:
+        """Whether the first token of every chunk has a map of its own, and a new anchor behind it."""
+        return isinstance(self.retention, Lagged)
 
     @property
     def update_period(self) -> int:

@@ -178,7 +178,10 @@ def _token(spec: MemorySpec, x: Inputs, gone: Tensor | None) -> tuple[Tensor, Me
     if retention is not None and toward_initial(spec.retention):
         after = returning(after, retention, x.start.weights)
 
-    after = settled(spec.retention, closing, after, anchor)
+    begun = keep_tail & ((position - 1) % spec.period == 0) if spec.lagged else None
+    after = settled(spec.retention, closing, after, anchor, begun, retention)
+    if begun is not None:
+        closing = closing | begun
     # A read after the write shows what is not finite by itself, without a pass over the weights.
     shows = gone is None and spec.read == "after" and spec.retention.linear and spec.directed is None
     shows = shows and free(lr) and not bool(closing.any())

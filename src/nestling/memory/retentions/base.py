@@ -8,6 +8,7 @@ For most retentions the link is the identity and Z = W.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -70,13 +71,45 @@ class Settled(Retention):
         """Weights after a chunk, from those of the linear recurrence and those at its start, all `[…, in, out]`."""
 
 
-def settled(retention: Retention, at: Tensor, weights: Weights, anchor: Weights) -> Weights:
-    """Weights after a token, mapped in the lanes whose chunk it closes (`at`, bool `[lane]`)."""
-    if not isinstance(retention, Settled) or not (torch.compiler.is_compiling() or bool(at.any())):
-        return weights
+class Lagged(Settled):
+    """One that has a map of its own for the first token of every chunk as well, and a new anchor behind it."""
+
+    @abstractmethod
+    def first(self, step: Tensor, anchor: Tensor, share: Tensor) -> Tensor:
+        """Weights after that token, from its step in the linear recurrence, the weights before it `[…, in, out]` and what is kept
+        of these `[…, 1, 1]`."""
+
+
+def settled(
+    retention: Retention,
+    at: Tensor,
+    weights: Weights,
+    anchor: Weights,
+    first: Tensor | None = None,
+    share: Tensor | None = None,
+) -> Weights:
+    """Weights after a token, mapped in the lanes whose chunk it closes (`at`, bool `[lane]`).
+
+    first   lanes of which it is a chunk's first token;  None: a retention that asks for none
+    share   what that token keeps `[…, 1]`;  None: all
+    """
+    if isinstance(retention, Lagged) and first is not None and _any(first):
+        kept = weights[0].new_ones(()) if share is None else share.unsqueeze(-1)
+        weights = _where(
+            first, [retention.first(w - kept * a, a, kept) for w, a in zip(weights, anchor, strict=True)], weights
+        )
+    if isinstance(retention, Settled) and _any(at):
+        weights = _where(at, [retention.settle(w, a) for w, a in zip(weights, anchor, strict=True)], weights)
+    return weights
+
+
+def _any(lanes: Tensor) -> bool:
+    return torch.compiler.is_compiling() or bool(lanes.any())
+
+
+def _where(lanes: Tensor, new: Sequence[Tensor], old: Weights) -> Weights:
     return tuple(
-        torch.where(at.to(w.device).view(-1, *[1] * (w.dim() - 1)), retention.settle(w, a), w)
-        for w, a in zip(weights, anchor, strict=True)
+        torch.where(lanes.to(b.device).view(-1, *[1] * (b.dim() - 1)), a, b) for a, b in zip(new, old, strict=True)
     )
 
 

@@ -5,8 +5,8 @@
 The two are equal for every t (the logits differ from log W by a constant per slice, which a gate per head does not touch).
 The softmax runs over the input index of each output unit, so every unit reads a weighted mean of its inputs; slice sum 1.
 Inside a chunk the gradients stand at the anchor, and every read uses softmax(Z_t) of its own token exactly. The paper's own
-chunks are linear in the weights behind one token of the full rule (Miras, eq. 30–32), and may leave the simplex; in the logits no
-such token is needed (derived).
+chunks are linear in the weights behind one token of the full rule (Miras, eq. 30–32), and may leave the simplex: `SoftmaxLag`. In
+the logits no such token is needed (derived).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ register(
     equation="Z ← αZ − η∇½‖M(k; softmax(Z)) − v‖², W = softmax(Z)",
     source="Miras, eq. 21 and 27",
     notes="The rule is the paper's in its exact logit form (derived). Softmax over each output unit's inputs, slice sum 1, and "
-    "reads at softmax(Z_t) of every token are our defaults, where the paper's chunks are linear in the weights (eq. 30–32); so "
-    "is one α and η per head and token, where the paper has them per channel.",
+    "reads at softmax(Z_t) of every token are our defaults, where the paper's chunks are linear in the weights (eq. 30–32), as "
+    "with retention=SoftmaxLag(); so is one α and η per head and token, where the paper has them per channel.",
     network=MLP(),
     bias=L2(),
     retention=Softmax(),
