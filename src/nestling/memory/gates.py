@@ -62,16 +62,17 @@ def check_gates(
         if getattr(gates, pair) is not None and getattr(gates, "log_" + pair) is not None:
             raise ValueError(f"gates.{pair} and gates.log_{pair} are both given: give one of them")
     for gate, tensor in gates.items():
-        if gate.removeprefix("log_") not in used:
+        kind = gate.removeprefix("log_")
+        if kind not in used:
             raise ValueError(
                 f"gates.{gate} was given, but {name} has no such gate (it uses: {', '.join(sorted(used)) or 'none'}). "
                 "Leave it out, or choose a rule, retention or bias that reads it."
             )
         if tensor.is_complex():
             raise TypeError(f"gates.{gate} has dtype {tensor.dtype}; expected real numbers: take their .real or .abs()")
-        last = channels.get(gate.removeprefix("log_"))
+        last = channels.get(kind)
         expected = shape if last is None else (*shape, last)
-        if tuple(tensor.shape) != expected:
+        if tensor.shape != expected:
             raise ValueError(
                 f"gates.{gate} has shape {tuple(tensor.shape)}; expected {expected} ([lane, head, time"
                 + ("])" if last is None else ", lag])" if gate == "window" else ", channel])")

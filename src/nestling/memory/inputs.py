@@ -188,11 +188,20 @@ def check_kinds(call: Call) -> None:
     """Refuse what is no tensor, or no `Gates`, before anything is asked of it."""
     if not isinstance(call.gates, Gates):
         raise TypeError(f"gates is a {type(call.gates).__name__}; expected nestling.memory.Gates: Gates(lr=…), or None")
-    masks = (("reset", call.reset), ("valid", call.valid))
-    given = (("q", call.q), ("k", call.k), ("v", call.v), *(mask for mask in masks if mask[1] is not None))
-    for name, x in (*given, *((f"gates.{gate}", x) for gate, x in call.gates.items())):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor: make it one with torch.as_tensor")
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        check_tensor(name, x)
+    for name, mask in (("reset", call.reset), ("valid", call.valid)):
+        if mask is not None:
+            check_tensor(name, mask)
+    for name, gate in call.gates.items():
+        if not isinstance(gate, Tensor):
+            check_tensor("gates." + name, gate)
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Refuse what is no tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor: make it one with torch.as_tensor")
 
 
 def check_call(spec: TwoEngines[Any, Any], call: Call) -> tuple[int, int, int]:
@@ -203,7 +212,7 @@ def check_call(spec: TwoEngines[Any, Any], call: Call) -> tuple[int, int, int]:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [lane, head, time, key_dim]")
     lanes, heads, time, _ = q.shape
     for name, x, dim in (("q", q, spec.key_dim), ("k", k, spec.key_dim), ("v", v, spec.value_dim)):
-        if tuple(x.shape) != (lanes, heads, time, dim):
+        if x.shape != (lanes, heads, time, dim):
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; expected {(lanes, heads, time, dim)} ([lane, head, time, dim]) "
                 f"as in q and in {spec.name}'s key_dim={spec.key_dim}, value_dim={spec.value_dim}"

@@ -99,7 +99,10 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
                 f"{self.name}: {self.network!r} adds the key to its output, but key_dim is {self.key_dim} and value_dim "
                 f"{self.value_dim}: make value_dim no larger, or set residual=False, leading=False"
             )
-        self.shapes  # noqa: B018  refuses dimensions that do not fit
+        _ = (
+            self.shapes,
+            self.tail_shape,
+        )  # refuses dimensions that do not fit; and a compiled step cannot take a cache's lock
         self._check_inputs()
         served = isinstance(self.bias, DotProduct) and isinstance(self.network, Matrix)
         if isinstance(self.rule, Implicit) and not served:
@@ -156,8 +159,12 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
         return (*self.fast_shapes, *self.features.shapes(self.key_dim))
 
     def state_shapes(self, heads: int) -> Shapes:
-        weights = tuple((heads, *shape) for shape in self.fast_shapes)
-        return Shapes(weights, self.rule.momentum, (self.bias.window - 1, self.width, self.target_dim))
+        return Shapes(tuple([(heads, *shape) for shape in self.fast_shapes]), self.rule.momentum, self.tail_shape)
+
+    @cached_property
+    def tail_shape(self) -> tuple[int, int, int]:
+        """Tokens of the window tail, and how many numbers each of their keys and values has."""
+        return self.bias.window - 1, self.width, self.target_dim
 
     @property
     def reads_weights(self) -> bool:
@@ -256,8 +263,8 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
         check_weights(self, w0)
         weights = tuple(w.expand(lanes, *w.shape) for w in raised(w0[: self.network.depth]))
         tail = None
-        if (c := self.bias.window) > 1:
-            tail = Tail.empty(weights[0], c - 1, self.width, self.target_dim)
+        if self.bias.window > 1:
+            tail = Tail.empty(weights[0], *self.tail_shape)
         return MemoryState.fresh(weights, momentum=self.rule.momentum, tail=tail)
 
     def _check_state(self, state: MemoryState, lanes: int, heads: int) -> None:
