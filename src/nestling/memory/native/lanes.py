@@ -55,7 +55,7 @@ Again = Callable[[Given, Stand], Ends]
 
 # Tiles between two places that weights are kept of: at least so many. What is kept may be so many times as large as the answers,
 # less so many times what is kept at one place.
-FEW, ROOM, LESS = 4, 8, 10
+FEW, ROOM, LESS = 4, 10, 22
 T = TypeVar("T")
 
 
