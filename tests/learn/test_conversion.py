@@ -65,6 +65,23 @@ def test_a_converted_run_is_a_run(trained: Path, tmp_path: Path, capsys: pytest.
     down = load_run(again).model.continuum(0).levels_[0].mlp.down.weight
     assert torch.equal(down, after.continuum(0).levels_[1].mlp.down.weight)
 
+    # and back to a transformer, with the weights of the level that is named
+    back = tmp_path / "back"
+    assert cli.run(["convert", str(out), "--to", "transformer", "--out", str(back)]) == 2
+    assert "give one number as origins (origins 0 for that of period 4; origins 1" in capsys.readouterr().err
+    assert cli.run(["convert", str(out), "--to", "transformer", "--origins", "1", "--out", str(back)]) == 0
+    said = capsys.readouterr().out
+    assert "moved by no token: weights of level 1 (every 16 tokens)" in said
+    assert "removed: level 0" in said
+    down = load_run(back).model.continuum(0).levels_[0].mlp.down.weight
+    assert torch.equal(down, after.continuum(0).levels_[1].mlp.down.weight)
+    # another rule begins at its own step size, unless one is given
+    for number, (rate, want) in enumerate((((), 3e-3), (("--rate", "0.01"), 0.01))):
+        ruled = tmp_path / f"ruled{number}"
+        assert cli.run(["convert", str(out), "--set", "rule=adam", *rate, "--out", str(ruled)]) == 0
+        own = [torch.nn.functional.softplus(x.rate).item() for x in load_run(ruled).model.continuum(0).levels_]
+        assert own == pytest.approx([want, want])
+
 
 @pytest.mark.parametrize(
     ("argv", "code", "words"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import nestling as nl
+from nestling.optim import inner
 
 PAIRS = {
     "transformer": ("hope_attention", {}),
@@ -188,6 +189,67 @@ def test_arrangements() -> None:
             nl.models.convert(model, arrangement=arrangement)
 
 
+def sizes(model: nl.models.LanguageModel) -> list[float]:
+    """η of the last block's levels."""
+    return [float(torch.nn.functional.softplus(level.rate)) for level in model.continuum(1).levels_]
+
+
+@pytest.mark.parametrize("new", inner.RULES)
+@pytest.mark.parametrize("old", inner.RULES)
+@torch.no_grad()
+def test_a_step_size_is_kept_by_rules_that_count_it_in_the_same_unit(old: str, new: str) -> None:
+    model = trained("hope_swa", periods=[4, 8], rule=old)
+    for level in model.continuum(1).levels_:
+        level.step_by(0.07)
+    alike = {"gradient", "momentum", "dgd"}
+    kept = old == new or {old, new} <= alike
+    want = 0.07 if kept else inner.named(new).rate
+    assert sizes(nl.models.convert(model, rule=new)) == pytest.approx([want, want])
+    assert sizes(nl.models.convert(model, rule=new, rate=0.2)) == pytest.approx([0.2, 0.2])
+
+
+@torch.no_grad()
+def test_a_step_is_as_large_as_the_gradient_where_rules_say_so() -> None:
+    """What `unit` claims: of one gradient, and of one a thousand times as large."""
+    g = torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for name in inner.RULES:
+        rule = inner.named(name)
+        one, many = (rule.step(x, rule.start(x))[0] for x in (g, 1000 * g))
+        grown = float(many.norm() / one.norm())
+        assert grown == pytest.approx(1000 if rule.unit == inner.GRADIENT else 1, rel=1e-3), name
+
+
+@pytest.mark.parametrize(("to", "changes"), [(None, {"periods": []}), ("swa_transformer", {})])
+@pytest.mark.parametrize("arrangement", ["sequential", "nested", "independent"])
+@torch.no_grad()
+def test_one_network_takes_the_place_of_all_levels(
+    to: str | None, changes: dict[str, object], arrangement: str
+) -> None:
+    model = trained("hope_swa", periods=[4, 8], arrangement=arrangement)
+    tokens = text(6, 2, 12)
+    for origin in (0, 1):
+        new = nl.models.convert(model, to, origins=[origin], **changes)
+        assert (new.config.periods, list(new.learning)) == ((), [])
+        silent = nl.models.convert(model)  # whose other level says nothing
+        for number in range(2):
+            silent.continuum(number).levels_[1 - origin].mlp.down.weight.zero_()
+        want, _ = silent.read(tokens, silent.start(2).blocks)
+        torch.testing.assert_close(new(tokens)[0], want, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_where_one_level_can_be_meant_nothing_needs_to_be_said() -> None:
+    one, two = trained("hope_swa", periods=[8]), trained("ttt_e2e")
+    for model, origin in ((one, 0), (two, 1)):  # of the latter the network that no token moved
+        new = nl.models.convert(model, "swa_transformer")
+        down = model.continuum(1).levels_[origin].mlp.down.weight
+        assert torch.equal(new.continuum(1).levels_[0].mlp.down.weight, down)
+    new = nl.models.convert(two, "swa_transformer", origins=[0])
+    for number, origin in ((0, 0), (1, 0)):
+        down = two.continuum(number).levels_[origin].mlp.down.weight
+        assert torch.equal(new.continuum(number).levels_[0].mlp.down.weight, down)
+
+
 @pytest.mark.parametrize(
     ("name", "to", "settings", "words"),
     [
@@ -204,7 +266,26 @@ def test_arrangements() -> None:
         ("transformer", "hope_atention", {}, "model 'hope_atention' is not known"),
         ("transformer", "transformer", {"origins": [0]}, "a single feed-forward network in every block"),
         ("hope_attention", None, {"periods": [2, 16, 32]}, r"\[4, 8\] are to become .* \[2, 16, 32\].*give origins"),
-        ("hope_attention", "transformer", {}, r"\[4, 8\] are to become .* \[None\].*give origins"),
+        (
+            "hope_attention",
+            "transformer",
+            {},
+            r"take the place of the levels with periods \[4, 8\], .* give one number as origins \(origins 0 for that of period 4",
+        ),
+        ("hope_attention", "transformer", {"origins": [0, 1]}, r"origins are \[0, 1\], but one .*: give one number"),
+        (
+            "hope_attention",
+            None,
+            {"periods": [], "origins": [2]},
+            r"origins are \[2\], but one .* origins 1 for that of period 8",
+        ),
+        (
+            "hope_attention",
+            None,
+            {"periods": [], "origins": [None]},
+            r"origins are \[None\], but one .*: give one number",
+        ),
+        ("hope_attention", None, {"rate": 0.0}, "rate is 0.0; expected a positive number"),
         ("hope_attention", None, {"origins": [1, 0]}, r"origins are \[1, 0\]; expected 2.* that rise"),
         ("hope_attention", None, {"origins": [None, None]}, "at least one number"),
         ("hope_attention", None, {"origins": [0, 2]}, "numbers from 0 to 1"),

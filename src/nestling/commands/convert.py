@@ -32,9 +32,14 @@ class ConvertConfig:
     """The model to make: hope_attention of a transformer, hope_swa or ttt_e2e of a swa_transformer. Default: the same model with
     other settings."""
     overrides: Overrides = field(default_factory=dict)
-    """Settings of the new model that differ from the old one's, for example --set periods=[64,256]."""
+    """Settings of the new model that differ from the old one's, for example --set periods=[64,256]. periods=[] takes all levels
+    away."""
     origins: Numbers = ()
-    """For every new level the number of the old one (from 0) whose weights it takes, or new. Default: by order or by period."""
+    """For every new level the number of the old one (from 0) whose weights it takes, or new. Default: by order or by period. For
+    the one feed-forward network that takes the place of several levels: the number of the level whose weights it has."""
+    rate: Rate = None
+    """Step size of all levels that learn. Default: the one that each has learned, as long as the rule counts it in the same unit
+    (gradient, momentum and dgd do); a change to or from adam or m3 begins at the new rule's own."""
     lr: Rate = None
     """Full learning rate of the slow weights when the new run is trained on (default: the old run's)."""
     out: Folder = None
@@ -55,7 +60,9 @@ def run(config: ConvertConfig) -> int:
     from nestling.learn.conversion import convert_run
     from nestling.learn.run import parameters
 
-    made = convert_run(config.run, config.out, config.to, config.overrides, config.levels(), lr=config.lr)
+    made = convert_run(
+        config.run, config.out, config.to, config.overrides, config.levels(), lr=config.lr, rate=config.rate
+    )
     old, new = made.before.config, made.after.config
     lines = [
         f"{old.name} {old.size}, {parameters(made.before):,} parameters ({made.source})",

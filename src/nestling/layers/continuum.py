@@ -52,8 +52,14 @@ class FeedForward(nn.Module):
         self.norm = RMSNorm(dim, eps=1e-6)
         self.mlp = SwiGLU(dim, hidden)
         if rate is not None:
-            self.rate = nn.Parameter(torch.tensor([rate + math.log(-math.expm1(-rate))]))
+            self.rate = nn.Parameter(torch.empty(1))
+            self.step_by(rate)
         self.value = nn.Parameter(torch.full((dim,), local.FIRST_GAIN)) if values else None
+
+    @torch.no_grad()
+    def step_by(self, rate: float) -> None:
+        """Make η this positive number."""
+        self.rate.fill_(rate + math.log(-math.expm1(-rate)))
 
     def forward(self, u: Tensor, moved: tuple[Kept | Whole, ...] = ()) -> Tensor:
         """MLP(RMSNorm(u)), u `[lane, time, dim]`; moved: what each lane adds to the weights of the MLP, or uses instead."""

@@ -39,8 +39,11 @@ def convert_run(
     origins: Origins | None = None,
     *,
     lr: float | None = None,
+    rate: float | None = None,
 ) -> Converted:
     """Write the model of the run `source` (None: the newest), converted by `models.convert`, as a new run in `out`.
+
+    rate: step size of the levels, as in `models.convert`.
 
     The new run has the old one's settings, but for the model and, where it is given, lr, the slow weights' learning rate, and its
     budget anew; it stands before its first step. So
@@ -53,7 +56,7 @@ def convert_run(
         raise SettingError(f"to: there is no model named {to!r}.{did_you_mean(to, models.names())}")
     try:
         torch.manual_seed(loaded.config.seed)
-        model = models.convert(loaded.model, to, origins=origins, **(changes or {}))
+        model = models.convert(loaded.model, to, origins=origins, rate=rate, **(changes or {}))
     except (ValueError, TypeError) as error:
         raise SettingError(str(error)) from error
     stored = loaded.config

@@ -11,6 +11,7 @@ The same function changes the periods of a model that has levels, and adds or re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -25,12 +26,18 @@ from nestling.models.registry import CONTINUUM, build, settings
 
 WIDTHS = ("dim", "layers", "heads", "ffn", "vocab_size")
 Origins = Sequence[int | None]
-"""For each level of a new continuum the number of the old level whose weights it takes; None: it is new."""
+"""For each level of a new continuum, or the single feed-forward network in its place, the number of the old level whose weights
+it takes; None: it is new."""
 
 
 @torch.no_grad()
 def convert(
-    model: LanguageModel, to: str | None = None, *, origins: Origins | None = None, **changes: Any
+    model: LanguageModel,
+    to: str | None = None,
+    *,
+    origins: Origins | None = None,
+    rate: float | None = None,
+    **changes: Any,
 ) -> LanguageModel:
     """`model` as the named model `to`, with its weights: `convert(transformer, "hope_attention", periods=[64, 256])`.
 
@@ -39,19 +46,27 @@ def convert(
         to: which model; None: the same, with other settings.
         origins: which old level each new level takes its weights from, counted from 0; None for one that is new. The default:
             as many levels as before take over in order; otherwise a level keeps the weights of the one with its period; a single
-            feed-forward network goes to the first.
+            feed-forward network goes to the first. Where a single feed-forward network takes the place of several levels
+            (`periods=[]`, or a model without levels), one number: whose weights it has, `origins=[0]`; the default is the level
+            that no token moved, where there is one.
+        rate: η of all levels that learn. The default: a level that took over keeps the step size it has learned, as long as the
+            new rule counts it in the same unit, which gradient descent, momentum and dgd do: their steps are as large as the
+            gradient. Those of adam and m3 have a length of their own each, so that a change to or from one of them begins at the
+            new rule's own step size.
         changes: settings of the new model (see `models.settings`), for example periods, chunk, window, arrangement. Others are
             the old model's, or where it has none, the size's.
 
     Embedding, head, norms, sequence layers and feed-forward weights are copied bit for bit. A new level has fresh weights but an
-    output projection of zero; a level that did not learn before has the default step size. Other periods and added levels leave
-    the logits as they are as long as nothing has been learned from tokens; a removed level, another chunk or another window does
-    not. A state cannot be taken along: lanes start afresh. The new model has as many parameters more as the added levels have,
-    so it is larger than others of its `size`.
+    output projection of zero; a level that did not learn before has its rule's own step size. Other periods and added levels
+    leave the logits as they are as long as nothing has been learned from tokens; a removed level, another chunk or another
+    window does not. A state cannot be taken along: lanes start afresh. The new model has as many parameters more as the added
+    levels have, so it is larger than others of its `size`.
 
     Raises ValueError where the sequence layers are not the same, where widths are to change, where it is not clear which level
     takes over from which, and for settings that the new model does not have.
     """
+    if rate is not None and not 0 < rate < math.inf:
+        raise ValueError(f"convert: rate is {rate}; expected a positive number, or None")
     old = model.config
     to = old.name if to is None else to
     if unfit := [width for width in WIDTHS if width in changes]:
@@ -67,19 +82,18 @@ def convert(
     new = build(to, old.size, vocab_size=old.vocab_size, **widths, **own | changes)
     new.to(device=model.embedding.weight.device, dtype=model.embedding.weight.dtype)
     _check_reading(old, new.config)
-    learning = any(len(c.periods) > 1 or c.window is not None for c in map(new.continuum, range(old.layers)))
-    if origins is not None and not learning:
-        raise ValueError(
-            f"convert: origins are {list(origins)}, but {to} has a single feed-forward network in every block"
-        )
+    _check_origins(model, new, origins)
     _copy(model.embedding, new.embedding, "embedding")
     _copy(model.norm, new.norm, "norm")
     _copy(model.head, new.head, "head")
     for number, (before, after) in enumerate(zip(model.blocks, new.blocks, strict=True)):
         _copy(before.mixer_norm, after.mixer_norm, f"blocks.{number}.mixer_norm")  # type: ignore[arg-type]
         _copy(before.mixer, after.mixer, f"blocks.{number}.mixer")  # type: ignore[arg-type]
-        given = origins if new.continuum(number).window is not None else None
-        _stack(model.continuum(number), new.continuum(number), given)
+        one, two = model.continuum(number), new.continuum(number)
+        _stack(one, two, origins if _concerned(one, two) else None)
+        for level in two.levels_ if rate is not None else ():
+            if hasattr(level, "rate"):
+                level.step_by(rate)  # type: ignore[operator]
     return new
 
 
@@ -104,16 +118,50 @@ def default_origins(before: Sequence[int | None], after: Sequence[int | None]) -
         return found
     if len(before) == 1:
         return [0, *[None] * (len(after) - 1)]
+    if list(after) == [None]:
+        raise ValueError(
+            f"convert: one feed-forward network is to take the place of the levels with periods {list(before)}, and it is not "
+            f"clear whose weights it has: {_one_of(before)}"
+        )
     raise ValueError(
         f"convert: levels with periods {list(before)} are to become levels with periods {list(after)}, and it is not clear "
         f"which takes over from which; give origins, one for each new level: a number from 0 to {len(before) - 1}, or new"
     )
 
 
+def _one_of(periods: Sequence[int | None]) -> str:
+    """What to give where one network is to have the weights of one of several levels."""
+    words = "; ".join(
+        f"origins {n} for that of " + ("the level moved by no token" if period is None else f"period {period}")
+        for n, period in enumerate(periods)
+    )
+    return f"give one number as origins ({words})"
+
+
+def _concerned(before: Continuum, after: Continuum) -> bool:
+    """Whether a block has levels, or had some, so that `origins` speak of it."""
+    return before.window is not None or after.window is not None
+
+
+def _check_origins(old: LanguageModel, new: LanguageModel, origins: Origins | None) -> None:
+    """Refuse origins where there are no levels, before and after."""
+    pairs = ((old.continuum(number), new.continuum(number)) for number in range(new.config.layers))
+    if origins is not None and not any(_concerned(before, after) for before, after in pairs):
+        raise ValueError(
+            f"convert: origins are {list(origins)}, but {old.config.name} and {new.config.name} have a single feed-forward "
+            "network in every block, which keeps its weights: leave them out"
+        )
+
+
 def _stack(before: Continuum, after: Continuum, given: Origins | None) -> None:
     """Fill the levels of a block from those of the old one."""
     origins = default_origins(before.periods, after.periods) if given is None else list(given)
     taken = [n for n in origins if n is not None]
+    if after.periods == (None,) and (len(origins) != 1 or origins[0] not in range(len(before.periods))):
+        raise ValueError(
+            f"convert: origins are {origins}, but one feed-forward network takes the place of the levels "
+            f"{list(before.periods)}: {_one_of(before.periods)}"
+        )
     fits = len(origins) == len(after.periods) and all(n in range(len(before.periods)) for n in taken)
     if not fits or not taken or any(a >= b for a, b in pairwise(taken)):
         raise ValueError(
@@ -121,7 +169,8 @@ def _stack(before: Continuum, after: Continuum, given: Origins | None) -> None:
             f"numbers from 0 to {len(before.periods) - 1} that rise (levels keep their order), None for a new level, and at "
             "least one number"
         )
-    if (before.share is None) != (after.share is None) and (before.share is not None or len(before.periods) > 1):
+    alone = len(before.periods if before.share is None else after.periods) == 1
+    if (before.share is None) != (after.share is None) and not alone:
         raise ValueError(
             f"convert: {before.arrangement} levels cannot become {after.arrangement} ones: a chain of several levels and levels "
             f"side by side compute different things; keep arrangement={before.arrangement}"
@@ -135,10 +184,14 @@ def _stack(before: Continuum, after: Continuum, given: Origins | None) -> None:
             _copy(getattr(old, part), getattr(level, part), f"ffn.levels_.{number}.{part}")
         if old.value is not None and level.value is not None:
             level.value.copy_(old.value)  # type: ignore[operator, arg-type]
-        if before.periods[origin] is not None and after.periods[number] is not None:
+        learned = before.periods[origin] is not None and after.periods[number] is not None
+        if learned and before.rule.unit == after.rule.unit:
             level.rate.copy_(old.rate)  # type: ignore[operator, arg-type]
+        share = 1.0 if before.share is None else before.share[origin]
         if after.share is not None:
-            after.share[number] = 1.0 if before.share is None else before.share[origin]
+            after.share[number] = share
+        else:  # one network alone has no share, so its answers are made as large as they were
+            level.mlp.down.weight.mul_(share)  # type: ignore[union-attr, operator]
 
 
 def _copy(source: nn.Module, target: nn.Module, name: str) -> None:

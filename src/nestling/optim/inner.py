@@ -36,6 +36,11 @@ class InnerRule(Protocol):
         ...
 
     @property
+    def unit(self) -> str:
+        """What η counts: rules of the same unit can take over each other's step sizes."""
+        ...
+
+    @property
     def erases(self) -> bool:
         """Whether it needs what the weights said to the level's inputs, too: Σ (W x)xᵀ/‖x‖², in the memory's first tensor."""
         ...
@@ -49,10 +54,15 @@ class InnerRule(Protocol):
         ...
 
 
+GRADIENT = "the gradient"
+"""The unit of rules whose step is as large as the gradient is. Others have a length of their own, whatever the gradient's."""
+
+
 class Plain:
     """A rule that needs gradients alone, and takes η as it is."""
 
     erases: ClassVar[bool] = False
+    unit: ClassVar[str] = GRADIENT
 
     def size(self, rate: Tensor) -> Tensor:
         return rate
@@ -113,6 +123,7 @@ class DGD:
     rate: float = 0.5
 
     erases: ClassVar[bool] = True
+    unit: ClassVar[str] = GRADIENT
 
     def __post_init__(self) -> None:
         if not 0 <= self.coupling <= 1:
@@ -142,6 +153,8 @@ class Adam(Plain):
     shares: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     rate: float = 3e-3
+
+    unit: ClassVar[str] = "Adam's direction, about 1 in every element"
 
     def __post_init__(self) -> None:
         _check(self, "shares")
@@ -181,6 +194,8 @@ class M3(Plain):
     period: int = 4
     steps: int = 5
     rate: float = 1e-2
+
+    unit: ClassVar[str] = "M3's direction, about 0.2 in every element"
 
     def __post_init__(self) -> None:
         _check(self, "share")
