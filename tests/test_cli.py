@@ -171,6 +171,8 @@ def test_help_needs_no_pytorch(verb):
         ("levels --model titans_lm", r"model: there is none named 'titans_lm'\. Did you mean 'titans_lmm'"),
         ("levels --model gated_deltanet --size tinny", r"size: there is none named 'tinny'\. Did you mean 'tiny'"),
         ("levels --model gated_deltanet --set depth=3", r"has no setting depth; expected some of: .*layers"),
+        ("levels --optimizer nope", r"optimizer: there is none named 'nope'; expected one of ada.*adamw, "),
+        ("levels lstm --optimizer nope", r"optimizer: there is none named 'nope'; expected one of ada.*adamw, "),
         ("levels --set dim=100000000000000000000", r"overrides: got {'dim': 1.*}, but expected whole numbers up to"),
         ("train --seed 100000000000000000000", r"seed: got 1.*, but expected whole numbers up to"),
         ("train --tokens 64 --set layers=1 --optimizer-set foo=1", r"no setting 'foo'; expected some of .*betas, .*eps"),

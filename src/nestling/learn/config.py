@@ -166,9 +166,7 @@ class TrainConfig:
         """The same settings with the default budget and learning rate written out; raises `SettingError`."""
         from nestling import optim
 
-        if self.optimizer not in optim.names():
-            known = ", ".join(optim.names())
-            raise SettingError(f"optimizer: there is none named {self.optimizer!r}; expected one of {known}.")
+        check_optimizer(self.optimizer)
         minutes = DEFAULT_MINUTES if self.minutes is None and self.tokens is None else self.minutes
         return replace(self, minutes=minutes, lr=optim.default_lr(self.optimizer) if self.lr is None else self.lr)
 
@@ -176,6 +174,14 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where the run lives."""
         return self.out or Path("runs") / f"{self.model}-{self.size}-{self.seed}"
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse an optimizer that is not known; raises `SettingError`."""
+    from nestling import optim
+
+    if name not in optim.names():
+        raise SettingError(f"optimizer: there is none named {name!r}; expected one of {', '.join(optim.names())}.")
 
 
 _LEAST = {

@@ -10,7 +10,7 @@ import torch
 
 from nestling import models, optim
 from nestling.config import SettingError
-from nestling.learn.config import TrainConfig
+from nestling.learn.config import TrainConfig, check_optimizer
 
 CONTINUAL_PERIOD = 4
 """Steps between two updates of the slow weights on a stream that does not end (ours)."""
@@ -36,6 +36,7 @@ def adamw(
 
 def from_config(config: TrainConfig, model: models.LanguageModel) -> torch.optim.Optimizer:
     """The optimizer that a run's settings name, over the levels of its model; raises `SettingError`."""
+    check_optimizer(config.optimizer)
     settings = dict(config.optimizer_set)
     known = optim.settings_of(config.optimizer)
     for name in settings:
