@@ -618,6 +618,8 @@ def test_levels_show_the_nested_system(nestling, trained):
         "state of constant size",
         "every 1 token",
         "every 1 step",
+        "frequency 1 per token",
+        "frequency 1 per step",
         "AdamW",
         "initial states",
         "Models: ",
@@ -641,6 +643,11 @@ def test_levels_show_the_nested_system(nestling, trained):
     assert result["forward_flops_per_token"] == pytest.approx(real.forward / result["length"], rel=0.05)
     assert result["decode_flops_per_token"] == pytest.approx(real.decode, rel=0.05)
     assert {name for level in result["levels"] for name in level["params"]} == {n for n, _ in model.named_parameters()}
+    assert sum(level["slow"] for level in result["levels"]) == result["parameters"]
+    often = {level["name"]: (level["frequency"], level["per"]) for level in result["levels"]}
+    assert (often["blocks.0.mixer.memory"], often["slow weights"]) == ((0.25, "token"), (1, "step"))
+    attention = json.loads(nestling("levels", "transformer", "--json")[1])["levels"][0]
+    assert (attention["frequency"], attention["slow"]) == (None, 4 * 32 * 32)
     defaults = ("--model", "hope"), ("--size", "tiny"), ("--optimizer", "adamw")  # asked for all the same
     others = ("--model", "titans_lmm"), ("--size", "base"), ("--set", "dim=16"), ("--optimizer", "sgd")
     for option in (*defaults, *others):

@@ -232,8 +232,8 @@ def test_every_parameter_and_state_tensor_belongs_to_one_level(name: str) -> Non
     model = MODELS[name]
     levels = nl.models.levels(model)
     assert [x.period.key() for x in levels] == sorted(x.period.key() for x in levels)
-    owned = [p for x in levels for p in x.params]
-    assert sorted(owned) == sorted(n for n, _ in model.named_parameters())
+    for owned in ([p for x in levels for p in x.params], [p for x in levels for p in x.moves]):
+        assert sorted(owned) == sorted(n for n, _ in model.named_parameters())
     _, state = model(text(0, 2, 3))
 
     def paths(node: object, prefix: str) -> list[str]:

@@ -258,7 +258,7 @@ def test_groups_say_level_decay_and_which_are_hidden_matrices():
 
 def test_a_levels_own_period_in_steps_is_its_groups():
     model = nl.models.build("transformer", "tiny", vocab_size=17)
-    (slow,) = (level for level in model.levels() if level.params)
+    (slow,) = (level for level in model.levels() if level.moves)
     slower = dataclasses.replace(slow, period=dataclasses.replace(slow.period, n=7))
     assert {g["every"] for g in optim.groups(model, [slower])} == {7}
     assert {g["every"] for g in optim.groups(model, [slower], every={"head.*": 2})} == {2, 7}

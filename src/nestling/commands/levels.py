@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +44,7 @@ class LevelsConfig:
     length: int | None = None
     """Tokens over which FLOPs and the state's size are counted (default: the slowest level's period in tokens, from 8 to 128)."""
     json: bool = False
-    """Print JSON instead of a table."""
+    """Print JSON instead of a table. A level's frequency is in updates per token or step, null where it is ∞."""
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
@@ -75,7 +75,6 @@ def _show_model(config: LevelsConfig, settings: TrainConfig) -> None:
         model = build_model(settings)
     levels = models.levels(model, from_config(settings, model))
     _draw(config, levels, f"{settings.model} {settings.size}")
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     slowest = max((level.period.n for level in levels if level.period.unit == "token"), default=0)
     length = config.length or min(max(slowest, 8), 128)
     vocabulary = model.config.vocab_size
@@ -98,7 +97,7 @@ def _show_model(config: LevelsConfig, settings: TrainConfig) -> None:
         f"state {'grows with the text' if model.growth == 'linear' else 'of constant size'}"
     )
     console = Console()
-    console.print(_table(levels, title, sizes))
+    console.print(_table(levels, title, of_model=True))
     console.print(
         f"{found.slow:,} slow parameters, {found.initial:,} of them initial states. After {length} tokens a lane's state has "
         f"{cost['state_bytes_per_lane']:,} bytes; a token costs {cost['forward_flops_per_token']:,.0f} FLOPs in reading them, "
@@ -132,7 +131,7 @@ def _show_optimizer(config: LevelsConfig, name: str) -> None:
         print(json.dumps({"optimizer": name} | _rows(levels), indent=1))
         return
     console = Console()
-    console.print(_table(levels, f"{name}: {optim.describe(name)}", {}))
+    console.print(_table(levels, f"{name}: {optim.describe(name)}", of_model=False))
     console.print(f"Optimizers: {', '.join(optim.names())}.", highlight=False)
 
 
@@ -147,22 +146,33 @@ def _draw(config: LevelsConfig, levels: list[Level], title: str) -> None:
 
 
 def _rows(levels: list[Level]) -> dict[str, Any]:
-    return {"levels": [dataclasses.asdict(level) | {"period": str(level.period)} for level in levels]}
+    """frequency: updates per token or step, as the period says; null: ∞, which JSON has not."""
+
+    def row(level: Level) -> dict[str, Any]:
+        often = level.period.frequency
+        when = {
+            "period": str(level.period),
+            "frequency": often if math.isfinite(often) else None,
+            "per": level.period.unit,
+        }
+        return {"name": level.name} | when | {k: v for k, v in dataclasses.asdict(level).items() if k not in when}
+
+    return {"levels": [row(level) for level in levels]}
 
 
-def _table(levels: list[Level], title: str, sizes: Mapping[str, int]) -> Table:
-    """What rich prints; sizes: of the slow weights by name, empty where they are not of a model."""
+def _table(levels: list[Level], title: str, *, of_model: bool) -> Table:
+    """What rich prints; of_model: with the slow weights that make each level."""
     from rich.table import Table
     from rich.text import Text
 
     from nestling.models.nest import merge
 
     table = Table(title=title, title_justify="left", show_lines=True)
-    for column in ("level", "what it is", *(["slow weights"] if sizes else [])):
+    for column in ("level", "what it is", *(["slow weights"] if of_model else [])):
         table.add_column(column, overflow="fold")
     for level, members in merge(levels):
         name = level.name if len(members) == 1 else f"{level.name} ({len(members)} times)"
-        count = sum(sizes.get(parameter, 0) for member in members for parameter in member.params)
+        count = sum(member.slow for member in members)
         states = ("grows with the text" if m.weights is None else f"{m.weights:,} numbers" for m in members)
         what = {
             "network": level.network,
@@ -172,13 +182,17 @@ def _table(levels: list[Level], title: str, sizes: Mapping[str, int]) -> Table:
             "learns from": level.flow,
             "hands on by": level.transfer,
             "per lane": "; ".join(dict.fromkeys(states)),
+            "moves": f"{sum(m.moved for m in members):,} slow weights, those of all levels",
         }
+        if not level.moves:
+            del what["moves"]
         if level.period.unit == "step":
             del what["per lane"]
         lines = Table.grid(padding=(0, 1))
         for word, text in what.items():
             lines.add_row(Text(word, "dim"), Text(text))
-        table.add_row(f"{name}\n{level.period.every}", lines, *([f"{count:,}" if count else "–"] if sizes else []))
+        when = f"{level.period.every}\nfrequency {level.period.often}"
+        table.add_row(f"{name}\n{when}", lines, *([f"{count:,}" if count else "–"] if of_model else []))
     return table
 
 

@@ -104,6 +104,7 @@ class Attention(Layer):
                 rule="non-parametric solution",
                 flow="tokens",
                 transfer="direct",
+                params=self.own(),
                 state_paths=("key", "value", "position", "faults"),
             )
         ]

@@ -36,3 +36,11 @@ class Layer(nn.Module, ABC):
     @abstractmethod
     def levels(self) -> list[Level]:
         """The levels whose state this layer carries."""
+
+    def own(self, *others: str) -> tuple[str, ...]:
+        """Names of its slow parameters, but for `others` and what is inside of them."""
+        return tuple(
+            name
+            for name, _ in self.named_parameters()
+            if not any(name == other or name.startswith(f"{other}.") for other in others)
+        )

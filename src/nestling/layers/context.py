@@ -125,6 +125,7 @@ class MemoryAsContext(Layer):
 
     def levels(self) -> list[Level]:
         (memory,) = self.memory.levels()
+        norms = ("memory_norm", "recall_norm")  # of what the memory answers
         attention = Level(
             "attention",
             Period(0, "token"),
@@ -134,10 +135,15 @@ class MemoryAsContext(Layer):
             rule="non-parametric solution",
             flow="tokens, and what the memory recalls for them",
             transfer="direct",
+            params=self.own("memory", *norms),
             state_paths=("key", "value", "position", "faults"),
         )
         under = memory.under("memory")
-        return [attention, replace(under, name=memory.name, state_paths=(*under.state_paths, "boundary"))]
+        params = (*under.params, *(f"{norm}.weight" for norm in norms))
+        return [
+            attention,
+            replace(under, name=memory.name, params=params, state_paths=(*under.state_paths, "boundary")),
+        ]
 
     def _piece(
         self,

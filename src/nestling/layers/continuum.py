@@ -286,6 +286,7 @@ class Continuum(nn.Module):
                 f"{self.rule} on the chunk's " + ("mean" if self.mean else "sum"),
                 "activations, and errors by backpropagation" if task else "activations",
                 f"{transfer}, and the initial weights of the next faster level" if number in movers else transfer,
+                params=tuple(f"levels_.{number}.{name}" for name, _ in level.named_parameters()),
                 state_paths=(
                     f"{kept}delta.{number}",
                     f"{kept}pending.{number}",

@@ -66,11 +66,17 @@ class _Hybrid(Layer):
         return state._replace(attention=own.ended(state.attention, self.attention.start))
 
     def levels(self) -> list[Level]:
-        return [
-            replace(level.under(part), name=level.name)
-            for part, layer in (("memory", self.memory), ("attention", self.attention))
-            for level in layer.levels()
-        ]
+        found = []
+        beside = self.own(
+            "memory", "attention", "memory_norm"
+        )  # what follows both, and a norm of the attention's answers
+        for part, layer, more in (
+            ("memory", self.memory, ("memory_norm.weight",)),
+            ("attention", self.attention, beside),
+        ):
+            first, *others = (replace(level.under(part), name=level.name) for level in layer.levels())
+            found += [replace(first, params=(*first.params, *more)), *others]
+        return found
 
 
 class MemoryAsGate(_Hybrid):

@@ -28,6 +28,13 @@ class Period:
         return 1 / self.n if self.n else float("inf")
 
     @property
+    def often(self) -> str:
+        """Its frequency in words: updates per token, or per step of the optimizer."""
+        if self.n == 0:
+            return "∞"
+        return f"{'1' if self.n == 1 else f'1/{self.n}'} per {self.unit}"
+
+    @property
     def every(self) -> str:
         """When, in words."""
         return str(self) if self.n == 0 else f"every {self}"
@@ -45,11 +52,13 @@ class Level:
     network, bias, retention, rule  the memory's choices in words
     flow          context flow: what it compresses (tokens, activations, gradients)
     transfer      how knowledge reaches the next slower level (none, direct, backpropagation, initialization, generation)
-    params        names of the slow parameters this level moves
+    params        names of the slow parameters that make it: its initial state, step size, projections, gates. What several
+                  levels of a layer share is the fastest one's; what makes no memory, the slow weights' own
+    moves         names of the slow parameters this level moves
     state_paths   paths of the state tensors that are this level's fast weights
     weights       numbers that a fresh lane keeps there, without the window that is still open; None: they grow with the text.
                   Filled in by `nestling.models.levels`, as is
-    slow          how many slow parameters `params` are
+    slow, moved   how many numbers `params` and `moves` have. Over all levels `slow` adds up to the model's parameters
     """
 
     name: str
@@ -64,6 +73,8 @@ class Level:
     state_paths: tuple[str, ...] = ()
     weights: int | None = 0
     slow: int = 0
+    moves: tuple[str, ...] = ()
+    moved: int = 0
 
     def under(self, prefix: str, state: str | None = None) -> Level:
         """The same level inside a larger module, whose state stands under `state` (default: the same prefix; "": where it is)."""
@@ -72,5 +83,6 @@ class Level:
             self,
             name=f"{prefix}.{self.name}" if self.name else prefix,
             params=tuple(f"{prefix}.{p}" for p in self.params),
+            moves=tuple(f"{prefix}.{p}" for p in self.moves),
             state_paths=tuple(f"{state}.{p}" if state else p for p in self.state_paths),
         )

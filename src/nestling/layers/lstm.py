@@ -80,6 +80,7 @@ class LSTM(Layer):
                 rule="adds a gated candidate",
                 flow="tokens",
                 transfer="direct",
+                params=self.own(),
                 state_paths=("hidden", "cell", "position", "faults"),
             )
         ]

@@ -210,6 +210,7 @@ class Memory(Layer):
         shared = ("tail", *(f"memory.{field}" for field in carried if field != "parts"))
         parts = self.spec.parts
         fastest = min(range(len(parts)), key=lambda n: parts[n].memory.update_period)  # what all need belongs to it
+        weights = self._initial()
         return [
             Level(
                 part.name,
@@ -220,6 +221,7 @@ class Memory(Layer):
                 part.words["rule"],
                 "tokens",
                 "initialization",
+                params=(*(self.own("initial") if n == fastest else ()), *weights[n]),
                 state_paths=(
                     *(shared if n == fastest else ()),
                     *((f"memory.parts.{n}",) if "parts" in carried else ()),
@@ -227,6 +229,14 @@ class Memory(Layer):
             )
             for n, part in enumerate(parts)
         ]
+
+    def _initial(self) -> list[tuple[str, ...]]:
+        """Names of the initial weights, by part of the spec."""
+        names = (f"initial.{n}" for n in range(len(self.initial)))
+        parts = self.spec.parts
+        if len(parts) == 1:
+            return [tuple(names)]
+        return [tuple(next(names) for _ in part.memory.shapes) for part in parts]
 
     def _steps(self, share: Tensor) -> Tensor:
         """Shares of the largest steps."""

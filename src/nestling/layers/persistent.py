@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ class Persistent(Layer):
         return _gather(y, place), state
 
     def levels(self) -> list[Level]:
-        return self.layer.levels()
+        first, *others = (replace(level.under("layer", ""), name=level.name) for level in self.layer.levels())
+        return [replace(first, params=(*first.params, *self.own("layer"))), *others]
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ class SelfModifying(Memory):
         assert isinstance(self.spec, Spec)
         found = []
         kinds = ("anchor", "weights", *(["momentum"] if self.spec.rule.momentum else []))
+        (weights,) = self._initial()
+        of_main = tuple(f"initial.{n}" for n, name in enumerate(self.spec.names) if name.startswith("main."))
         for bank in self.spec.banks:
             main = bank.names == ("main",)
             paths = [f"memory.{kind}.{n}" for kind in kinds for n in range(bank.layers.start, bank.layers.stop)]
@@ -51,6 +53,7 @@ class SelfModifying(Memory):
                     if main
                     else "tokens, and values that they make themselves",
                     transfer="initialization" if main else "generation",
+                    params=(*self.own("initial"), *of_main) if main else tuple(w for w in weights if w not in of_main),
                     state_paths=(*paths, *(("tail", "memory.position", "memory.faults") if main else ())),
                 )
             )

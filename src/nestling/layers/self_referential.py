@@ -103,6 +103,7 @@ class SelfReferential(Layer):
                 rule="delta rule",
                 flow="tokens",
                 transfer="initialization",
+                params=self.own(),
                 state_paths=("weights", "faults"),
             )
         ]

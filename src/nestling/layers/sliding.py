@@ -109,6 +109,7 @@ class SlidingAttention(Layer):
                 rule="non-parametric solution",
                 flow="tokens",
                 transfer="direct",
+                params=self.own(),
                 state_paths=("key", "value", "position", "faults"),
             )
         ]

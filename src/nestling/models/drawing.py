@@ -139,8 +139,13 @@ def _card(level: Level, members: Sequence[Level], width: float, wide: bool) -> _
             if any(m.weights is None for m in members)
             else f"{sum(m.weights or 0 for m in members):,} numbers"
         )
-    elif level.slow:
-        lines["weighs"] = f"{level.slow:,} parameters"
+    slow, moved = sum(m.slow for m in members), sum(m.moved for m in members)
+    if moved:
+        lines["moves"] = f"{moved:,} slow parameters" + (
+            "" if moved == slow else f", {slow:,} of which make no other level"
+        )
+    elif slow:
+        lines["made of"] = f"{slow:,} slow parameters"
     room = width - LABEL - 26
     return _Card(
         name + times,
@@ -187,8 +192,7 @@ def _head(pen: _Pen, frame: _Frame, left: float, top: float, color: str, right: 
     """A frame's period, frequency, and the ticks of its updates, which end at `right` in every frame."""
     period = frame.period
     words = str(period) if period.n == 0 else f"every {period}" if period.n > 1 else f"every {period.unit}"
-    frequency = "∞" if period.n == 0 else f"1/{period.n}" if period.n > 1 else "1"
-    about = f"frequency {frequency}" + ("" if period.n == 0 else f" per {period.unit}")
+    about = f"frequency {period.often}"
     if period.unit == "step":
         about += " of the optimizer"
     pen.text(left + PAD, top + 25, words, 12, color, weight="bold")
@@ -228,9 +232,9 @@ def _row(pen: _Pen, row: Sequence[_Card], left: float, top: float, width: float,
                     y += 12.5
                 y += 3
         if card.generates and n + 1 < len(row):
-            middle = top + height / 2
-            pen.arrow((x + each - 5, middle), (x + each + GAP + 5, middle), color)
-            pen.text(x + each - 9, middle + 3, "generates", 8, color, ha="right", style="italic")
+            beside = top + 16  # of the title, which is short
+            pen.arrow((x + each - 5, beside), (x + each + GAP + 5, beside), color)
+            pen.text(x + each - 9, beside + 3, "generates", 8, color, ha="right", style="italic")
     return top + height
 
 

@@ -210,7 +210,8 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x)), tuple(after)
 
     def levels(self) -> list[Level]:
-        """Every level, fast to slow; the slow weights of all layers are one."""
+        """Every level, fast to slow. The slow weights of all layers are moved together, and are one; its own are those that make
+        no other level."""
         found = [
             level.under(f"blocks.{number}") for number, block in enumerate(self.each()) for level in block.levels()
         ]
@@ -222,6 +223,8 @@ class LanguageModel(nn.Module):
         if learned:  # what the losses of a window need belongs to the level that learns with every window
             first = min(range(len(learned)), key=lambda n: learned[n].period.n)
             learned[first] = replace(learned[first], state_paths=(*learned[first].state_paths, "open"))
+        names = [name for name, _ in self.named_parameters()]
+        taken = {name for level in (*found, *learned) for name in level.params}
         slow = Level(
             "slow weights",
             Period(1, "step"),
@@ -231,7 +234,8 @@ class LanguageModel(nn.Module):
             "the outer optimizer",
             "training text",
             "none",
-            params=tuple(name for name, _ in self.named_parameters()),
+            params=tuple(name for name in names if name not in taken),
+            moves=tuple(names),
             state_paths=("position", "refused"),
         )
         return sorted([*found, *learned, slow], key=lambda level: level.period.key())

@@ -18,7 +18,7 @@ from nestling.models.lm import LanguageModel
 
 
 def weighed(model: LanguageModel, levels: Sequence[Level]) -> list[Level]:
-    """The same levels with `weights` and `slow` filled in."""
+    """The same levels with `weights`, `slow` and `moved` filled in."""
     counts = {name: p.numel() for name, p in model.named_parameters()}
     with torch.no_grad():
         state = model.start(0)  # shapes are all that is asked for
@@ -27,6 +27,7 @@ def weighed(model: LanguageModel, levels: Sequence[Level]) -> list[Level]:
             level,
             weights=_numbers([_at(state, path) for path in level.state_paths if "open" not in path.split(".")]),
             slow=sum(counts[name] for name in level.params),
+            moved=sum(counts[name] for name in level.moves),
         )
         for level in levels
     ]
@@ -55,6 +56,7 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> list[Level]:
     data. Gradient descent on a linear layer is itself a memory that maps its inputs to the local errors (Nested Learning,
     eq. 8–13).
     """
+    count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     weights = Level(
         "weights",
         Period(1, "step"),
@@ -64,7 +66,8 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> list[Level]:
         name_of(optimizer),
         "data: inputs as keys, errors as values",
         "none",
-        slow=sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
+        slow=count,
+        moved=count,
     )
     return sorted([*memories(optimizer), weights], key=lambda level: level.period.key())
 
@@ -81,7 +84,8 @@ def merge(levels: Sequence[Level]) -> list[tuple[Level, tuple[Level, ...]]]:
     groups: dict[Level, list[Level]] = {}
     for level in levels:
         name = re.sub(r"\d+", "*", level.name, count=1)
-        groups.setdefault(replace(level, name=name, params=(), state_paths=(), weights=0, slow=0), []).append(level)
+        kind = replace(level, name=name, params=(), state_paths=(), weights=0, slow=0, moves=(), moved=0)
+        groups.setdefault(kind, []).append(level)
     return [(kind if len(members) > 1 else members[0], tuple(members)) for kind, members in groups.items()]
 
 

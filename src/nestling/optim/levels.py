@@ -21,7 +21,7 @@ class Level(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def params(self) -> tuple[str, ...]: ...
+    def moves(self) -> tuple[str, ...]: ...
     @property
     def period(self) -> Any: ...
 
@@ -95,8 +95,8 @@ def groups(
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"every: {pattern!r} has {steps!r}; expected a whole number of steps, at least 1")
     for level in levels:
-        mine = [(name, left.pop(name)) for name in level.params if name in left]
-        if len(mine) != len(level.params):
+        mine = [(name, left.pop(name)) for name in level.moves if name in left]
+        if len(mine) != len(level.moves):
             raise ValueError(f"level {level.name!r} claims a parameter that is not there, or that another level has.")
         kinds: dict[tuple[int, bool, bool, int], list[tuple[str, nn.Parameter]]] = {}
         for name, weight in mine:
