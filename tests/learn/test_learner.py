@@ -193,6 +193,23 @@ def test_a_run_says_which_step_sizes_it_cannot_train(settings, words):
     assert words in said if words else "stays as it is" not in said
 
 
+@pytest.mark.parametrize(("length", "periods"), [(4, "4, 8"), (8, "8"), (12, None)])
+def test_a_run_says_which_gains_of_local_losses_it_hardly_trains(length, periods):
+    settings = {"periods": [4, 8], "error": "local"}
+    config = TrainConfig(model="hope_swa", size="tiny", length=length, overrides=settings)
+    console = quiet()
+    describe(config, model := build_model(config), stream.Corpus([], []), console)
+    said = console.file.getvalue()
+    assert f"gains (value) of levels with a period of {periods} tokens" in said if periods else "gains" not in said
+    learner = learner_of("hope_swa", [text(0, 2000)], lanes=1, length=length)
+    learner.model = model
+    for _ in range(3):
+        learner.step()
+    for level, period in zip(model.continuum(0).levels_, (4, 8), strict=True):
+        moved = level.value.grad is not None and bool(level.value.grad.any())
+        assert moved == (period < length), "the note says what is so"
+
+
 @pytest.mark.parametrize("carry", [1, 3, 4])
 def test_lanes_start_afresh_after_carry_steps_and_not_all_at_once(carry):
     learner = learner_of("gated_deltanet", [text(seed, 2000) for seed in range(6)], lanes=4, length=4, carry=carry)

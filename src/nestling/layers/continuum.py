@@ -112,6 +112,10 @@ class Continuum(nn.Module):
             attention is computed by its formula. Default: "first_order"; with `local` errors, whose values learn through the
             updates alone, "full".
         error: what a level learns from: "task", the language model's loss (the paper); "local", a loss of its own, see `local`.
+            Of a level's slow gain g, its `value`, the outer loop sees only updates that are made and served in one of its
+            segments, in as far as their gradients were taken in it: hardly any of a level whose period is as long as a segment
+            or longer, and none where it is a multiple of the segment. What a cut state has learned is a sum over tokens that
+            are gone, from which the share of each channel's gain cannot be told, so that it is not handed on as η is.
         bias: the loss of `local` errors, default ½‖·‖².
         rank: what a lane has learned of a matrix is kept as a product of this rank, see `low_rank`; where a product would not be
             smaller, and by default everywhere, in full. Only for rules without a memory.

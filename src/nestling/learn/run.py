@@ -299,7 +299,7 @@ def load_run(path: Path | None = None, device: str = "cpu", overrides: Mapping[s
     return Run(model, stream.ByteTokenizer(), config, found)
 
 
-def build_model(config: TrainConfig) -> models.LanguageModel:
+def build_model(config: TrainConfig, vocab_size: int = stream.ByteTokenizer.vocab_size) -> models.LanguageModel:
     """The model that the settings name, with fresh weights; raises `SettingError`."""
     if config.model not in models.names():
         raise SettingError(f"model: there is none named {config.model!r}.{did_you_mean(config.model, models.names())}")
@@ -310,7 +310,7 @@ def build_model(config: TrainConfig) -> models.LanguageModel:
             f"set: got {', '.join(taken)}, but --model and --size choose the model, and its vocabulary is the tokenizer's."
         )
     try:
-        return models.build(config.model, config.size, vocab_size=stream.ByteTokenizer.vocab_size, **config.overrides)
+        return models.build(config.model, config.size, vocab_size=vocab_size, **config.overrides)
     except (ValueError, TypeError) as error:
         raise SettingError(str(error)) from error
 
@@ -357,6 +357,8 @@ def describe(config: TrainConfig, model: models.LanguageModel, corpus: stream.Co
         )
     if still := _still_rates(config, model):
         _say(console, still)
+    if still := _still_gains(config, model):
+        _say(console, still)
     chunk = model.config.global_chunk
     if chunk is not None and chunk >= config.length:
         _say(
@@ -369,6 +371,20 @@ def describe(config: TrainConfig, model: models.LanguageModel, corpus: stream.Co
 def _say(console: Console, text: str) -> None:
     """As it is, on one line."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _still_gains(config: TrainConfig, model: models.LanguageModel) -> str:
+    """A note where a level's update is hardly ever made and served within a segment, which is how the gain of its own loss, the
+    parameter `value` of a `Continuum`, is trained."""
+    own = model.config
+    periods = sorted({p for p in own.periods if p >= config.length})
+    if own.error != "local" or not periods:
+        return ""
+    said = f"note: the gains (value) of levels with a period of {', '.join(map(str, periods))} tokens are hardly trained, and not"
+    return (
+        f"{said} at all where a period is a multiple of --length {config.length}: with error=local they learn by updates that are "
+        "made and served within one segment; longer segments train them"
+    )
 
 
 def _still_rates(config: TrainConfig, model: models.LanguageModel) -> str:
