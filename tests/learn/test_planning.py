@@ -126,11 +126,26 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["sessions_per_device"] == best.sessions
 
 
+def test_the_command_plans_another_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--model", "transformer", "--length", "8", "--json", *PEAKS]
+    told = {}
+    for size in (257, 1000):
+        assert cli.run([*argv, "--vocab-size", str(size)]) == 0
+        told[size] = json.loads(capsys.readouterr().out)
+        assert told[size]["vocab_size"] == size
+    assert cli.run(argv) == 0
+    assert json.loads(capsys.readouterr().out) == told[257], "the default"
+    assert told[1000]["parameters"] == plan("transformer", "tiny", 8, vocab_size=1000).slow
+    assert told[1000]["parameters"] - told[257]["parameters"] == 2 * 32 * (1000 - 257)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--model", "hop"], "model: there is none named 'hop'"),
         (["--size", "340"], "size: there is none named '340'"),
+        (["--vocab-size", "0"], "vocab-size: got 0, but expected a number from 1 on"),
+        (["--set", "vocab_size=32000"], "set: got vocab_size, which is an option of its own here: --vocab-size 32000"),
         (["--length", "0"], "length: got 0, but expected a number from 1 on"),
         (["--flops", "-1"], "flops: got -1.0, but expected a number above 0"),
         (["--device", "abacus"], "device: got 'abacus'"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nestling.learn.planning import Machine
 
 Peak = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
+Number = Annotated[int | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class PlanConfig:
     """How large."""
     overrides: Overrides = field(default_factory=dict)
     """Settings of the model that differ from its size's, for example --set dim=128 layers=4."""
+    vocab_size: Number = None
+    """Size of the vocabulary (default: that of the bytes that train reads); the papers' models have 32000."""
     length: int = 128
     """Tokens per lane and step, from a lane's start; also where the lane stands when it decodes."""
     lanes: int = 8
@@ -52,9 +55,14 @@ class PlanConfig:
     """Print JSON, in FLOPs, bytes and seconds, instead of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "lanes", "devices"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: got {getattr(self, name)}, but expected a number from 1 on.")
+        for name in ("vocab_size", "length", "lanes", "devices"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name.replace('_', '-')}: got {value}, but expected a number from 1 on.")
+        if "vocab_size" in self.overrides:
+            raise SettingError(
+                f"set: got vocab_size, which is an option of its own here: --vocab-size {self.overrides['vocab_size']}."
+            )
         for name in ("flops", "bandwidth", "memory"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -73,15 +81,16 @@ def run(config: PlanConfig) -> int:
     from nestling.learn.run import build_model
     from nestling.stream import ByteTokenizer
 
+    vocabulary = ByteTokenizer.vocab_size if config.vocab_size is None else config.vocab_size
     with torch.device("meta"):  # says in words what cannot be
-        build_model(TrainConfig(model=config.model, size=config.size, overrides=config.overrides))
+        build_model(TrainConfig(model=config.model, size=config.size, overrides=config.overrides), vocabulary)
     machine = _machine(config)
     found = planning.plan(
         config.model,
         config.size,
         config.length,
         getattr(torch, config.dtype),
-        vocab_size=ByteTokenizer.vocab_size,
+        vocab_size=vocabulary,
         **config.overrides,
     )
     best = planning.bounds(found, machine, config.lanes, config.devices)
@@ -102,11 +111,12 @@ def run(config: PlanConfig) -> int:
     }
     if config.json:
         head = {name: getattr(config, name) for name in ("model", "size", "length", "lanes", "devices", "dtype")}
+        head["vocab_size"] = vocabulary
         print(json.dumps(head | {"machine": machine._asdict(), "blocks_traced": found.traced} | values, indent=1))
         return 0
     table = Table(
-        title=f"{config.model} {config.size}: {config.length:,} tokens in {config.lanes} lanes on each of "
-        f"{config.devices} device(s), {config.dtype}",
+        title=f"{config.model} {config.size}, vocabulary of {vocabulary:,}: {config.length:,} tokens in {config.lanes} lanes on "
+        f"each of {config.devices} device(s), {config.dtype}",
         title_justify="left",
         show_header=False,
     )
