@@ -382,8 +382,8 @@ def _still_gains(config: TrainConfig, model: models.LanguageModel) -> str:
         return ""
     said = f"note: the gains (value) of levels with a period of {', '.join(map(str, periods))} tokens are hardly trained, and not"
     return (
-        f"{said} at all where a period is a multiple of --length {config.length}: with error=local they learn by updates that are "
-        "made and served within one segment; longer segments train them"
+        f"{said} at all where a period is a multiple of --length {config.length}: with error=local they learn by updates that "
+        "are made and served within one segment; longer segments train them"
     )
 
 
