@@ -70,7 +70,10 @@ class ModelConfig:
     def memory(self, system: str, **choices: Any) -> Any:
         """A named memory, one for each head: `nl.memory.named` at this size."""
         if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads: choose a multiple")
+            raise ValueError(
+                f"{self.name}: dim is {self.dim}, which cannot be split into heads {self.heads}; expected a dim that is a "
+                "multiple of heads, as every head has a memory of its own"
+            )
         chunk = {} if self.chunk is None else {"chunk": self.chunk}
         return memory.named(system, key_dim=self.dim // self.heads, **chunk, **choices)
 

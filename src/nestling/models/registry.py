@@ -266,9 +266,14 @@ def _make(config: ModelConfig, entry: Entry) -> LanguageModel:
 def _solve(config: ModelConfig, standard: int | None) -> int:
     """Hidden width of the feed-forward networks that makes the model as large as the transformer with `standard`."""
     standard = 8 * round(config.dim / 3) if standard is None else standard
-    target = _transformer(config.dim, config.layers, config.heads, config.vocab_size, standard)
-    with torch.device("meta"):
+    with torch.device("meta"):  # first, as it knows best what cannot be
         model = _make(replace(config, ffn=1), _entry(config.name))
+    if config.dim % 2:
+        raise ValueError(
+            f"{config.name}: dim is {config.dim}; expected an even number, which the transformer needs that says how wide "
+            "feed-forward networks are: choose one, or give ffn"
+        )
+    target = _transformer(config.dim, config.layers, config.vocab_size, standard)
     networks = [len(model.continuum(number).periods) for number in range(config.layers)]
     unit = 3 * config.dim * sum(networks)  # what one hidden unit more in each of them weighs
     ffn = 1 + round((target - _count(model)) / unit)
@@ -284,8 +289,9 @@ def _solve(config: ModelConfig, standard: int | None) -> int:
 
 
 @lru_cache(maxsize=64)
-def _transformer(dim: int, layers: int, heads: int, vocab_size: int, ffn: int) -> int:
-    """Parameters of the transformer that sets the size."""
+def _transformer(dim: int, layers: int, vocab_size: int, ffn: int) -> int:
+    """Parameters of the transformer that sets the size; as many with any number of heads."""
+    heads = 1
     config = ModelConfig("transformer", "", dim, layers, heads, vocab_size, ffn)
     with torch.device("meta"):
         return _count(LanguageModel(config, [Block(config, Attention(dim, heads)) for _ in range(layers)]))
