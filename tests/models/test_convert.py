@@ -285,6 +285,12 @@ def test_where_one_level_can_be_meant_nothing_needs_to_be_said() -> None:
             {"periods": [], "origins": [None]},
             r"origins are \[None\], but one .*: give one number",
         ),
+        (
+            "hope_attention",
+            None,
+            {"periods": [], "origins": [0], "rate": 0.1},
+            "rate is 0.1, but .* no level that learns",
+        ),
         ("hope_attention", None, {"rate": 0.0}, "rate is 0.0; expected a positive number"),
         ("hope_attention", None, {"origins": [1, 0]}, r"origins are \[1, 0\]; expected 2.* that rise"),
         ("hope_attention", None, {"origins": [None, None]}, "at least one number"),

@@ -83,6 +83,10 @@ def convert(
     new.to(device=model.embedding.weight.device, dtype=model.embedding.weight.dtype)
     _check_reading(old, new.config)
     _check_origins(model, new, origins)
+    if rate is not None and not any(new.continuum(number).window for number in range(old.layers)):
+        raise ValueError(
+            f"convert: rate is {rate}, but {to} then has no level that learns: leave it out, or give periods"
+        )
     _copy(model.embedding, new.embedding, "embedding")
     _copy(model.norm, new.norm, "norm")
     _copy(model.head, new.head, "head")
