@@ -189,6 +189,7 @@ def test_features_are_made_tile_by_tile(name: str, calls: list[int], monkeypatch
 SELF = {
     "as it is": {},
     "momentum": {"rule": Momentum(), "adaptive_q": True},
+    "momentum as a sum": {"rule": Momentum(), "average": False},
     "gradient, nothing forgotten": {"rule": Gradient(), "retention": Full()},
     "decays, then erases": {"rule": DeltaGradient("after_decay"), "read": "after", "unit_values": True},
     "after_decay without decay": {"rule": DeltaGradient("after_decay"), "retention": Full()},

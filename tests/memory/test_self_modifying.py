@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "without erasing": {"rule": Gradient()},
     "decay first": {"rule": DeltaGradient("after_decay")},
     "momentum": {"rule": Momentum()},
+    "momentum as a sum": {"rule": Momentum(), "average": False},
     "momentum and erasing": {"rule": DeltaGradient(with_momentum=True)},
     "no decay": {"retention": Full()},
     "back to the start": {"retention": BACK},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,49 @@ def test_gradients_reach_every_slow_parameter(row: str) -> None:
             assert weight.grad is not None, name
             assert torch.isfinite(weight.grad).all(), name
             assert weight.grad.abs().max() > 0, name
+
+
+def extremes(average: bool, lr_max: float | None = None, **settings: Any) -> tuple[float, float, int]:
+    """The largest weights of a layer after 12 chunks, at gates that are nearly 0 or 1, by the largest at first; the largest
+    answer; and faults. Heads have each combination of gates; lanes read one input again and again, and inputs by chance.
+    """
+    torch.manual_seed(0)
+    layer = nl.models.build("hope", dim=32, layers=1, heads=8, ffn=16, chunk=16, **settings).blocks[0].mixer
+    layer.spec = replace(layer.spec, average=average, lr_max=lr_max)
+    signs = 10.0 * torch.tensor(list(itertools.product([-1, 1], repeat=3)))
+    with torch.no_grad():
+        for name, w in zip(layer.spec.names, layer.initial, strict=True):
+            gate, _, kind = name.rpartition(".")
+            if kind == "weight":
+                w.zero_()
+            elif kind == "bias":
+                w.copy_(signs[:, ["lr", "retention"].index(gate), None, None])
+        if layer.gates is not None:
+            layer.gates.weight.zero_()
+            layer.gates.bias.copy_(signs[:, 2])
+        x = torch.randn(2, 192, 32)
+        x[0] = x[0, 0]
+        first = max(w.abs().max() for w in layer.start(1).memory.weights)
+        y, state = layer(x)
+        largest = max(w.abs().max() for w in (*state.memory.weights, *state.memory.momentum))
+    return float(largest / first), float(y.abs().max()), int(state.memory.faults.sum())
+
+
+@pytest.mark.parametrize("row", ABLATION | {"default": {}, "gradient": {}, "momentum": {}})
+def test_gates_at_their_extremes_leave_memories_bounded(row: str) -> None:
+    """At an anchor the steps of a chunk add up, and momentum repeats each of them: what a training run found."""
+    own: dict[str, dict[str, Any]] = {"default": {}, "gradient": {"dgd": False}, "momentum": {"momentum": True}}
+    settings = (ABLATION | own)[row]
+    growth, answer, faults = extremes(True, **settings)
+    assert growth < 5
+    assert answer < 1
+    assert faults == 0
+
+
+def test_momentum_as_a_sum_of_steps_leaves_its_region() -> None:
+    growth, _, faults = extremes(False, momentum=True)
+    assert growth > 1e6
+    assert faults > 0
 
 
 def test_impossible_settings_are_refused_in_words() -> None:

@@ -16,6 +16,20 @@ Decay takes the weights to 0, and so a memory with a residual path to M(x) = x, 
 
     W ← (α_t I − ε_t x̂_tᵀ x̂_t) W + (1 − α_t) W_0 − η_t ∇_W ℓ
 
+With momentum, of which the paper gives no equation,
+
+    S ← μ_t S − (1 − μ_t) η_t ∇_W ℓ      W ← (α_t I − ε_t x̂_tᵀ x̂_t) W + S
+
+(1 − μ is ours): a gradient moves W by η in all, as without momentum, but later. With Titans' S ← μS − η∇ℓ (`average=False`) it
+moves W by η/(1 − μ), and erases with η alone: C tokens of one key at one anchor then take W along that key to −W/(1 − μ) where
+Cη is large. It grows in every chunk, at any μ > 0 and any η_max that is not far below 1/C (derived). With the average a chunk of
+one key multiplies weights and momentum by no more than 1, as it does without momentum: at constant gates, over a grid of η ≤ 0.5,
+μ, α and C (computed). Gates that change can still leave that region, but must take up large steps at small μ, and hold them at
+μ ≈ 1 while nothing is erased.
+
+Nothing holds back what does not erase: a chunk of one key multiplies W by 1 − Cη. η_max = 1/C keeps that in [0, 1], and matrices
+bounded with any unit keys and any gates (without momentum; derived).
+
 The read-outs w, b are slow weights: they stand in w0, are read from there at every call and are not part of the state.
 """
 
@@ -124,11 +138,13 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     others               network of the generators
     bias                 the inner loss
     retention            Decay(), Decay(toward_initial=True): to W_0 in place of 0, see the module, or Full(): α = 1 and no M_α
-    rule                 DeltaGradient(): eq. 88; Gradient(): without the erasing factor; with momentum: S ← μS − η∇ℓ,
-                         W ← (…)W + S, where μ is given as `gates.momentum`
+    rule                 DeltaGradient(): eq. 88; Gradient(): without the erasing factor; with momentum: W ← (…)W + S, where μ
+                         is given as `gates.momentum`
     chunk, chunk_others  periods of the main memory and of the generators, from the lane's position 0; None: the same
     read                 "before" (the paper), "after", or "boundary" (eq. 90 as printed: the chunk's start)
-    lr_max               η_max. 0.5 keeps the factor along a key in [α − 1, α] at chunk 1 and bounded at any chunk (derived)
+    lr_max               η_max. None: 0.5, which keeps the factor along a key in [α − 1, α] at chunk 1 and bounded at any chunk
+                         (derived); with a rule that does not erase no more than 1/chunk, of the longer of the two
+    average              with momentum, S ← μS − (1 − μ)η∇ℓ; False: S ← μS − η∇ℓ. See the module
     adaptive_q           q_t = norm(M_q(q)), one generator more
     static               of "k", "v" and "q" those that no token moves: their memories answer as they began, slow weights alone
     unit_values          v_t = norm(M_v(x_t)), ours: every memory is then asked where it is trained, at unit norm. Without it
@@ -147,7 +163,8 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     chunk: int = 16
     chunk_others: int | None = None
     read: Read = "before"
-    lr_max: float = 0.5
+    lr_max: float | None = None
+    average: bool = True
     adaptive_q: bool = False
     unit_values: bool = False
     static: tuple[str, ...] = ()
@@ -188,7 +205,10 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
             )
         if "q" in self.static and not self.adaptive_q:
             raise ValueError(f"{self.name}: static has 'q', which has no memory: leave it out, or set adaptive_q")
-        numbers(self.name, above=0, lr_max=self.lr_max)
+        if self.lr_max is not None:
+            numbers(self.name, above=0, lr_max=self.lr_max)
+        if not isinstance(self.average, bool):
+            raise ValueError(f"{self.name}: average is {self.average!r}; expected True or False")
         for field, network in (("network", self.network), ("others", self.others)):
             if isinstance(network, Matrix) and not (network.identity or network.init_scale):
                 raise ValueError(
@@ -243,6 +263,18 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
     @property
     def update_period(self) -> int:
         return self.chunk
+
+    @property
+    def largest_steps(self) -> tuple[float, ...]:
+        """η_max."""
+        if self.lr_max is not None:
+            return (self.lr_max,)
+        return (min(0.5, 1.0 if self.rule.erase != "none" else 1 / max(bank.chunk for bank in self.banks)),)
+
+    @property
+    def averages(self) -> bool:
+        """Whether gradients enter the momentum with 1 − μ."""
+        return self.average and self.rule.momentum
 
     @property
     def deep(self) -> bool:

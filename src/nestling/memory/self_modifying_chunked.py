@@ -55,6 +55,11 @@ class Made(NamedTuple):
             return self.lr * self.retention.plain()
         return self.lr
 
+    def pushes(self, spec: SelfModifying, momentum: Factor | None) -> Tensor:
+        """What a gradient enters with, given the momentum of these tokens `[lane, 1, head, time]`."""
+        lr = self.lr * spec.rule.step(spec.key_dim)
+        return lr * momentum.complement() if spec.averages and momentum is not None else lr
+
     def keys(self, count: int) -> Tensor:
         """k of `count` memories, spread once: each product would copy it again."""
         return self.k.expand(-1, count, -1, -1, -1).contiguous()
@@ -112,7 +117,7 @@ def make(
     for bank in spec.banks:
         given = value.expand(-1, len(bank.names), -1, -1, -1).contiguous()
         targets.append(bank.network.apply(at(anchor[bank.layers]), given))
-    lr = spec.lr_max * logits["lr"].sigmoid()
+    lr = spec.largest_steps[0] * logits["lr"].sigmoid()
     retention = Factor(F.logsigmoid(logits["retention"])) if "retention" in logits else None
     return _kept(Made(query, key, lr, retention, tuple(targets), fine), fine)
 
@@ -227,7 +232,7 @@ def _group(
             alive = made.live[:, None, None]
             mu = mu.masked(alive)
         c = coefficients(
-            made.lr * spec.rule.step(spec.key_dim),
+            made.pushes(spec, tile.momentum),
             made.retention,
             mu,
             None,
@@ -278,9 +283,10 @@ def _token(spec: SelfModifying, x: Streams, gone: Tensor | None) -> tuple[Tensor
         position = torch.where(fresh.cpu(), 0, position)
     fine = x.fine if alive is None else x.fine & alive.to(x.fine.device)[:, None]
     made, factors = made_of(spec, x, anchor, x.q, ask(spec, x), fine)
-    size = (made.lr * spec.rule.step(spec.key_dim)).unsqueeze(-1)
+    gate = None if x.momentum is None else x.momentum.map(lambda u: u.unsqueeze(1))
+    size = made.pushes(spec, gate).unsqueeze(-1)
     retention = None if made.retention is None else made.retention.plain()
-    mu = None if x.momentum is None else x.momentum.plain().unsqueeze(1)
+    mu = None if gate is None else gate.plain()
     acts = None if surely(made.live) else made.live
     moved = [
         one.write(

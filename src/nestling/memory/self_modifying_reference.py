@@ -66,7 +66,7 @@ def _token(
     keep = sound.view(-1, 1, 1, 1)
     q, k, v = (torch.where(keep, u, 0.0) for u in (q, l2_norm(k), v))
     gate = {name: torch.sigmoid(torch.where(keep, u, 0.0)) for name, u in logits.items()}
-    lr = spec.lr_max * gate["lr"]
+    lr = spec.largest_steps[0] * gate["lr"]
     retention = gate.get("retention", torch.ones_like(lr))
 
     gradients = {name: _gradients(spec, networks[name], anchor[name], k, m(name, v)) for name in anchor}
@@ -91,6 +91,8 @@ def _token(
             step = -lr * spec.rule.step(spec.key_dim) * g
             if spec.rule.momentum:
                 assert x.momentum is not None
+                if spec.average:
+                    step = x.momentum.complement()[:, :, t, None, None] * step
                 step = x.momentum.plain()[:, :, t, None, None] * moved[name][layer] + step
                 kept.append(torch.where(live, step, moved[name][layer]))
             changed = retention * w + step

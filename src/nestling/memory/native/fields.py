@@ -176,7 +176,7 @@ class SelfModifying(ctypes.Structure):
         ("cells", Cell * 2),
         ("stores", Store * 2),
         *((name, INT) for name in ("generators", "key", "value", "query", "lr", "retention")),
-        *((name, INT) for name in (*LANES, "unit_values", "after_decay")),
+        *((name, INT) for name in (*LANES, "unit_values", "after_decay", "average")),
         *((name, ctypes.c_double) for name in ("lr_max", "step", "epsilon")),
         ("runs", POINTER),
         ("fine", POINTER),

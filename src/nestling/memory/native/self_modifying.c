@@ -19,7 +19,7 @@ typedef struct {
     Store stores[2];  // `[lane, generator, head, …]` and `[lane, head, …]`
     int generators, key, value, query, gate[2];  // which generator makes what; -1: none
     int lanes, heads, time, tiles, longest, group, apart, threads;
-    int unit_values, after_decay;  // after_decay: ε = ηα, not η
+    int unit_values, after_decay, average;  // after_decay: ε = ηα, not η;  average: gradients enter S with (1 − μ)η
     double lr_max, step, epsilon;  // step: the rule's constant;  epsilon: of the unit norms
     const Run *runs;
     const unsigned char *fine;  // `[lane, time]`: tokens that act; null: all
@@ -214,6 +214,8 @@ static int make(const Scan *s, Hand *h, int memory, const Run *run, const Memori
             }
         }
     }
+    const real *log_mu = s->average ? s->momentum + (size_t)memory * s->time + run->first : 0;
+    for (int i = 0; i < L && log_mu; i++) h->lr[i] *= -(real)expm1(log_mu[i]);
     const unsigned char *fine = fine_at(s, memory, run);
     for (int i = 0; i < L && fine; i++)
         if (!fine[i]) h->sigmoid[i] = h->lr[i] = h->erase[i] = h->log_retention[i] = 0, h->retention[i] = 1;
@@ -288,6 +290,11 @@ static void back_make(const Scan *s, Hand *h, int memory, const Run *run, const 
     else add(size, h->of_query, s->of_q + at);
     for (int i = 0; i < L; i++) {
         h->of_lr[i] *= (real)s->step;
+        if (s->average) {
+            real log_mu = h->gates.momentum[i];
+            h->of_gates.momentum[i] -= h->of_lr[i] * (real)s->lr_max * h->sigmoid[i] * (real)exp(log_mu);
+            h->of_lr[i] *= -(real)expm1(log_mu);
+        }
         if (s->after_decay && s->gate[RETENTION] >= 0) {
             h->of_log_retention[i] += h->of_erase[i] * h->erase[i];
             h->of_lr[i] += h->of_erase[i] * h->retention[i];

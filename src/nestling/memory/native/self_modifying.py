@@ -41,7 +41,8 @@ def _settings(spec: SelfModifying, shapes: tuple[tuple[int, int], ...]) -> bytes
     for field, name in makes.items():
         setattr(c, field, spec.generators.index(name) if name in spec.generators else -1)
     c.unit_values, c.after_decay = spec.unit_values, spec.rule.erase == "after_decay"
-    c.lr_max, c.step, c.epsilon = spec.lr_max, spec.rule.step(spec.key_dim), EPS
+    c.average = spec.averages
+    c.lr_max, c.step, c.epsilon = spec.largest_steps[0], spec.rule.step(spec.key_dim), EPS
     return bytes(c)
 
 

@@ -7,7 +7,7 @@ Hope's settings beside those of the continuum are of its self-modifying memories
     adaptive             which of k, v and q are made by memories that learn (the paper's model: k and v; step sizes and decay
                          always are). k and v that are not are made by the same memories, standing still; q by a projection
     dgd                  delta gradient descent, or plain gradient descent on a decaying memory
-    momentum             S ← μS − η∇ℓ, which eq. 88 has not
+    momentum             S ← μS − (1 − μ)η∇ℓ, which eq. 88 has not (1 − μ is ours: without it training diverges)
     decay                α < 1
 
 and `periods=[]` leaves an ordinary feed-forward network in place of the continuum.
