@@ -32,7 +32,8 @@ class Settings(Beside):
     """Training speed of language models beside the transformer.
 
     models: names from `nl.models.names()`; default all.  shapes: lanes x tokens.  seconds: of timing per figure; a model whose
-    round takes twice that gets one.  dim, layers, heads, chunk, window: of every model that has them.  quick: one shape, 1x1024.
+    round takes twice that gets one.  dim, layers, heads, chunk, window: of every model that has them.  periods: of the levels of a
+    continuum, the fastest first, as many as a model has.  quick: one shape, 1x1024.
     """
 
     models: tuple[str, ...] = ()
@@ -42,6 +43,7 @@ class Settings(Beside):
     heads: int = 4
     chunk: int = 64
     window: int = 512
+    periods: tuple[int, ...] = nl.models.SIZES["small"].periods
     seconds: float = 10.0
     out: Path = field(default_factory=lambda: Path("runs/model_speed"))
 
@@ -49,7 +51,11 @@ class Settings(Beside):
 def model(name: str, settings: Settings) -> nl.models.LanguageModel:
     """A model at the run's size, as large as the transformer."""
     torch.manual_seed(settings.seed)
-    own = {kind: getattr(settings, kind) for kind in ("chunk", "window") if kind in nl.models.settings(name)}
+    own: dict[str, Any] = {kind: getattr(settings, kind) for kind in ("chunk", "window", "periods")}
+    own = {kind: value for kind, value in own.items() if kind in nl.models.settings(name)}
+    if "periods" in own:
+        with torch.device("meta"):
+            own["periods"] = settings.periods[: len(nl.models.build(name, "small").config.periods)]
     return nl.models.build(name, "small", dim=settings.dim, layers=settings.layers, heads=settings.heads, **own)
 
 
@@ -159,7 +165,7 @@ def main(settings: Settings) -> None:
     console, words = settings.begin(130)
     console.print(
         f"dim {settings.dim}, {settings.layers} blocks, {settings.heads} heads, chunk {settings.chunk}, "
-        f"window {settings.window}, periods {', '.join(map(str, nl.models.SIZES['small'].periods))}. FLOPs: matrix products, "
+        f"window {settings.window}, periods {', '.join(map(str, settings.periods))}. FLOPs: matrix products, "
         "without what a checkpoint recomputes; causal attention counts half of its square, a window what its blocks compute.",
         highlight=False,
     )
