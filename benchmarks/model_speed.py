@@ -32,8 +32,8 @@ class Settings(Beside):
     """Training speed of language models beside the transformer.
 
     models: names from `nl.models.names()`; default all.  shapes: lanes x tokens.  seconds: of timing per figure; a model whose
-    round takes twice that gets one.  dim, layers, heads, chunk, window: of every model that has them.  periods: of the levels of a
-    continuum, the fastest first, as many as a model has.  quick: one shape, 1x1024.
+    round takes twice that gets one.  dim, layers, heads, chunk, window: of every model that has them.  periods: of the levels of
+    a continuum, the fastest first, as many as a model has.  quick: one shape, 1x1024.
     """
 
     models: tuple[str, ...] = ()

@@ -6,9 +6,8 @@ import contextlib
 import ctypes
 import dataclasses
 import os
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import nestling as nl
+import nestling.native
 from nestling.memory import (
     L2,
     MLP,
@@ -475,32 +476,22 @@ def test_backward_goes_the_way_that_forward_went() -> None:
 @NEEDS
 def test_a_backward_pass_that_goes_another_way_is_told_and_corrupts_nothing() -> None:
     """What is computed again for it, without the C code, keeps other tensors than those it had in the forward pass."""
-    run(
-        """
-import torch, nestling as nl
-from torch.utils.checkpoint import checkpoint
-from nestling.native import without
-spec = nl.memory.named("titans", key_dim=8, chunk=4)
-w0 = [w.requires_grad_() for w in spec.init(2, torch.Generator().manual_seed(0))]
-q, k, v, gates = spec.example(torch.Generator().manual_seed(0), time=24)
+    spec = nl.memory.named("titans", key_dim=8, chunk=4)
+    w0 = [w.requires_grad_() for w in spec.init(2, torch.Generator().manual_seed(0))]
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(0), time=24)
 
-def twice(*w0):
-    y, state = nl.memory.scan(spec, w0, q, k, v, gates)
-    return nl.memory.scan(spec, w0, q, k, y, gates, state)[0].sum()
+    def twice(*w0: Tensor) -> Tensor:
+        y, state = nl.memory.scan(spec, w0, q, k, v, gates)
+        return nl.memory.scan(spec, w0, q, k, y, gates, state)[0].sum()
 
-for _ in range(3):
-    y = checkpoint(twice, *w0, use_reentrant=False, determinism_check="none")
-    try:
-        with without():
+    def read() -> Any:
+        return checkpoint(twice, *w0, use_reentrant=False, determinism_check="none")
+
+    for _ in range(3):
+        y = read()
+        with pytest.raises(RuntimeError, match=r"went another way|[Cc]heckpoint"), without():
             torch.autograd.grad(y, w0)
-    except RuntimeError as error:
-        assert "went another way" in str(error) or "checkpoint" in str(error).lower(), error
-    else:
-        raise AssertionError("it went on")
-y = checkpoint(twice, *w0, use_reentrant=False, determinism_check="none")
-assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y, w0))
-"""
-    )
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(read(), w0))
 
 
 @NEEDS
@@ -531,57 +522,65 @@ def test_activations(mean: float) -> None:
         assert_close(runs[0], runs[1], 1e-5)
 
 
-def run(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints."""
-    kept = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Reads as a process would that has loaded nothing yet, and says what became of the C code."""
+
+    def read(**environment: str) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(nestling.native, "_load", cache(nestling.native._load.__wrapped__))
+        spec = nl.memory.named("titans", key_dim=4, chunk=4)
+        y, _ = nl.memory.scan(spec, spec.init(2), *spec.example(torch.Generator().manual_seed(0), time=8))
+        assert torch.isfinite(y).all()
+        return status()
+
+    return read
 
 
-READS = """
-import torch, nestling as nl
-spec = nl.memory.named("titans", key_dim=4, chunk=4)
-y, _ = nl.memory.scan(spec, spec.init(2), *spec.example(torch.Generator().manual_seed(0), time=8))
-assert torch.isfinite(y).all()
-from nestling.native import status
-print(status())
-"""
-
-
-def test_does_without(tmp_path: Path) -> None:
+def test_does_without(anew: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Switched off, without a compiler, with one that fails, and where nothing can be written: it still reads."""
-    assert run(READS, NESTLING_NATIVE="0") == "off (NESTLING_NATIVE=0)"
-    assert "no C compiler" in run(READS, PATH=str(tmp_path))
+    assert anew(NESTLING_NATIVE="0") == "off (NESTLING_NATIVE=0)"
+    monkeypatch.delenv("NESTLING_NATIVE")
+    path = os.environ["PATH"]
+    assert "no C compiler" in anew(PATH=str(tmp_path))
     fails = tmp_path / "cc"
     fails.write_text("#!/bin/sh\necho 'no such thing' >&2\nexit 1\n")
     fails.chmod(0o755)
-    assert "could not build it (no such thing)" in run(
-        READS, PATH=f"{tmp_path}:/usr/bin:/bin", XDG_CACHE_HOME=str(tmp_path / "one")
+    assert "could not build it (no such thing)" in anew(
+        PATH=f"{tmp_path}:/usr/bin:/bin", XDG_CACHE_HOME=str(tmp_path / "one")
     )
     shared = tmp_path / "shared" / "nestling"
     shared.mkdir(parents=True)
     shared.chmod(0o777)
-    assert "is not this user's alone" in run(READS, XDG_CACHE_HOME=str(tmp_path / "shared"))
+    assert "is not this user's alone" in anew(PATH=path, XDG_CACHE_HOME=str(tmp_path / "shared"))
     (tmp_path / "file").write_text("")
-    assert run(READS, XDG_CACHE_HOME=str(tmp_path / "file")).startswith("off: ")
+    assert anew(XDG_CACHE_HOME=str(tmp_path / "file")).startswith("off: ")
 
 
 @NEEDS
-def test_is_built_once_and_anew_where_it_was_cut_short(tmp_path: Path) -> None:
+def test_is_built_once_and_anew_where_it_was_cut_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As by a crash: to load what is left would end the process with a bus error."""
-    assert run(READS, XDG_CACHE_HOME=str(tmp_path)).startswith("on")
-    (built,) = (tmp_path / "nestling").iterdir()
-    before = built.stat().st_mtime_ns
-    assert run(READS, XDG_CACHE_HOME=str(tmp_path)).startswith("on")
-    assert [built] == list((tmp_path / "nestling").iterdir())
+    source = tmp_path / "probe.c"
+    source.write_text(PROBE)
+    monkeypatch.setattr(nestling.native, "SCAN", source)  # which builds in no time
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def load() -> Path:
+        monkeypatch.setattr(nestling.native, "_load", cache(nestling.native._load.__wrapped__))
+        assert status().startswith("on")
+        (built,) = (tmp_path / "nestling").iterdir()
+        return built
+
+    built = load()
+    before, content = built.stat().st_mtime_ns, built.read_bytes()
+    assert load() == built
     assert built.stat().st_mtime_ns == before
-    whole = built.stat().st_size
-    os.truncate(built, 5000)
-    assert run(READS, XDG_CACHE_HOME=str(tmp_path)).startswith("on")
-    assert built.stat().st_size == whole
+    built.unlink()  # not in place: this process has it mapped
+    built.write_bytes(content[:5000])
+    built.chmod(0o700)
+    assert load() == built
+    assert len(built.read_bytes()) == len(content)
 
 
 @NEEDS
@@ -639,11 +638,11 @@ def test_scratch_is_full_of_nan_where_it_is_poisoned(dtype: torch.dtype, tmp_pat
         assert seen(source, 1)[1:].eq(1).all(), "it is left on"
 
 
-def test_what_does_not_load_is_not_kept(tmp_path: Path) -> None:
+def test_what_does_not_load_is_not_kept(anew: Callable[..., str], tmp_path: Path) -> None:
     """A compiler that says yes and makes nothing, and one that dies without a word."""
     compiler = tmp_path / "cc"
     for ends, words in (("exit 0", "off: "), ("kill -9 $$", "could not build it (exit status -9)")):
         compiler.write_text(f"#!/bin/sh\n{ends}\n")
         compiler.chmod(0o755)
-        assert words in run(READS, PATH=f"{tmp_path}:/usr/bin:/bin", XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert words in anew(PATH=f"{tmp_path}:/usr/bin:/bin", XDG_CACHE_HOME=str(tmp_path / "cache"))
         assert not list((tmp_path / "cache" / "nestling").iterdir())
