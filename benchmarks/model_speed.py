@@ -33,7 +33,8 @@ class Settings(Beside):
 
     models: names from `nl.models.names()`; default all.  shapes: lanes x tokens.  seconds: of timing per figure; a model whose
     round takes twice that gets one.  dim, layers, heads, chunk, window: of every model that has them.  periods: of the levels of
-    a continuum, the fastest first, as many as a model has.  quick: one shape, 1x1024.
+    a continuum, the fastest first, as many as a model has; default: a sixteenth, a quarter and the whole of the text, so that
+    levels move as often in a text of any length.  quick: one shape, 1x1024.
     """
 
     models: tuple[str, ...] = ()
@@ -43,19 +44,20 @@ class Settings(Beside):
     heads: int = 4
     chunk: int = 64
     window: int = 512
-    periods: tuple[int, ...] = nl.models.SIZES["small"].periods
+    periods: tuple[int, ...] = ()
     seconds: float = 10.0
     out: Path = field(default_factory=lambda: Path("runs/model_speed"))
 
 
-def model(name: str, settings: Settings) -> nl.models.LanguageModel:
-    """A model at the run's size, as large as the transformer."""
+def model(name: str, settings: Settings, length: int) -> nl.models.LanguageModel:
+    """A model at the run's size, as large as the transformer, for texts of this length."""
     torch.manual_seed(settings.seed)
-    own: dict[str, Any] = {kind: getattr(settings, kind) for kind in ("chunk", "window", "periods")}
+    own: dict[str, Any] = {kind: getattr(settings, kind) for kind in ("chunk", "window")}
+    own["periods"] = settings.periods or tuple(max(2, length // 16) * times for times in (1, 4, 16))
     own = {kind: value for kind, value in own.items() if kind in nl.models.settings(name)}
     if "periods" in own:
         with torch.device("meta"):
-            own["periods"] = settings.periods[: len(nl.models.build(name, "small").config.periods)]
+            own["periods"] = own["periods"][: len(nl.models.build(name, "small").config.periods)]
     return nl.models.build(name, "small", dim=settings.dim, layers=settings.layers, heads=settings.heads, **own)
 
 
@@ -82,7 +84,7 @@ def measure(name: str, shape: str, settings: Settings, peak: float) -> dict[str,
     """One row of the table."""
     lanes, length = lanes_and_length(shape)
     tokens = torch.randint(257, (lanes, length + 1), generator=torch.Generator().manual_seed(settings.seed))
-    models = [model(n, settings) for n in (name, "transformer")]
+    models = [model(n, settings, length) for n in (name, "transformer")]
     mine, transformer = (step(own, tokens) for own in models)
     # Of one lane, as they are linear in the lanes: counting goes the framework's way, which takes far more memory.
     work, work_transformer = (lanes * flops(step(own, tokens[:1])) for own in models)
@@ -94,7 +96,8 @@ def measure(name: str, shape: str, settings: Settings, peak: float) -> dict[str,
         "model": name,
         "shape": shape,
         "length": length,
-        "parameters": sum(p.numel() for p in model(name, settings).parameters()),
+        "periods": list(models[0].config.periods),
+        "parameters": sum(p.numel() for p in models[0].parameters()),
         "ratio": ratio._asdict(),
         "bound": bound,
         "share_of_bound": ratio.mid / bound,
@@ -163,10 +166,11 @@ def main(settings: Settings) -> None:
     if settings.quick:
         settings.shapes = ("1x1024",)
     console, words = settings.begin(130)
+    periods = ", ".join(map(str, settings.periods)) or "of a sixteenth and a quarter of the text"
     console.print(
         f"dim {settings.dim}, {settings.layers} blocks, {settings.heads} heads, chunk {settings.chunk}, "
-        f"window {settings.window}, periods {', '.join(map(str, settings.periods))}. FLOPs: matrix products, "
-        "without what a checkpoint recomputes; causal attention counts half of its square, a window what its blocks compute.",
+        f"window {settings.window}, periods {periods}. FLOPs: matrix products, without what a checkpoint recomputes; causal "
+        "attention counts half of its square, a window what its blocks compute.",
         highlight=False,
     )
     rows: list[dict[str, Any]] = []

@@ -45,6 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
     "model_speed": {
         "models": ("hope", "retnet"),
         "shapes": ("1x64", "2x32"),
+        "periods": (32, 64),
         "dim": 64,
         "layers": 1,
         "heads": 8,
