@@ -233,7 +233,7 @@ def judge(rows: list[dict[str, Any]]) -> list[str]:
         if row["length"] >= GOALS["memory_from"] and times > GOALS["memory"]:
             missed.append(f"{what}: {times:.1f} × attention's memory")
     for (name, chunk, mode), factor in growth(rows).items():
-        if factor > GOALS["growth"] and nl.memory.named(name).growth == "constant":
+        if factor > GOALS["growth"] and spec_of(name).growth == "constant":
             missed.append(
                 f"{name}, chunk {chunk}: {mode} takes {factor:.2f} × the time per token at the longest length"
             )

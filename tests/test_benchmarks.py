@@ -35,7 +35,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 TINY: dict[str, dict[str, Any]] = {
     "memory_speed": {
-        "systems": ("titans", "deltanet", "dot"),
+        "systems": ("omeganet_plain", "deltanet", "dot"),
         "lengths": (8, 16),
         "chunks": (4,),
         "dim": 8,
@@ -78,6 +78,16 @@ def test_a_benchmark_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     rows = json.loads((tmp_path / f"{name}.json").read_text())
     assert rows
     assert name == "decode_speed" or list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["hope", "titans_mag", "transformer"])
+def test_steps_of_long_texts_are_counted_from_short_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly, with levels, attention's window and persistent tokens, and where the state grows with the text."""
+    module = load("model_speed", monkeypatch)
+    settings = module.Settings(dim=64, layers=1, heads=8, chunk=64, window=64, periods=(64, 128))
+    language = module.model(name, settings, 512)
+    tokens = torch.randint(257, (2, 513))  # four stretches of 128
+    assert module.step_flops(language, tokens) == 2 * module.flops(module.step(language, tokens[:1]))
 
 
 def test_flops_count_nothing_that_a_checkpoint_makes_again(monkeypatch: pytest.MonkeyPatch) -> None:
