@@ -67,9 +67,8 @@ class _Hybrid(Layer):
 
     def levels(self) -> list[Level]:
         found = []
-        beside = self.own(
-            "memory", "attention", "memory_norm"
-        )  # what follows both, and a norm of the attention's answers
+        # What follows both, and a norm of the attention's answers.
+        beside = self.own("memory", "attention", "memory_norm")
         for part, layer, more in (
             ("memory", self.memory, ("memory_norm.weight",)),
             ("attention", self.attention, beside),

@@ -99,10 +99,8 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
                 f"{self.name}: {self.network!r} adds the key to its output, but key_dim is {self.key_dim} and value_dim "
                 f"{self.value_dim}: make value_dim no larger, or set residual=False, leading=False"
             )
-        _ = (
-            self.shapes,
-            self.tail_shape,
-        )  # refuses dimensions that do not fit; and a compiled step cannot take a cache's lock
+        # Read here already: to refuse dimensions that do not fit, and as a compiled step cannot take a cache's lock.
+        _ = self.shapes, self.tail_shape
         self._check_inputs()
         served = isinstance(self.bias, DotProduct) and isinstance(self.network, Matrix)
         if isinstance(self.rule, Implicit) and not served:
