@@ -51,7 +51,22 @@ def plain(spec: Lattice, s: Tensor) -> list[Tensor]:
     return [s[None], eye, eye.clone()]
 
 
-def run(spec: Lattice, s: Tensor, q: Tensor, k: Tensor, v: Tensor, engine: str = "chunked", **gates: Tensor):
+def drawn(time: int) -> tuple[Tensor, ...]:
+    """Slots s, then q, k, v and the gates μ and γ of so many tokens."""
+    s, q, k, v = normal(M, D), normal(time, M, seed=1), normal(time, M, seed=2), normal(time, D, seed=3)
+    return s, q, k, v, normal(time, seed=4).sigmoid(), normal(time, seed=5).sigmoid()
+
+
+def run(
+    spec: Lattice,
+    s: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    engine: str = "chunked",
+    tile: int | None = None,
+    **gates: Tensor,
+) -> tuple[Tensor, Tensor]:
     y, state = spec.scan(
         plain(spec, s),
         q[None, None],
@@ -59,6 +74,7 @@ def run(spec: Lattice, s: Tensor, q: Tensor, k: Tensor, v: Tensor, engine: str =
         v[None, None],
         Gates(**{n: g[None, None] for n, g in gates.items()}),
         engine=engine,
+        tile=tile,
     )
     return y[0, 0], state.weights[0][0, 0]
 
@@ -105,8 +121,7 @@ def test_a_larger_slot_is_the_same_slot_and_turns_less(objective: str) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_chunk_one_is_the_recurrence_in_the_form_of_a_gated_linear_attention(objective: str) -> None:
     """s_i ← (μ − a_i(f_i·h)/n_i) s_i + a_i h: the gate on the old state depends on state and input, and is no decay."""
-    s, q, k, v = normal(M, D), normal(9, M, seed=1), normal(9, M, seed=2), normal(9, D, seed=3)
-    mu, lr = normal(9, seed=4).sigmoid(), normal(9, seed=5).sigmoid()
+    s, q, k, v, mu, lr = drawn(9)
     spec = spec_of(objective=objective, norm="decay", chunk=1)
     y, end = run(spec, s, q, k, v, retention=mu, lr=lr)
     outputs, beyond = [], False
@@ -129,23 +144,17 @@ def test_the_parallel_form_is_the_loop_over_a_chunks_stale_steps(
     objective: str, tile: int | None, read_norm: str
 ) -> None:
     time, chunk = 17, 5
-    s, q, k, v = normal(M, D), normal(time, M, seed=1), normal(time, M, seed=2), normal(time, D, seed=3)
-    mu, lr = normal(time, seed=4).sigmoid(), normal(time, seed=5).sigmoid()
+    s, q, k, v, mu, lr = drawn(time)
     spec = spec_of(objective=objective, norm="decay", chunk=chunk, read_norm=read_norm)
-    y, state = spec.scan(
-        plain(spec, s),
-        *(x[None, None] for x in (q, k, v)),
-        Gates(lr=lr[None, None], retention=mu[None, None]),
-        tile=tile,
-    )
+    y, end = run(spec, s, q, k, v, tile=tile, lr=lr, retention=mu)
     outputs, anchor = [], s
     for t in range(time):
         s = mu[t] * s + lr[t] * change(objective, anchor, k[t], v[t])
         norms = {"token": s, "chunk": anchor, "none": phi(s)}[read_norm].norm(dim=-1, keepdim=True)
         outputs.append(q[t] @ (s / norms))
         anchor = s if (t + 1) % chunk == 0 else anchor
-    torch.testing.assert_close(y[0, 0], torch.stack(outputs), rtol=0, atol=1e-12)
-    torch.testing.assert_close(state.weights[0][0, 0], s, rtol=0, atol=1e-12)
+    torch.testing.assert_close(y, torch.stack(outputs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(end, s, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("read_norm", ["token", "chunk", "none"])
@@ -156,8 +165,7 @@ def test_the_gate_form_is_the_loop_over_running_slots_with_gates_of_the_chunks_s
 ) -> None:
     """Gates above 1 and below 0 as well, and one that is exactly 0."""
     time, chunk = 17, 5
-    s, q, k, v = normal(M, D), normal(time, M, seed=1), normal(time, M, seed=2), normal(time, D, seed=3)
-    mu, lr = normal(time, seed=4).sigmoid(), normal(time, seed=5).sigmoid()
+    s, q, k, v, mu, lr = drawn(time)
     h, a = writing(objective, s, k[2], v[2])
     radial = a * (phi(s) @ h) / s.norm(dim=-1)
     mu[2], lr[2] = 0.5, 0.5 / radial.max()  # the gate of this slot is 0
@@ -170,17 +178,12 @@ def test_the_gate_form_is_the_loop_over_running_slots_with_gates_of_the_chunks_s
         outputs.append(q[t] @ (s / norms))
         anchor = s if (t + 1) % chunk == 0 else anchor
     spec = spec_of(objective=objective, norm="decay", chunk=chunk, read_norm=read_norm, form="gate")
-    y, state = spec.scan(
-        plain(spec, start),
-        *(x[None, None] for x in (q, k, v)),
-        Gates(lr=lr[None, None], retention=mu[None, None]),
-        tile=tile,
-    )
+    y, end = run(spec, start, q, k, v, tile=tile, lr=lr, retention=mu)
     assert float(torch.stack(gates).max()) > 1
     assert float(torch.stack(gates).min()) < 0
     assert float(gates[2].abs().min()) < 1e-12
-    torch.testing.assert_close(y[0, 0], torch.stack(outputs), rtol=0, atol=1e-10)
-    torch.testing.assert_close(state.weights[0][0, 0], s, rtol=0, atol=1e-10)
+    torch.testing.assert_close(y, torch.stack(outputs), rtol=0, atol=1e-10)
+    torch.testing.assert_close(end, s, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("norm", ["retract", "decay", "free"])
