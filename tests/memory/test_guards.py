@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
 import torch
@@ -296,6 +296,27 @@ def test_impossible_settings_are_refused_in_words(call, words: str) -> None:
         call()
 
 
+SWITCHES = {
+    (kind, field.name)
+    for kind in map(nl.memory.__dict__.get, nl.memory.__all__)
+    if isinstance(kind, type) and is_dataclass(kind)
+    for field in fields(kind)
+    if field.type in ("bool", bool)
+}
+
+
+def test_what_is_neither_true_nor_false_is_refused_in_words() -> None:
+    """In every choice and memory: it would count as true, whatever was meant."""
+    assert len(SWITCHES) >= 20
+    for kind, setting in SWITCHES:
+        own = {field.name for field in fields(kind)}
+        sizes = {size: 4 for size in ("key_dim", "value_dim", "slots") if size in own}
+        kind(**sizes)
+        for given in ("no", 0, 1.0, None):
+            with pytest.raises(ValueError, match=f"{setting} is {given!r}; expected True or False"):
+                kind(**sizes, **{setting: given})
+
+
 @pytest.mark.parametrize("name", ["titans", "dot", "self_modifying"])
 @pytest.mark.parametrize(
     ("choices", "words"),
@@ -537,6 +558,7 @@ def test_what_is_no_input_is_refused_in_words(name: str, time: int, engine: str)
         ({"valid": [[True] * time] * 2}, TypeError, "valid is a list; expected a tensor"),
         ({"tile": 2.5}, ValueError, f"{name}: tile is 2.5; expected a whole number of at least 1"),
         ({"tile": 0}, ValueError, "tile is 0"),
+        ({"report": {}}, TypeError, r"report is a dict; expected a nestling.Report, or None: .* Report\(\)"),
         ({"w0": None}, ValueError, "w0 is None; expected .* from spec.init"),
         ({"w0": [w.long() for w in w0]}, TypeError, r"w0\[0\] has dtype torch.int64; expected a floating point"),
         ({"w0": [w0[0], w0[1][:1], *w0[2:]]}, ValueError, r"w0\[1\] has shape \(1, .*expected \(2, "),
@@ -546,6 +568,19 @@ def test_what_is_no_input_is_refused_in_words(name: str, time: int, engine: str)
             continue  # it has none, which is said first
         with pytest.raises(error, match=words):
             spec.scan(given.pop("w0"), given.pop("q"), k, v, engine=engine, **given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_of_heads_or_lanes_that_is_none_is_refused_in_words(name: str) -> None:
+    spec = nl.memory.named(name, key_dim=4)
+    for heads in (-1, 0, 2.0, True, None):
+        with pytest.raises(ValueError, match=f"heads is {heads}; expected a whole number of at least 1"):
+            spec.init(heads)
+    w0 = spec.init(2)
+    for lanes in (-1, 2.0, True, None):
+        with pytest.raises(ValueError, match=f"lanes is {lanes}; expected a whole number of at least 0"):
+            spec.start(w0, lanes)
+    assert len(nl.state.leaves(spec.start(w0, 0))[0]) == 0
 
 
 def test_a_step_refuses_what_is_no_input_in_words() -> None:

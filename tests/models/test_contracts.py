@@ -305,7 +305,8 @@ def test_impossible_models_are_refused_in_words() -> None:
         ({"tokens": torch.full((1, 2), 31)}, "another tokenizer"),
         ({"tokens": torch.zeros(1, 2)}, "int64"),
         ({"tokens": text(0, 2, 3), "reset": torch.zeros(2, 3)}, "reset is torch.float32"),
+        ({"tokens": text(0, 2, 3), "report": {}}, "report is a dict; expected a nestling.Report"),
         ({"tokens": text(0, 2, 3), "state": model.start(3)}, "3 lanes"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((ValueError, TypeError), match=words):
             model(**arguments)

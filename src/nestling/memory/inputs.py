@@ -15,6 +15,7 @@ from nestling.memory.gates import Factor, Gates, check_gates, factor
 from nestling.memory.retentions import per_channel
 from nestling.memory.rules import Implicit, Leader
 from nestling.memory.rules.delta import proximal
+from nestling.memory.settings import whole_numbers
 from nestling.memory.state import MemoryState, Shapes, Tail, Weights
 
 if TYPE_CHECKING:
@@ -124,6 +125,12 @@ def prepare(spec: MemorySpec, call: Call) -> Inputs:
     lr = lr * spec.rule.step(spec.key_dim)
     window, features = gates.window, None if spec.features == Identity() else spec.features
     return Inputs(start, state, q, k, v, lr, retention, momentum, erase, window, fine, reset, valid, features, own)
+
+
+def check_start(spec: Memory, w0: Sequence[Tensor], lanes: int) -> None:
+    """Refuse what no state can be made of: initial weights that do not fit, or a number of lanes that is none."""
+    whole_numbers(spec.name, least=0, lanes=lanes)
+    check_weights(spec, w0)
 
 
 def check_weights(spec: Memory, w0: Sequence[Tensor]) -> None:

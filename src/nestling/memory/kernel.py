@@ -34,8 +34,8 @@ from nestling.memory.inputs import (
     check_call,
     check_dtypes,
     check_precision,
+    check_start,
     check_state,
-    check_weights,
     token_guard,
     widest,
 )
@@ -45,7 +45,7 @@ from nestling.memory.pieces import INSIDE, Grown, Size, fitting
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Full
 from nestling.memory.rules import Gradient
-from nestling.memory.settings import choice, read_timing, whole_numbers
+from nestling.memory.settings import choice, read_timing, switches, whole_numbers
 from nestling.memory.state import Shapes, Tail, Weights, raised
 from nestling.state import register
 
@@ -141,6 +141,7 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
     def __post_init__(self) -> None:
         whole_numbers(self.name, key_dim=self.key_dim, value_dim=self.value_dim, chunk=self.chunk)
         read_timing(self.name, self.read)
+        switches(self.name, normalized=self.normalized)
         choice(self.name, "kernel", self.kernel, Exponential, "Exponential()")
         choice(self.name, "bias", self.bias, Bias, "DotProduct()")
         if not isinstance(self.network, MLP | Matrix):
@@ -224,10 +225,11 @@ class KernelMemory(TwoEngines[Streams, KernelState]):
         return self.span + (self.chunk if self.read == "boundary" else 0)
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
+        whole_numbers(self.name, heads=heads)
         return (*self.network.init(self.fast_shapes, heads, generator), self.kernel.init(self.key_dim, heads))
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> KernelState:
-        check_weights(self, w0)
+        check_start(self, w0, lanes)
         made = tuple(w.expand(lanes, *w.shape) for w in raised(w0[: self.network.depth]))
         heads, like = w0[0].shape[0], made[0]
         pairs, tail = None, None

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from nestling.memory import lattice_chunked
 from nestling.memory.gates import Factor
+from nestling.memory.settings import whole_numbers
 from nestling.memory.slots import (
     CODES,
     Moved,
@@ -117,6 +118,7 @@ class Lattice(SlotMemory):
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         """Unit slots, orthogonal as far as there is room, as S = 0 has no direction; both projections begin equal."""
+        whole_numbers(self.name, heads=heads)
         first = orthonormal(heads, self.slots, self.value_dim, generator)
         if self.phi == "identity":
             first = torch.zeros_like(first)

@@ -13,7 +13,7 @@ from nestling.memory import overflow, pieces
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Gates
 from nestling.memory.inputs import check_kinds
-from nestling.memory.report import Report
+from nestling.memory.report import Report, check_report
 from nestling.memory.settings import whole_numbers
 from nestling.memory.state import Weights
 
@@ -242,6 +242,7 @@ class TwoEngines(Memory, Generic[Inputs, State]):
             whole_numbers(self.name, tile=tile)
         call = Call(w0, q, k, v, Gates() if gates is None else gates, state, reset, valid)
         check_kinds(call)
+        check_report(report)
         reference, chunked = self._engines()
 
         def plain(call: Call, report: Report | None) -> tuple[Tensor, State, Inputs]:

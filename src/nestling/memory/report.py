@@ -71,3 +71,12 @@ class Report:
 
     def __len__(self) -> int:
         return len(set(self._entries) | set(self._counts))
+
+
+def check_report(report: object) -> None:
+    """Refuse what notes cannot be added to."""
+    if report is not None and not isinstance(report, Report):
+        raise TypeError(
+            f"report is a {type(report).__name__}; expected a nestling.Report, or None: make one with Report() and "
+            "read it after the call"
+        )

@@ -50,8 +50,8 @@ from nestling.memory.inputs import (
     border_guard,
     check_call,
     check_precision,
+    check_start,
     check_state,
-    check_weights,
     overflowed,
     token_guard,
 )
@@ -59,7 +59,7 @@ from nestling.memory.networks import MLP, Matrix, Network
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.retentions import Decay, Retention, Settled, per_channel, toward_initial
 from nestling.memory.rules import DeltaGradient, Directed, Implicit, Leader, Nesterov, Rule
-from nestling.memory.settings import choice, numbers, read_timing, whole_numbers
+from nestling.memory.settings import choice, numbers, read_timing, switches, whole_numbers
 from nestling.memory.state import MemoryState, Shapes, Weights, raised
 
 SMALL = 0.02 / 2**0.5  # last layers at first: M(x) ≈ x, so that k ≈ x, v ≈ x and every v̂ ≈ v
@@ -207,8 +207,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
             raise ValueError(f"{self.name}: static has 'q', which has no memory: leave it out, or set adaptive_q")
         if self.lr_max is not None:
             numbers(self.name, above=0, lr_max=self.lr_max)
-        if not isinstance(self.average, bool):
-            raise ValueError(f"{self.name}: average is {self.average!r}; expected True or False")
+        switches(self.name, average=self.average, adaptive_q=self.adaptive_q, unit_values=self.unit_values)
         for field, network in (("network", self.network), ("others", self.others)):
             if isinstance(network, Matrix) and not (network.identity or network.init_scale):
                 raise ValueError(
@@ -327,6 +326,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         """Initial weights, float32, each `[head, in, out]`, in the order of `names`: k ≈ x, v ≈ x, v̂ ≈ v at first."""
+        whole_numbers(self.name, heads=heads)
         d, made = self.key_dim, list[Tensor]()
         for bank in self.banks:
             for _ in bank.names:
@@ -338,7 +338,7 @@ class SelfModifying(TwoEngines[Streams, MemoryState]):
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
         """State of lanes that have read nothing; weights in at least float32."""
-        check_weights(self, w0)
+        check_start(self, w0, lanes)
         named = dict(zip(self.names, raised(w0), strict=True))
         joined = self.join(
             {

@@ -23,6 +23,13 @@ def numbers(
             raise ValueError(f"{_named(owner, setting)} is {number!r}; expected a finite number{bound}{hint}")
 
 
+def switches(owner: object, **settings: object) -> None:
+    """Refuse what is neither True nor False: any other word or number would count as one of them."""
+    for setting, given in settings.items():
+        if not isinstance(given, bool):
+            raise ValueError(f"{_named(owner, setting)} is {given!r}; expected True or False")
+
+
 def choice(owner: object, setting: str, given: object, kind: type, example: str) -> None:
     """Refuse what is no choice of a kind: a name, another kind's, a class that is still to be called.
 

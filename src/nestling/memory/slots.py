@@ -25,7 +25,7 @@ from torch import Tensor
 from nestling.memory.coefficients import Coefficients
 from nestling.memory.draw import Draw
 from nestling.memory.gates import Factor, Gates, factor
-from nestling.memory.inputs import check_call, check_precision, check_state, check_weights, surely, token_guard
+from nestling.memory.inputs import check_call, check_precision, check_start, check_state, surely, token_guard
 from nestling.memory.norm import EPS
 from nestling.memory.protocol import Call, Engines, Example, Read, TwoEngines
 from nestling.memory.settings import whole_numbers
@@ -217,7 +217,7 @@ class SlotMemory(TwoEngines[Streams, MemoryState]):
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
         """State of lanes that have read nothing; weights in at least float32."""
-        check_weights(self, w0)
+        check_start(self, w0, lanes)
         first = self.settle(raised(w0[: self.states]))
         return MemoryState.fresh(tuple(w.expand(lanes, *w.shape) for w in first))
 

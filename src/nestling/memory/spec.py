@@ -13,7 +13,7 @@ from nestling.memory.biases import L2, Bias, DotProduct, reads_threshold
 from nestling.memory.draw import Draw
 from nestling.memory.features import Features, Identity
 from nestling.memory.gates import Gates
-from nestling.memory.inputs import Inputs, check_call, check_state, check_weights, prepare, widest
+from nestling.memory.inputs import Inputs, check_call, check_start, check_state, prepare, widest
 from nestling.memory.networks import Matrix, Network, Vector
 from nestling.memory.networks.base import at
 from nestling.memory.pieces import Size
@@ -252,13 +252,14 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         """Initial (dual) weights, float32, each `[head, in, out]`, first applied first; then the features' parameters."""
+        whole_numbers(self.name, heads=heads)
         weights = self.network.init(self.fast_shapes, heads, generator)
         own = self.features.init(self.key_dim, heads, generator)
         return (*(self.retention.dual(w) for w in weights), *own)
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> MemoryState:
         """State of lanes that have read nothing; weights in at least float32."""
-        check_weights(self, w0)
+        check_start(self, w0, lanes)
         weights = tuple(w.expand(lanes, *w.shape) for w in raised(w0[: self.network.depth]))
         tail = None
         if self.bias.window > 1:

@@ -31,7 +31,7 @@ from nestling.memory.inputs import (
     check_dtypes,
     check_owner,
     check_precision,
-    check_weights,
+    check_start,
     surely,
     token_guard,
     widest,
@@ -278,7 +278,7 @@ class Tnt(TwoEngines[Streams, TntState]):
 
     def start(self, w0: Sequence[Tensor], lanes: int) -> TntState:
         """State of lanes that have read nothing."""
-        check_weights(self, w0)
+        check_start(self, w0, lanes)
         heads, d, device = w0[0].shape[0], self.key_dim, w0[0].device
         dtype = torch.promote_types(w0[0].dtype, torch.float32)
         return TntState(

@@ -26,6 +26,7 @@ from torch import Tensor
 from nestling.memory import fused
 from nestling.memory.compression import BETWEEN, PHI, between, compress, pulled_back
 from nestling.memory.gates import Factor
+from nestling.memory.settings import switches, whole_numbers
 from nestling.memory.slots import Moved, SlotMemory, Tile, harmless, normalized, orthonormal, rows_of, sound_rows
 from nestling.memory.state import Weights
 from nestling.memory.tile import only, sound
@@ -71,6 +72,7 @@ class Trellis(SlotMemory):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        switches(self.name, value_read_phi=self.value_read_phi)
         for field, known in (
             ("phi", PHI),
             ("between", BETWEEN),
@@ -123,6 +125,7 @@ class Trellis(SlotMemory):
 
     def init(self, heads: int, generator: torch.Generator | None = None) -> Weights:
         """Empty or random states of unit columns, and projections of unit columns."""
+        whole_numbers(self.name, heads=heads)
         made = [orthonormal(heads, self.slots, rows, generator).mT.contiguous() for rows, _ in self.shapes]
         if self.initial == "zero":
             made[:2] = [torch.zeros_like(w) for w in made[:2]]

@@ -16,6 +16,7 @@ from nestling.layers.descent import Used
 from nestling.layers.norm import RMSNorm
 from nestling.layers.stream import Kept, kept_around
 from nestling.memory import Report
+from nestling.memory.report import check_report
 from nestling.models import windows
 from nestling.models.block import Block, ModelConfig
 from nestling.models.windows import Open
@@ -129,6 +130,7 @@ class LanguageModel(nn.Module):
         model's loss refuse the gradient of that window, which is one write of theirs, where it is not finite, and count a fault.
         """
         self._check(tokens, state, reset, valid)
+        check_report(report)
         state = self.start(tokens.shape[0]) if state is None else state
         if torch.is_grad_enabled() and any(leaf.is_inference() for leaf in fast.leaves(state)):
             state = fast.tree_map(lambda x: x.clone() if x.is_inference() else x, state)

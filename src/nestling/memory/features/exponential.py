@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestling.memory.settings import numbers
+from nestling.memory.settings import numbers, switches
 
 CAP = (
     30.0  # of the exponent, for keys not of unit norm: e^30 is far outside any memory, and its square finite in float32
@@ -39,6 +39,7 @@ class Exponential:
     def __post_init__(self) -> None:
         if self.scale is not None:
             numbers(self, above=0, hint=", or None for √key_dim", scale=self.scale)
+        switches(self, unit_peak=self.unit_peak)
 
     def __str__(self) -> str:
         return f"exponential (by its kernel), exp(s{'(q·k − 1)' if self.unit_peak else ' q·k'})"

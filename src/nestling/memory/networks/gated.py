@@ -14,7 +14,7 @@ from nestling.memory.networks.activation import NAMES, activate, activate_with_s
 from nestling.memory.networks.base import Linear, Network, Trace
 from nestling.memory.networks.layer_norm import EPS, back, normalize
 from nestling.memory.networks.mlp import widths, words
-from nestling.memory.settings import numbers
+from nestling.memory.settings import numbers, switches
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class GatedMLP(Network):
     def __post_init__(self) -> None:
         numbers(self, above=0, expansion=self.expansion)
         numbers(self, least=0, init_scale=self.init_scale)
+        switches(self, residual=self.residual, leading=self.leading, norm=self.norm)
         if self.activation not in NAMES:
             raise ValueError(f"GatedMLP.activation is {self.activation!r}; expected one of: {', '.join(NAMES)}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.networks.base import Linear, Network, Trace
-from nestling.memory.settings import numbers
+from nestling.memory.settings import numbers, switches
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Matrix(Network):
 
     def __post_init__(self) -> None:
         numbers(self, least=0, init_scale=self.init_scale)
+        switches(self, identity=self.identity)
 
     def __str__(self) -> str:
         return "matrix, at first " + ("the identity" if self.identity else "random" if self.init_scale else "0")

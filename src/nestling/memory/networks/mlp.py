@@ -19,7 +19,7 @@ from torch import Tensor
 from nestling.memory.networks.activation import NAMES, activate, activate_with_slope
 from nestling.memory.networks.base import Linear, Network, Trace
 from nestling.memory.networks.layer_norm import EPS, back, normalize
-from nestling.memory.settings import numbers, whole_numbers
+from nestling.memory.settings import numbers, switches, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class MLP(Network):
         whole_numbers(self, depth=self.depth)
         numbers(self, above=0, expansion=self.expansion)
         numbers(self, least=0, init_scale=self.init_scale)
+        switches(self, residual=self.residual, leading=self.leading, norm=self.norm)
         if self.last_std is not None:
             numbers(self, least=0, last_std=self.last_std)
         if self.activation not in NAMES:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.networks.base import Linear, Network, Trace
-from nestling.memory.settings import numbers
+from nestling.memory.settings import numbers, switches
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Vector(Network):
 
     def __post_init__(self) -> None:
         numbers(self, least=0, init_scale=self.init_scale)
+        switches(self, keyed=self.keyed)
 
     def __str__(self) -> str:
         first = "random" if self.init_scale else "0"

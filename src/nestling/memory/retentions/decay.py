@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nestling.memory.retentions.base import Retention
+from nestling.memory.settings import switches
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Decay(Retention):
     toward_initial: bool = False
 
     def __post_init__(self) -> None:
+        switches(self, per_channel=self.per_channel, toward_initial=self.toward_initial)
         if self.per_channel and self.toward_initial:
             raise ValueError("Decay(per_channel=True, toward_initial=True): choose one of them")
 

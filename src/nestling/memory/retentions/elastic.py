@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.retentions.base import Retention
-from nestling.memory.settings import numbers
+from nestling.memory.settings import numbers, switches
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class ElasticNet(Retention):
 
     def __post_init__(self) -> None:
         numbers(self, above=0, hint=", or choose Decay()", threshold=self.threshold)
+        switches(self, smooth=self.smooth)
 
     def __str__(self) -> str:
         return f"decay, {'smooth' if self.smooth else 'soft'} threshold {self.threshold:g} (elastic net)"

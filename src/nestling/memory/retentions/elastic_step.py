@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.retentions.base import Settled
-from nestling.memory.settings import numbers
+from nestling.memory.settings import numbers, switches
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class ElasticStep(Settled):
 
     def __post_init__(self) -> None:
         numbers(self, above=0, hint=", or choose Decay()", threshold=self.threshold)
+        switches(self, smooth=self.smooth)
 
     def __str__(self) -> str:
         return (

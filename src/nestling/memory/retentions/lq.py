@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.retentions.base import Retention, Scaled
-from nestling.memory.settings import numbers
+from nestling.memory.settings import numbers, switches
 
 SMALL = 0.04  # of a layer's largest step
 
@@ -81,6 +81,7 @@ class LqDual(Retention):
 
     def __post_init__(self) -> None:
         _check(self)
+        switches(self, mean=self.mean)
 
     def __str__(self) -> str:
         norm = f"L{self.q:g} {'power mean' if self.mean else 'norm'}"

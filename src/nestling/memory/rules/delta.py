@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nestling.memory.rules.base import Erase, Rule
+from nestling.memory.settings import switches
 
 
 def erasure(x: Tensor, read: Tensor, strength: Tensor | float) -> Tensor:
@@ -40,6 +41,7 @@ class DeltaGradient(Rule):
     def __post_init__(self) -> None:
         if self.order not in ("with_decay", "after_decay"):
             raise ValueError(f"DeltaGradient.order is {self.order!r}; expected 'with_decay' or 'after_decay'")
+        switches(self, with_momentum=self.with_momentum)
 
     def __str__(self) -> str:
         order = "erases what stood before the decay" if self.order == "with_decay" else "decays, then erases"

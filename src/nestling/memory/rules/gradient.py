@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nestling.memory.rules.base import Rule
+from nestling.memory.settings import switches
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,9 @@ class Gradient(Rule):
     """Plain gradient descent. `per_key_dim` divides the step by key_dim, as TTT does."""
 
     per_key_dim: bool = False
+
+    def __post_init__(self) -> None:
+        switches(self, per_key_dim=self.per_key_dim)
 
     def __str__(self) -> str:
         return "gradient descent" + (", step / key_dim" if self.per_key_dim else "")
