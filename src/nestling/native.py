@@ -40,7 +40,25 @@ SCAN = HEADERS / "scan.c"
 
 _AWAY: ContextVar[bool] = ContextVar("away", default=False)
 _POISON = 0  # what every library's own is set to
-_LOADED: list[ctypes.CDLL] = []
+_LOADED: list[Code] = []
+
+
+class Code(ctypes.CDLL):
+    """A loaded part, and how many bytes the structure has that it reads."""
+
+    size = 0
+
+
+def call(code: Code, entry: str, given: ctypes.Structure, *more: int) -> int:
+    """What an entry returns for a structure, which must be as long as the one that the code was built for: Python reads its files
+    when it starts, the compiler the C files at their first use, and where all are exchanged in between they do not fit."""
+    if ctypes.sizeof(given) != code.size:
+        raise RuntimeError(
+            f"{entry}: the C code reads a structure of {code.size} bytes, but Python made one of {ctypes.sizeof(given)}: "
+            "the files of Nestling were exchanged while this process ran. Start it again, or set NESTLING_NATIVE=0"
+        )
+    found: int = getattr(code, entry)(ctypes.byref(given), *more)
+    return found
 
 
 @contextmanager
@@ -64,7 +82,7 @@ def poisoned() -> Iterator[None]:
         _poison(before)
 
 
-def _poison(value: int, *codes: ctypes.CDLL) -> None:
+def _poison(value: int, *codes: Code) -> None:
     """Set it in these libraries, or in all: those that are loaded, and those that will be."""
     global _POISON
     _POISON = value
@@ -73,7 +91,7 @@ def _poison(value: int, *codes: ctypes.CDLL) -> None:
             ctypes.c_int.in_dll(code, "nestling_poison").value = value
 
 
-def library(source: Path, dtype: torch.dtype) -> ctypes.CDLL | None:
+def library(source: Path, dtype: torch.dtype) -> Code | None:
     """The loaded code for single or double precision, or None where it cannot be had (`status` says why) or is not wanted."""
     return None if _AWAY.get() else _load(source, dtype)[0]
 
@@ -100,7 +118,7 @@ def threads(parts: int) -> int:
 
 
 @cache
-def _load(source: Path, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
+def _load(source: Path, dtype: torch.dtype) -> tuple[Code | None, str]:
     if os.environ.get("NESTLING_NATIVE", "1") == "0":
         return None, "off (NESTLING_NATIVE=0)"
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
@@ -110,6 +128,8 @@ def _load(source: Path, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
         code = _built(compiler, source, DEFINES[dtype])
         _LOADED.append(code)
         _poison(_POISON, code)
+        with suppress(ValueError):  # one that reads none
+            code.size = ctypes.c_size_t.in_dll(code, "nestling_size").value
         return code, f"on, built by {compiler}"
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()
@@ -118,7 +138,7 @@ def _load(source: Path, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
         return None, f"off: {error}"
 
 
-def _built(compiler: str, source: Path, defines: tuple[str, ...]) -> ctypes.CDLL:
+def _built(compiler: str, source: Path, defines: tuple[str, ...]) -> Code:
     """The shared library, built if these files were not yet built, whole, by this compiler for this processor."""
     digest = hashlib.sha256(source.read_bytes())
     for header in sorted(HEADERS.glob("*.h")):
@@ -131,7 +151,7 @@ def _built(compiler: str, source: Path, defines: tuple[str, ...]) -> ctypes.CDLL
     if target.exists():
         _own(target)
         if _whole(target):
-            return ctypes.CDLL(str(target))
+            return Code(str(target))
     handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     draft = Path(name)
@@ -140,7 +160,7 @@ def _built(compiler: str, source: Path, defines: tuple[str, ...]) -> ctypes.CDLL
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120)
         with draft.open("r+b") as file:
             file.write(hashlib.sha256(file.read()).digest())
-        code = ctypes.CDLL(name)  # only what loads is kept
+        code = Code(name)  # only what loads is kept
         os.replace(draft, target)  # whole or not at all, also if several processes build at once
     finally:
         draft.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ from nestling.memory import (
     Polynomial,
     native,
 )
+from nestling.memory.native import fields
 from nestling.native import library, status, without
 
 NEEDS = pytest.mark.skipif(not status().startswith("on"), reason=f"the C code is not used here: {status()}")
@@ -590,7 +591,9 @@ def test_every_part_is_built(dtype: torch.dtype) -> None:
     sources = sorted(Path(nl.__file__).parent.rglob("*.c"))
     assert len(sources) >= 5
     for source in sources:
-        assert library(source, dtype) is not None, source
+        code = library(source, dtype)
+        assert code is not None, source
+        assert code.size > 0, source
 
 
 PROBE = """
@@ -636,6 +639,20 @@ def test_scratch_is_full_of_nan_where_it_is_poisoned(dtype: torch.dtype, tmp_pat
                 assert seen(source, threads).isnan().all()
     for source in sources:
         assert seen(source, 1)[1:].eq(1).all(), "it is left on"
+
+
+@NEEDS
+def test_a_structure_that_the_code_was_not_built_for_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where files are exchanged under a process: Python has read its own, and the compiler builds the new ones."""
+
+    spec = nl.memory.named("titans", key_dim=4, chunk=4)
+    given = spec.init(2), *spec.example(torch.Generator().manual_seed(0), time=8)
+    longer = type("Longer", (fields.Scan,), {"_fields_": [("more", ctypes.c_int)]})
+    monkeypatch.setattr(fields, "Scan", longer)
+    with pytest.raises(RuntimeError, match=r"nestling_scan: the C code reads a structure of \d+ bytes.*Start it again"):
+        nl.memory.scan(spec, *given)
+    with without():
+        nl.memory.scan(spec, *given)
 
 
 def test_what_does_not_load_is_not_kept(anew: Callable[..., str], tmp_path: Path) -> None:

@@ -125,6 +125,8 @@ static void backward(const void *task, int number, real *space) {
     }
 }
 
+const size_t nestling_size = sizeof(Attention);
+
 // Returns 0, or 1 if there was no memory for it.
 int nestling_attention(const Attention *c) {
     size_t depth = c->time > c->dim ? c->time : c->dim;

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nestling.native import DEFINES, library, threads
+from nestling.native import DEFINES, call, library, threads
 
 SOURCE = Path(__file__).parent / "attention.c"
 
@@ -68,7 +68,7 @@ def turn_in_c(qkv: Tensor, cos: Tensor, sin: Tensor, pairs: Tensor) -> Tensor | 
     numbers = (lanes, heads, time, dim, threads(lanes * heads), pairs.shape[3] - time, 0, 0)
     at = (u.data_ptr() for u in (qkv, cos, sin, q))
     c = _Attention(*numbers, 1.0, *(0,) * 6, pairs.stride(2), 0, *at, *_both(pairs))
-    return q if code.nestling_attention(ctypes.byref(c)) == 0 else None
+    return q if call(code, "nestling_attention", c) == 0 else None
 
 
 def back_in_c(
@@ -96,8 +96,7 @@ def back_in_c(
     given = (q.data_ptr(), *_both(pairs), y.data_ptr(), log.data_ptr(), grad.data_ptr())
     q_to, qkv_to = (None if u is None else u.data_ptr() for u in (of_q, of_qkv))
     c = _Attention(*numbers, dim**-0.5, *layouts, None, *angles, *given, q_to, *_both(sums), qkv_to)
-    failed: int = code.nestling_attention(ctypes.byref(c))
-    return failed == 0
+    return call(code, "nestling_attention", c) == 0
 
 
 def _both(pairs: Tensor) -> tuple[int, int]:

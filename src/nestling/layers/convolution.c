@@ -112,6 +112,8 @@ static void *work(void *given) {
     return 0;
 }
 
+const size_t nestling_size = sizeof(Convolution);
+
 void nestling_convolution(const Convolution *c) {
     Share shares[64];
     pthread_t threads[64];

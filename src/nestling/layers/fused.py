@@ -19,7 +19,7 @@ from torch import Tensor
 from nestling.memory.norm import EPS
 from nestling.memory.unit import unit_rows
 from nestling.memory.wanted import wanted
-from nestling.native import DEFINES, library, plain, threads
+from nestling.native import DEFINES, call, library, plain, threads
 
 CONVOLUTION = Path(__file__).parent / "convolution.c"
 GATED_NORM = Path(__file__).parent / "gated_norm.c"
@@ -207,7 +207,7 @@ def _run_in_c(
         setattr(c, name, u.data_ptr())
     for name, several in (("y", y), ("of_y", of_y)):
         getattr(c, name)[: len(several)] = [u.data_ptr() for u in several]
-    code.nestling_convolution(ctypes.byref(c))
+    call(code, "nestling_convolution", c)
     return True
 
 
@@ -341,8 +341,7 @@ def _norm_in_c(y: Tensor, weight: Tensor, gate: Tensor | None, epsilon: float = 
     whole = {name: u.resolve_neg().contiguous() for name, u in given.items()}  # what is written to is so already
     for name, u in whole.items():
         setattr(c, name, u.data_ptr())
-    failed: int = code.nestling_gated_norm(ctypes.byref(c))
-    return failed == 0
+    return call(code, "nestling_gated_norm", c) == 0
 
 
 def _rms_in_c(
@@ -367,8 +366,7 @@ def _rms_in_c(
     rows = x.numel() // dim
     at = [None if u is None else u.data_ptr() for u in (*given[:2], None, z, given[2] if len(given) > 2 else None)]
     ends = (None if u is None else u.data_ptr() for u in (of_x, of_weight, None))
-    failed: int = code.nestling_gated_norm(ctypes.byref(_NormInC(1, 1, rows, dim, threads(rows), epsilon, *at, *ends)))
-    return failed == 0
+    return call(code, "nestling_gated_norm", _NormInC(1, 1, rows, dim, threads(rows), epsilon, *at, *ends)) == 0
 
 
 def _heads(x: Tensor, y: Tensor) -> Tensor:

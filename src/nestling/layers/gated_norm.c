@@ -58,6 +58,8 @@ static void block(const void *task, int part, real *space) {
         }
 }
 
+const size_t nestling_size = sizeof(Gated);
+
 // Returns 0, or 1 if there was no memory for it.
 int nestling_gated_norm(const Gated *c) {
     int blocks = (c->time + BLOCK - 1) / BLOCK;

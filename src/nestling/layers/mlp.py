@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nestling.layers.fused import again
 from nestling.layers.low_rank import Kept, LowRank, Whole, used
 from nestling.memory.wanted import wanted
-from nestling.native import DEFINES, library, plain, threads
+from nestling.native import DEFINES, call, library, plain, threads
 from nestling.optim.joined import Joined
 
 SOURCE = Path(__file__).parent / "swiglu.c"
@@ -136,8 +136,7 @@ def _run_in_c(z: Tensor, h: Tensor, **others: Tensor) -> bool:
         return False
     width, rows = h.shape[-1], h.numel() // h.shape[-1]
     c = _InC(rows, width, threads(rows), **{name: u.data_ptr() for name, u in given.items()})
-    failed: int = code.nestling_swiglu(ctypes.byref(c))
-    return failed == 0
+    return call(code, "nestling_swiglu", c) == 0
 
 
 def _apply(x: Tensor, weight: Tensor, moved: Kept | Whole) -> Tensor:

@@ -38,6 +38,8 @@ static void block(const void *task, int part, real *space) {
     }
 }
 
+const size_t nestling_size = sizeof(Gate);
+
 // Returns 0, or 1 if there was no memory for it.
 int nestling_swiglu(const Gate *c) {
     return spread(c, block, (c->rows + BLOCK - 1) / BLOCK, c->threads, (size_t)c->width);

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.norm import EPS, l2_norm
-from nestling.native import DEFINES, HEADERS, library, threads
+from nestling.native import DEFINES, HEADERS, call, library, threads
 
 SOURCE = HEADERS / "unit.c"
 
@@ -93,5 +93,4 @@ def _run_in_c(x: Tensor, y: Tensor, scale: Tensor, **others: Tensor) -> bool:
     c = _InC(*x.shape, threads(x.shape[0] * x.shape[2]), *x.stride()[:3], EPS, x.data_ptr())
     for name, u in given.items():
         setattr(c, name, u.data_ptr())
-    failed: int = code.nestling_unit(ctypes.byref(c))
-    return failed == 0
+    return call(code, "nestling_unit", c) == 0

@@ -365,6 +365,8 @@ static void backward(const void *task, int memory, real *space) {
     if (store->of_w[0]) unpad(s->in, s->out, h.wide, h.g, store->of_w[0] + own);
 }
 
+const size_t nestling_size = sizeof(Scan);
+
 // Returns 0, or 1 if there was no memory for it.
 int nestling_channel(const Scan *s, int back) {
     Hand h;

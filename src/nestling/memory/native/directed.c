@@ -177,5 +177,7 @@ static void begin(const Scan *s, void *hand, int memory) {
 
 static const Engine ENGINE = {sizeof(Hand), lay, begin, make, ahead, onward, behind};
 
+const size_t nestling_size = sizeof(Directed);
+
 // Returns 0, or 1 if there was no room for it.
 int nestling_directed(const Directed *s, int back) { return pass_all(&s->scan, &ENGINE, back); }

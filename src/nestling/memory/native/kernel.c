@@ -162,6 +162,8 @@ static void back_one(const void *task, int memory, real *space) {
     back_span(task, memory, &h);
 }
 
+const size_t nestling_size = sizeof(Kernel);
+
 // Returns 0, or 1 if there was no room for it.
 int nestling_kernel(const Kernel *k, int back) {
     const Scan *s = &k->scan;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from nestling.memory.native import fields
 from nestling.memory.native.call import Given, run
 from nestling.memory.native.runs import Runs
 from nestling.memory.state import MemoryState, Weights
-from nestling.native import library, threads
+from nestling.native import call, library, threads
 
 
 class Stand(NamedTuple):
@@ -236,5 +235,5 @@ class Lanes(ABC):
 
     def _call(self, c: Any, dtype: torch.dtype, backward: bool) -> None:
         self._code = self._code or library(self.source, dtype)  # a backward pass goes the way the forward pass went
-        if getattr(self._code, self.entry)(ctypes.byref(c), int(backward)):
+        if call(self._code, self.entry, c, int(backward)):
             raise MemoryError(f"{self.name}: no memory for the scratch space of {c.threads} threads")

@@ -329,5 +329,7 @@ static void behind(const Scan *s, void *hand, int memory, const Run *runs, int n
 
 static const Engine ENGINE = {sizeof(Hand), lay, 0, make, ahead, onward, behind};
 
+const size_t nestling_size = sizeof(Scan);
+
 // Returns 0, or 1 if there was no room for it.
 int nestling_linked(const Scan *s, int back) { return pass_all(s, &ENGINE, back); }

@@ -114,5 +114,7 @@ static void begin(const Scan *s, void *hand, int memory) {
 
 static const Engine ENGINE = {sizeof(Hand), lay, begin, make, ahead, onward, behind};
 
+const size_t nestling_size = sizeof(Scan);
+
 // Returns 0, or 1 if there was no room for it.
 int nestling_scan(const Scan *s, int back) { return pass_all(s, &ENGINE, back); }

@@ -404,6 +404,8 @@ static void backward(const void *task, int memory, real *space) {
     }
 }
 
+const size_t nestling_size = sizeof(Scan);
+
 // Returns 0, or 1 if there was no memory for it.
 int nestling_self_modifying(const Scan *s, int back) {
     Hand h;

@@ -35,6 +35,8 @@ static void block(const void *task, int part, real *space) {
         }
 }
 
+const size_t nestling_size = sizeof(Unit);
+
 // Returns 0, or 1 if there was no memory for it.
 int nestling_unit(const Unit *u) {
     int blocks = (u->time + BLOCK - 1) / BLOCK;
