@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 import nestling as nl
 from nestling.layers import Attention, Memory, ShortConvolution, l2_norm
 from nestling.layers.memory import MemoryLayerState
+from nestling.memory import L2, Decay, Matrix, MemorySpec, Omega
 
 
 def test_short_convolution_is_its_sum_with_resets_and_invalid_tokens() -> None:
@@ -141,3 +144,43 @@ def test_the_gradient_does_not_swell_with_what_was_read(name: str) -> None:
     with torch.no_grad():
         state = layer(x[:, :2048])[1]
     assert size(state) < 1.1 * size(None)
+
+
+def windowed(lags: int = 8, window: float = 10.0) -> Memory:
+    """Open gates: the largest steps, nothing forgotten, and every token of the window as this bias says."""
+    spec = MemorySpec(32, 32, network=Matrix(), bias=Omega(L2(), lags), retention=Decay(), chunk=16)
+    layer = Memory(32, 1, spec)
+    with torch.no_grad():
+        layer.gates.weight.zero_()
+        for kind, own in zip(layer.kinds, layer.gates.bias.split(list(layer.kinds.values())), strict=True):
+            own.fill_(window if kind == "window" else 10.0)
+    return layer
+
+
+def test_a_window_with_all_gates_open_steps_no_further_than_one_token() -> None:
+    """Keys behind SiLU are alike: as a sum, the steps of a window leave the region in which they descend."""
+    torch.manual_seed(0)
+    layer, x = windowed(), torch.randn(2, 512, 32)
+    with torch.no_grad():
+        gates = layer._gates(x)
+        torch.testing.assert_close(gates.window, torch.full_like(gates.window, 1 / 8))
+        _, state = layer(x)
+        assert float(state.memory.weights[0].abs().max()) < 100
+        q, k, v = (torch.randn(2, 1, 512, 32) for _ in range(3))
+        q, k = l2_norm(F.silu(q + 0.5)), l2_norm(F.silu(k + 0.5))
+        largest = []
+        for window in (gates.window, torch.ones_like(gates.window)):
+            _, memory = layer.spec.scan(layer._first(), q, k, v, replace(gates, window=window))
+            largest.append(float(memory.weights[0].abs().max()))
+        assert largest[0] < 100
+        assert not largest[1] < 1e10
+
+
+def test_a_window_whose_gates_are_all_closed_writes_nothing_and_has_finite_gradients() -> None:
+    torch.manual_seed(0)
+    layer = windowed(window=-1e4)
+    gates = layer._gates(torch.randn(1, 5, 32))
+    assert not gates.window.any()
+    y, _ = layer(torch.randn(1, 20, 32))
+    y.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)

@@ -344,7 +344,8 @@ def test_a_layer_gives_each_memory_its_own_largest_step_and_first_gates() -> Non
     gates = layer._gates(torch.zeros(1, 3, D * HEADS))
     shares = torch.tensor([0.25, 0.5, 1.0]) * torch.sigmoid(torch.tensor([-1.0, -1.0, 0.0]))
     close(gates.lr[0, 1, 2], shares, 1e-6)
-    close(gates.window[0, 0, 0], torch.sigmoid(torch.tensor([3.0, *[-3.0] * 7])), 1e-6)
+    first = torch.sigmoid(torch.tensor([3.0, *[-3.0] * 7]))
+    close(gates.window[0, 0, 0], first / first.sum(), 1e-6)
     assert gates.log_retention.shape == (1, HEADS, 3, 2)
     levels = layer.levels()
     assert [(x.name, x.period.n) for x in levels] == [("global", 16), ("local0", 4), ("local1", 1)]

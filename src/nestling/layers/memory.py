@@ -47,7 +47,7 @@ class Memory(Layer):
     """`y, state = layer(x, state)` with x `[lane, time, dim]`.
 
         q, k, v = SiLU(conv(x W))      q, k of unit norm per head
-        gates   = per head and token, from x: η = η_max σ(·), μ = σ(·), α = σ(·), γ = σ(·)
+        gates   = per head and token, from x: η = η_max σ(·), μ = σ(·), α = σ(·), γ = σ(·) / Σ_lags σ(·)
         y       = (RMSNorm(memory(q, k, v)) ∘ SiLU(x W_g)) W_o
 
     Args:
@@ -66,6 +66,10 @@ class Memory(Layer):
 
     Initially α ≈ 0.98, in deep memories 0.9997, and μ ≈ 0.5 (Titans gives the ranges, not the values). The initial weights are
     slow parameters.
+
+    The γ of a window (Atlas, eq. 8–9, which leaves their form open) are shares of 1 here, so that its step is at most η_max.
+    Their plain sum may be c: a matrix under Omega(L2()) overflows then, as keys behind SiLU are alike. η_max/c bounds it as well,
+    but takes the first steps, near the online rule's, to 1/c of these, and Muon's, which know no scale of γ, to 1/c always.
     """
 
     sources = (0, 1, 2)  # the projections that q, k and v are made of
@@ -105,6 +109,7 @@ class Memory(Layer):
             for kind in ("lr", "momentum", "retention", "delta", "threshold", "window")
             if kind in spec.gates_used and not (kind == "delta" and not delta) and not (kind == "retention" and tied)
         }
+        self.lags = [part.memory.gate_channels["window"] for part in spec.parts if "window" in part.memory.gates_used]
         columns = sum(self.kinds.values())
         self.gates = nn.Linear(dim, heads * columns) if columns else None
         self.output = output
@@ -264,7 +269,10 @@ class Memory(Layer):
                 made["lr"] = self._steps(part.sigmoid())
             elif kind == "threshold":  # in units of the norm of values whose coordinates have unit scale
                 made["threshold"] = self.spec.value_dim**0.5 * F.softplus(part)
-            elif kind in ("window", "delta"):
+            elif kind == "window":  # F.normalize: gates that are all 0 leave the step out
+                windows = [F.normalize(own.sigmoid(), p=1, dim=-1) for own in torch.split(part, self.lags, -1)]
+                made[kind] = windows[0] if len(windows) == 1 else torch.cat(windows, -1)
+            elif kind == "delta":
                 made[kind] = part.sigmoid()
             else:
                 made[f"log_{kind}"] = F.logsigmoid(part)

@@ -23,8 +23,9 @@ register(
     equation="W ← αW − η Σ_{i>t−c} γ_i ∇½‖M(φ(k_i)) − v_i‖², M(φ) = x + LN(GELU(φW₁)W₂), φ of degree 2",
     source="Atlas, eq. 8–10 and Table 1",
     notes="From the paper: objective, rule without momentum, two-layer residual memory, polynomial features. Derived: the signs "
-    "of eq. 11. Our defaults: η outside the sum, c = 8, degree 2 of keys reduced to 16, the residual adding φ's linear part, "
-    "layer norm, chunk 16. features=Identity(), network=MLP() leaves the polynomials out, and is quicker.",
+    "of eq. 11. Our defaults: η outside the sum, γ of a layer over its sum in the window, c = 8, degree 2 of keys reduced to 16, "
+    "the residual adding φ's linear part, layer norm, chunk 16. features=Identity(), network=MLP() leaves the polynomials out, "
+    "and is quicker.",
     features=Polynomial(degree=2, reduce=16),
     network=MLP(leading=True),
     bias=Omega(L2(), length=8),
@@ -51,7 +52,8 @@ register(
     equation="W ← αW + η Σ_{i>t−c} γ_i φ(k_i)ᵀv_i",
     source="Atlas, eq. 20 and Table 1 (sliding-window linear attention)",
     notes="From the paper, with its linear memory, so that chunk has no effect. With γ = 1 a token is written c times (derived). "
-    "Our defaults: c = 8, features of degree 2 of keys reduced to 16. With window 1 and no features it is retnet.",
+    "Our defaults: γ of a layer over its sum in the window, c = 8, features of degree 2 of keys reduced to 16. With window 1 and "
+    "no features it is retnet.",
     features=Polynomial(degree=2, reduce=16),
     network=Matrix(),
     bias=Omega(DotProduct(), length=8),
@@ -64,8 +66,8 @@ register(
     source="Atlas, eq. 32–33 and 42, appendix D.4",
     notes="From the paper: objective, momentum, Newton–Schulz of 5 steps, two-layer residual memory, polynomial features. "
     "Derived: the signs (Table 1 mixes two conventions) and η outside the sum. Our defaults: NS at chunk borders for speed "
-    "(rule=Muon('token') is the exact form), c = 8, degree 2 of keys reduced to 16, the residual adding φ's "
-    "linear part, chunk 16.",
+    "(rule=Muon('token') is the exact form), γ of a layer over its sum in the window, c = 8, degree 2 of keys reduced to "
+    "16, the residual adding φ's linear part, chunk 16.",
     features=Polynomial(degree=2, reduce=16),
     network=MLP(leading=True),
     bias=Omega(L2(), length=8),
@@ -121,7 +123,8 @@ register(
     source="Atlas, eq. 27 and 30–31, Table 1 (deep Omega transformer)",
     notes="From the paper: objective, rule, exponential features, no normalization. Derived: the sign of eq. 30–31, φ* in the "
     "first layer alone, kept as pairs. Our defaults: the kernel's factor e^{−s}, by which an exact repetition is corrected once "
-    "and not e^s times, the learned scale s, c = 8, decay, two layers with residual and layer norm, chunk 16. Its state grows.",
+    "and not e^s times, the learned scale s, γ of a layer over its sum in the window, c = 8, decay, two layers with residual and "
+    "layer norm, chunk 16. Its state grows.",
     factory=KernelMemory,
     network=MLP(),
     bias=Omega(L2(), length=8),
