@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,3 +56,18 @@ def test_a_model_trains(name: str) -> None:
     unigram = torch.tensor(16.0).log()
     assert abs(losses[0] - unigram) < 0.1, "an untrained model knows nothing"
     assert sum(losses[-3:]) / 3 < unigram / 2
+
+
+def test_the_gradient_does_not_grow_along_a_carried_lane_with_the_steps_of_orthogonalized_momentum() -> None:
+    """They are of one size, whatever was read: where weights fade each turns them ever more, and a lane of some thousand tokens
+    multiplied the gradient by a billion."""
+    torch.manual_seed(0)
+    model, state = nl.models.build("atlas"), None
+    text = torch.tensor(list(Path(argparse.__file__).read_bytes()))
+    for first in range(0, 2048, 256):
+        tokens = torch.stack([text[lane + first : lane + first + 257] for lane in (0, 30_000)])
+        with torch.set_grad_enabled(first == 1792):
+            logits, state = model(tokens[:, :-1], state)
+        state = nl.state.detach(state)
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) < 1000

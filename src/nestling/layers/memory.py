@@ -27,6 +27,19 @@ FIRST = {"lr": 0.0, "momentum": 0.0, "retention": 4.0, "delta": 0.0, "threshold"
 DEEP_RETENTION = 8.0
 """Where that of α begins in deep memories. Behind a norm the scale of weights makes no difference to the output, but the gradient
 grows as decay makes them small: at α ≈ 0.98 the outer gradient grew tenfold within 2,000 tokens, and training all but stopped."""
+DIRECTED = {"momentum": 2.0, "retention": 11.0}
+"""Where they begin under a rule that maps the momentum (Muon). Its steps are of one size, so that decay leaves weights of which
+every step is a share that no η makes smaller, √(2(1 − α)) from border to border, and S turns as weights do: the outer gradient
+grew in a carried lane until nothing was learned. Slower decay makes the share small, and longer momentum lets S turn less."""
+
+
+def _first(kind: str, memory: AnyMemory) -> float:
+    """Where the bias of a memory's gate begins."""
+    if kind == "lr" and memory.anchored:
+        return -1.0
+    if kind in DIRECTED and getattr(memory, "directed", None) is not None:
+        return DIRECTED[kind]
+    return DEEP_RETENTION if kind == "retention" and memory.deep else FIRST[kind]
 
 
 def _carried(memory: Any) -> int:
@@ -54,8 +67,8 @@ class Memory(Layer):
         dim: width.  heads: number of memories, each of width dim / heads, which must be the spec's key_dim and value_dim.
         spec: any named or made memory.
         width: of the convolution.
-        lr_max: largest inner step. Default: 1, or 1/√chunk where gradients stand at an anchor, as those of a chunk add up; for
-            each of the memories of a composite.
+        lr_max: largest inner step. Default: 1, or 1/√chunk where gradients stand at an anchor, as those of a chunk add up, or
+            0.05 for Muon, whose steps have a size of their own; for each of the memories of a composite.
         delta: the erasing strength has a gate of its own, β = σ(·); otherwise it is the step size.
         tied: one number per head and token is both the step and how much is forgotten: η = softplus(·), α = exp(−a η), a > 0
             learned per head (Mamba-2).
@@ -129,10 +142,7 @@ class Memory(Layer):
                 users = [part.memory for part in spec.parts if kind in part.memory.gates_used]
                 sizes = [memory.gate_channels.get(kind, 1) for memory in users]
                 for memory, own in zip(users, torch.split(bias, sizes, -1), strict=True):
-                    if kind == "lr" and memory.anchored:
-                        own[:] = -1.0
-                    else:
-                        own[:] = DEEP_RETENTION if kind == "retention" and memory.deep else FIRST[kind]
+                    own[:] = _first(kind, memory)
                     if kind == "window":  # near the online rule at first
                         own[:, 0] = 3.0
 

@@ -213,6 +213,8 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
 
     @property
     def largest_steps(self) -> tuple[float, ...]:
+        if self.directed is not None:
+            return (self.directed.largest_step,)
         share = getattr(self.retention, "largest_step", 1.0)
         return tuple(share * step for step in super().largest_steps)
 

@@ -61,6 +61,11 @@ class Directed(Rule):
         """D acts at every r-th token of the lane, r dividing the chunk;  None: at the chunks' last tokens."""
         return None
 
+    @property
+    def largest_step(self) -> float:
+        """Largest η that a layer should take."""
+        return 1.0
+
     def due(self, position: Tensor, closing: Tensor) -> Tensor:
         """In which lanes D acts, bool `[lane]`: those at `position` after the token, whose chunk is `closing`."""
         if self.per_token:

@@ -48,6 +48,13 @@ class Muon(Directed):
         return f"momentum, orthogonalized {where} by Newton–Schulz ({self.steps} {self.iteration} steps)"
 
     @property
+    def largest_step(self) -> float:
+        """0.05 (ours; the paper leaves η open). Every step has singular values of about 1, whatever was read, and initial weights
+        of 1.4 to 2.6 at most: a step of 0.25 turns them so far that gradients grow from border to border, by five orders of
+        magnitude in 64 of them, and by nine at 0.5."""
+        return 0.05
+
+    @property
     def per_token(self) -> bool:
         return self.per == "token"
 
