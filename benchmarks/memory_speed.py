@@ -16,7 +16,9 @@ Printed at the end: how the time per token grows from the shortest length to the
 
 from __future__ import annotations
 
+import math
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,22 @@ from rich.table import Table
 from torch import nn
 
 import nestling as nl
-from common import Beside, Spread, cached, flops, headline, interleaved, matmul_rate, peak_bytes, spread, told, write
+from common import (
+    Beside,
+    Spread,
+    cached,
+    flops,
+    from_short,
+    headline,
+    interleaved,
+    matmul_rate,
+    peak_bytes,
+    spread,
+    told,
+    write,
+)
 
-COUNTED = 512  # tokens at which a memory layer's FLOPs are counted; they are linear in the length
+STRETCH = 256  # tokens; a memory layer's FLOPs are counted of multiples of these and of all its periods
 MODES = ("forward", "training", "decode")
 QUICK = {"lengths": (2048,), "chunks": (16, 64), "modes": MODES[:2]}
 PLAIN = {"omeganet_plain": ("omeganet", {"features": nl.memory.Identity(), "network": nl.memory.MLP()})}
@@ -86,6 +101,11 @@ def runner(module: nn.Module, x: torch.Tensor, mode: str) -> Any:
     return forward if mode == "forward" else training
 
 
+def counting(module: nn.Module, x: torch.Tensor, mode: str) -> Callable[[int], float]:
+    """FLOPs of a run on the first tokens of x, as a function of their number."""
+    return lambda length: flops(runner(module, x.detach()[:, :length].clone().requires_grad_(), mode))
+
+
 def runner_state(module: nn.Module, x: torch.Tensor) -> Any:
     """The state behind x."""
     with torch.no_grad():
@@ -113,7 +133,8 @@ def measure(
     memory = layer(name, chunk, settings)
     attention = nl.layers.Attention(settings.dim, settings.heads)
     x = torch.randn(settings.batch, length, settings.dim, requires_grad=True)
-    short = x.detach()[:, : COUNTED if memory.growth == "constant" else length].clone().requires_grad_()
+    periods = (level.period.n for level in memory.levels() if level.period.unit == "token")
+    stretch = math.lcm(STRETCH, *periods) if memory.growth == "constant" else length
     row: dict[str, Any] = {"system": name, "chunk": chunk, "length": length}
     for mode in settings.modes:
         if mode == "decode":
@@ -125,7 +146,7 @@ def measure(
             tokens, work = settings.batch * chunk, float(flops(of_memory))
         else:
             of_memory, of_attention = runner(memory, x, mode), runner(attention, x, mode)
-            tokens, work = settings.batch * length, flops(runner(memory, short, mode)) * length / short.shape[1]
+            tokens, work = settings.batch * length, from_short(counting(memory, x, mode), length, stretch)
         if mode not in beside or mode == "decode":  # of as many tokens as a chunk has
             beside[mode] = flops(of_attention)
         work_attention = beside[mode]

@@ -25,7 +25,19 @@ from rich.console import Console
 from rich.table import Table
 
 import nestling as nl
-from common import Beside, Spread, flops, headline, interleaved, matmul_rate, peak_bytes, spread, told, write
+from common import (
+    Beside,
+    Spread,
+    flops,
+    from_short,
+    headline,
+    interleaved,
+    matmul_rate,
+    peak_bytes,
+    spread,
+    told,
+    write,
+)
 
 
 @dataclass
@@ -74,16 +86,12 @@ def step(language: nl.models.LanguageModel, tokens: torch.Tensor) -> Callable[[]
 
 
 def step_flops(language: nl.models.LanguageModel, tokens: torch.Tensor) -> float:
-    """FLOPs of a step. Counting goes the framework's way, which is slow and takes far more memory: of one lane, as they are
-    linear in the lanes, and where a model's state does not grow of two short texts, as every stretch costs the same that is a
-    multiple of all that the model counts in, but the first, in which attention has less to look back at."""
+    """FLOPs of a step: of one lane, as they are linear in the lanes."""
     c, (lanes, length) = language.config, (tokens.shape[0], tokens.shape[1] - 1)
     counts = (c.chunk, c.chunk_others, c.window, c.shard, c.global_chunk, *c.periods, *c.locals, *c.refined)
     stretch = math.lcm(128, *(count for count in counts if count))  # tiles have 128 tokens at most
-    if language.growth == "linear" or length % stretch or length < 3 * stretch:
-        return float(lanes * flops(step(language, tokens[:1])))
-    first, both = (flops(step(language, tokens[:1, : n * stretch + 1])) for n in (1, 2))
-    return float(lanes * (first + (length // stretch - 1) * (both - first)))
+    stretch = stretch if language.growth == "constant" else length
+    return lanes * from_short(lambda n: flops(step(language, tokens[:1, : n + 1])), length, stretch)
 
 
 def lanes_and_length(shape: str) -> tuple[int, int]:
@@ -179,7 +187,7 @@ def main(settings: Settings) -> None:
     if settings.quick:
         settings.shapes = ("1x1024",)
     console, words = settings.begin(130)
-    periods = ", ".join(map(str, settings.periods)) or "of a sixteenth and a quarter of the text"
+    periods = ", ".join(map(str, settings.periods)) or "of a sixteenth, a quarter and the whole of the text"
     console.print(
         f"dim {settings.dim}, {settings.layers} blocks, {settings.heads} heads, chunk {settings.chunk}, "
         f"window {settings.window}, periods {periods}. FLOPs: matrix products, without what a checkpoint recomputes; causal "

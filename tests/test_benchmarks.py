@@ -70,7 +70,6 @@ TINY: dict[str, dict[str, Any]] = {
 def test_a_benchmark_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From its settings to its table, file and plot, in all its modes."""
     module = load(name, monkeypatch)
-    monkeypatch.setattr(module, "COUNTED", 16, raising=False)  # the framework's way, which counts, is slow
     if hasattr(module, "matmul_rate"):
         monkeypatch.setattr(module, "matmul_rate", partial(module.matmul_rate, 64))
     with processor.training():  # which undoes what a benchmark sets for good
@@ -80,9 +79,9 @@ def test_a_benchmark_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert name == "decode_speed" or list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.parametrize("name", ["hope", "titans_mag", "transformer"])
+@pytest.mark.parametrize("name", ["hope", "titans_mag", "tnt", "transformer"])
 def test_steps_of_long_texts_are_counted_from_short_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly, with levels, attention's window and persistent tokens, and where the state grows with the text."""
+    """Exactly, with levels, attention's window, persistent tokens and shards, and where the state grows with the text."""
     module = load("model_speed", monkeypatch)
     settings = module.Settings(dim=64, layers=1, heads=8, chunk=64, window=64, periods=(64, 128))
     language = module.model(name, settings, 512)

@@ -50,8 +50,9 @@ class Code(ctypes.CDLL):
 
 
 def call(code: Code, entry: str, given: ctypes.Structure, *more: int) -> int:
-    """What an entry returns for a structure, which must be as long as the one that the code was built for: Python reads its files
-    when it starts, the compiler the C files at their first use, and where all are exchanged in between they do not fit."""
+    """What an entry returns for a structure, which must be as long as the one that the code was built for: Python reads its
+    files when it starts, the compiler the C files at their first use, and where all are exchanged in between they need not fit.
+    Another structure of the same length is not noticed."""
     if ctypes.sizeof(given) != code.size:
         raise RuntimeError(
             f"{entry}: the C code reads a structure of {code.size} bytes, but Python made one of {ctypes.sizeof(given)}: "

@@ -184,3 +184,32 @@ def test_a_window_whose_gates_are_all_closed_writes_nothing_and_has_finite_gradi
     y, _ = layer(torch.randn(1, 20, 32))
     y.square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+
+
+def test_under_muon_a_layer_begins_with_small_steps_long_momentum_and_slow_decay() -> None:
+    """Each of the three by itself leaves gradients that grow, at one chunk or another."""
+    layer = Memory(32, 4, nl.memory.named("atlas", key_dim=8, chunk=4))
+    sizes = list(layer.kinds.values())
+    first = dict(zip(layer.kinds, layer.gates.bias.detach().view(4, -1).split(sizes, -1), strict=True))
+    assert layer.lr_max == (0.05,)
+    assert {kind: float(bias.unique()) for kind, bias in first.items() if kind != "window"} == {
+        "lr": -1.0,
+        "momentum": 2.0,
+        "retention": 11.0,
+    }
+
+
+def test_a_layer_is_exported_with_its_number_of_lanes_left_open() -> None:
+    class Answers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Memory(16, 2, nl.memory.named("titans", key_dim=8, chunk=4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)[0]
+
+    model = Answers().eval()
+    lanes = torch.export.Dim("lanes")
+    exported = torch.export.export(model, (torch.randn(2, 1, 16),), dynamic_shapes={"x": {0: lanes}}, strict=False)
+    x = torch.randn(3, 1, 16)
+    torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-5, atol=1e-6)

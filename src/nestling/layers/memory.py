@@ -29,8 +29,8 @@ DEEP_RETENTION = 8.0
 grows as decay makes them small: at α ≈ 0.98 the outer gradient grew tenfold within 2,000 tokens, and training all but stopped."""
 DIRECTED = {"momentum": 2.0, "retention": 11.0}
 """Where they begin under a rule that maps the momentum (Muon). Its steps are of one size, so that decay leaves weights of which
-every step is a share that no η makes smaller, √(2(1 − α)) from border to border, and S turns as weights do: the outer gradient
-grew in a carried lane until nothing was learned. Slower decay makes the share small, and longer momentum lets S turn less."""
+every step is a share that no η makes smaller, √(2c(1 − α)) in chunks of c tokens, and S turns as weights do: the outer gradient
+grew in a carried lane until nothing was learned. Longer momentum lets S turn less, and slower decay makes the share small."""
 
 
 def _first(kind: str, memory: AnyMemory) -> float:
@@ -77,12 +77,13 @@ class Memory(Layer):
 
     A token that is not finite is left out of convolution and memory (`layers.stream.kept`).
 
-    Initially α ≈ 0.98, in deep memories 0.9997, and μ ≈ 0.5 (Titans gives the ranges, not the values). The initial weights are
-    slow parameters.
+    Initially α ≈ 0.98, in deep memories 0.9997, and μ ≈ 0.5 (Titans gives the ranges, not the values); under Muon 0.99998 and
+    0.88. The initial weights are slow parameters.
 
-    The γ of a window (Atlas, eq. 8–9, which leaves their form open) are shares of 1 here, so that its step is at most η_max.
-    Their plain sum may be c: a matrix under Omega(L2()) overflows then, as keys behind SiLU are alike. η_max/c bounds it as well,
-    but takes the first steps, near the online rule's, to 1/c of these, and Muon's, which know no scale of γ, to 1/c always.
+    The γ of a window (Atlas, eq. 8–9, which leaves their form open) are shares of 1 here, over all its lags, so that its step
+    is at most η_max. Their plain sum may be c: a matrix under Omega(L2()) overflows then, as keys behind SiLU are alike.
+    η_max/c bounds it as well, but takes the first steps, near the online rule's, to 1/c of these, and Muon's, which know no
+    scale of γ, to 1/c always.
     """
 
     sources = (0, 1, 2)  # the projections that q, k and v are made of

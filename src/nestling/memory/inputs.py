@@ -129,7 +129,8 @@ def prepare(spec: MemorySpec, call: Call) -> Inputs:
 
 def check_start(spec: Memory, w0: Sequence[Tensor], lanes: int) -> None:
     """Refuse what no state can be made of: initial weights that do not fit, or a number of lanes that is none."""
-    whole_numbers(spec.name, least=0, lanes=lanes)
+    if not isinstance(lanes, torch.SymInt):  # a number that `torch.export` leaves open
+        whole_numbers(spec.name, least=0, lanes=lanes)
     check_weights(spec, w0)
 
 
