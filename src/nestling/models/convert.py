@@ -95,9 +95,9 @@ def convert(
         _copy(before.mixer, after.mixer, f"blocks.{number}.mixer")  # type: ignore[arg-type]
         one, two = model.continuum(number), new.continuum(number)
         _stack(one, two, origins if _concerned(one, two) else None)
-        for level in two.levels_ if rate is not None else ():
-            if hasattr(level, "rate"):
-                level.step_by(rate)  # type: ignore[operator]
+        for period, level in two.each():
+            if rate is not None and period is not None:
+                level.step_by(rate)
     return new
 
 
@@ -179,23 +179,23 @@ def _stack(before: Continuum, after: Continuum, given: Origins | None) -> None:
             f"convert: {before.arrangement} levels cannot become {after.arrangement} ones: a chain of several levels and levels "
             f"side by side compute different things; keep arrangement={before.arrangement}"
         )
-    for number, (level, origin) in enumerate(zip(after.levels_, origins, strict=True)):
+    for number, ((period, level), origin) in enumerate(zip(after.each(), origins, strict=True)):
         if origin is None:
-            level.mlp.down.weight.zero_()  # type: ignore[union-attr, operator]
+            level.mlp.down.weight.zero_()
             continue
-        old = before.levels_[origin]
+        old_period, old = before.each()[origin]
         for part in ("norm", "mlp"):
             _copy(getattr(old, part), getattr(level, part), f"ffn.levels_.{number}.{part}")
         if old.value is not None and level.value is not None:
-            level.value.copy_(old.value)  # type: ignore[operator, arg-type]
-        learned = before.periods[origin] is not None and after.periods[number] is not None
+            level.value.copy_(old.value)
+        learned = old_period is not None and period is not None
         if learned and before.rule.unit == after.rule.unit:
-            level.rate.copy_(old.rate)  # type: ignore[operator, arg-type]
+            level.rate.copy_(old.rate)
         share = 1.0 if before.share is None else before.share[origin]
         if after.share is not None:
             after.share[number] = share
         else:  # one network alone has no share, so its answers are made as large as they were
-            level.mlp.down.weight.mul_(share)  # type: ignore[union-attr, operator]
+            level.mlp.down.weight.mul_(share)
 
 
 def _copy(source: nn.Module, target: nn.Module, name: str) -> None:

@@ -66,8 +66,8 @@ register(
     source="Atlas, eq. 32–33 and 42, appendix D.4",
     notes="From the paper: objective, momentum, Newton–Schulz of 5 steps, two-layer residual memory, polynomial features. "
     "Derived: the signs (Table 1 mixes two conventions) and η outside the sum. Our defaults: NS at chunk borders for speed "
-    "(rule=Muon('token') is the exact form), γ of a layer over its sum in the window, c = 8, degree 2 of keys reduced to "
-    "16, the residual adding φ's linear part, chunk 16.",
+    "(rule=Muon('token') is the exact form), η of a layer at most 0.05 and γ over its sum in the window, c = 8, degree 2 of "
+    "keys reduced to 16, the residual adding φ's linear part, chunk 16.",
     features=Polynomial(degree=2, reduce=16),
     network=MLP(leading=True),
     bias=Omega(L2(), length=8),

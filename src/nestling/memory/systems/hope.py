@@ -16,7 +16,7 @@ register(
     source="Nested Learning, eq. 86–91",
     notes="From the paper: the recurrence, self-made targets, two-layer residual memories, a static query, chunk-wise training "
     "with the last chunk's state. Derived: erasing layer by layer. Our defaults: the ½ in the loss, reading before the write "
-    "inside a chunk too, scalar gates by slow read-outs, η_max 0.5 "
-    "(1/chunk without erasing), momentum as an average, GELU, widths 4 and 1, chunk 16, no momentum.",
+    "inside a chunk too, scalar gates by slow read-outs, η_max 0.5 (1/chunk without erasing), GELU, widths 4 and 1, chunk 16, no "
+    "momentum (with one, steps are averaged).",
     factory=SelfModifying,
 )
