@@ -61,6 +61,16 @@ def test_a_mix_of_blocks_that_no_part_has_is_traced_whole() -> None:
     assert plan("samba_like", "tiny", 4, layers=3).traced == (3,)
 
 
+def test_a_recurrent_network_costs_what_its_matrices_cost() -> None:
+    """PyTorch's LSTM is one operation, which its own counter does not know."""
+    model = models.build("lstm")
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embedding.weight")
+    for counts in (plan("lstm", "tiny", 21).counts, count(model, 21)):
+        assert counts.forward == 21 * 2 * matrices
+        assert counts.backward == 2 * counts.forward
+        assert counts.decode == 2 * matrices
+
+
 @pytest.mark.parametrize("size", ["340M", "760M", "1.3B"])
 def test_sizes_of_the_papers(size: str) -> None:
     found = plan("transformer", size, 64)

@@ -77,14 +77,25 @@ def _added(z: Any, a: Any, b: Any, *_: object, **__: object) -> int:
     return int(2 * prod(a) * b[-1])
 
 
+def _lstm(x: Any, to_gates: Any, of_hidden: Any, *_: object, **__: object) -> int:
+    return int(2 * prod(x[:-1]) * (prod(to_gates) + prod(of_hidden)))
+
+
+def _lstm_backward(x: Any, to_gates: Any, of_hidden: Any, *_: object, **__: object) -> int:
+    return 2 * _lstm(x, to_gates, of_hidden)
+
+
 FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
     torch.ops.aten.linalg_solve_triangular: _triangular,
     torch.ops.aten.baddbmm_: _added,
+    torch.ops.aten.mkldnn_rnn_layer: _lstm,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _lstm_backward,
 }
 """What torch.utils.flop_counter does not know.
 
 Causal attention counts the half below the diagonal, as its kernel skips the rest; its backward counts five products, one of
-which its kernel computes a second time. A triangular solve of n rows counts n² a column.
+which its kernel computes a second time. A triangular solve of n rows counts n² a column. PyTorch's LSTM is one operation on the
+CPU, for all tokens.
 """
