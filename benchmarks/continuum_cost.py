@@ -68,8 +68,6 @@ def main() -> None:
     found: dict[str, list[str]] = {name: [] for name in models}
     for verb in columns.values():
         runs = tuple((lambda model=model, verb=verb: verb(model)) for model in models.values())
-        for run in runs:  # what happens once
-            run()
         rounds = interleaved(runs, budget=3600, least=given.rounds, most=given.rounds, clock=time.process_time)
         for place, name in enumerate(models):
             found[name].append(str(spread([times[place] / times[0] for times in rounds])))

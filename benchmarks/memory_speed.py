@@ -150,7 +150,6 @@ def measure(
         if mode not in beside or mode == "decode":  # of as many tokens as a chunk has
             beside[mode] = flops(of_attention)
         work_attention = beside[mode]
-        of_attention()
         rounds = interleaved(
             (of_attention, of_memory), budget=settings.seconds, least=3, most=30, clock=settings.clock()
         )

@@ -60,8 +60,6 @@ def measure(length: int, chunk: int, settings: Settings) -> list[dict[str, Any]]
     specs = {"titans": nl.memory.named("titans", **named)}
     specs |= {f"tnt, shards of {s}": nl.memory.named("tnt", shard=s, **named) for s in settings.shards}
     runs = tuple(training(spec, settings, length) for spec in specs.values())
-    for run in runs[1:]:
-        run()
     rounds = interleaved(
         runs, budget=float("inf"), least=settings.rounds, most=settings.rounds, clock=time.process_time
     )
