@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,20 @@ def test_a_benchmark_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     rows = json.loads((tmp_path / f"{name}.json").read_text())
     assert rows
     assert name == "decode_speed" or list(tmp_path.glob("*.png"))
+
+
+# All of them take seven minutes.
+TRAINED = nl.models.names() if os.environ.get("NESTLING_DEEP") == "1" else ["gated_deltanet"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_hundred_steps_on_text_fall_well_below_unigrams(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every loss, gradient, weight and state is finite, every slow parameter has a gradient, and no guard steps in."""
+    module = load("model_training", monkeypatch)
+    with processor.training(1):
+        row = module.train(name, nl.stream.standard_library(), module.Settings())
+    assert row["passed"], {key: row[key] for key in ("finite", "without_gradient", "share")}
+    assert row["faults"] == 0
 
 
 @pytest.mark.parametrize("name", ["hope", "titans_mag", "tnt", "transformer"])
