@@ -102,17 +102,20 @@ def flops(run: Run) -> int:
     return int(counter.get_total_flops())
 
 
-def from_short(count: Callable[[int], float], length: int, stretch: int) -> float:
+def from_short(count: Callable[[int], float], length: int, stretch: int, growth: str) -> float:
     """FLOPs of a text of this length, `count` giving those of a short one.
 
-    Counting goes the framework's way, which is slow and takes far more memory. Where the state does not grow, every stretch costs
-    the same that is a multiple of all periods, but the first, in which there is less to look back at: so two and three of them
-    are counted, exactly. Others are counted whole.
+    Counting goes the framework's way, which is slow and takes far more memory. A stretch is a multiple of all periods. Where the
+    state does not grow, each costs the same but the first, in which there is less to look back at; where it grows by every token,
+    each costs so much more than the one before. So two and three of them are counted, and four where it grows, exactly.
     """
-    if length % stretch or length < 4 * stretch:
+    grows = growth == "linear"
+    if length % stretch or length < (5 if grows else 4) * stretch:
         return count(length)
+    more = length // stretch - 2
     two, three = count(2 * stretch), count(3 * stretch)
-    return two + (length // stretch - 2) * (three - two)
+    found = two + more * (three - two)
+    return found + (more * (more - 1) / 2 * (count(4 * stretch) - 2 * three + two) if grows else 0)
 
 
 def peak_bytes(run: Run) -> int:

@@ -134,7 +134,7 @@ def measure(
     attention = nl.layers.Attention(settings.dim, settings.heads)
     x = torch.randn(settings.batch, length, settings.dim, requires_grad=True)
     periods = (level.period.n for level in memory.levels() if level.period.unit == "token")
-    stretch = math.lcm(STRETCH, *periods) if memory.growth == "constant" else length
+    stretch = math.lcm(STRETCH, *periods)
     row: dict[str, Any] = {"system": name, "chunk": chunk, "length": length}
     for mode in settings.modes:
         if mode == "decode":
@@ -146,7 +146,10 @@ def measure(
             tokens, work = settings.batch * chunk, float(flops(of_memory))
         else:
             of_memory, of_attention = runner(memory, x, mode), runner(attention, x, mode)
-            tokens, work = settings.batch * length, from_short(counting(memory, x, mode), length, stretch)
+            tokens, work = (
+                settings.batch * length,
+                from_short(counting(memory, x, mode), length, stretch, memory.growth),
+            )
         if mode not in beside or mode == "decode":  # of as many tokens as a chunk has
             beside[mode] = flops(of_attention)
         work_attention = beside[mode]

@@ -90,8 +90,7 @@ def step_flops(language: nl.models.LanguageModel, tokens: torch.Tensor) -> float
     c, (lanes, length) = language.config, (tokens.shape[0], tokens.shape[1] - 1)
     counts = (c.chunk, c.chunk_others, c.window, c.shard, c.global_chunk, *c.periods, *c.locals, *c.refined)
     stretch = math.lcm(128, *(count for count in counts if count))  # tiles have 128 tokens at most
-    stretch = stretch if language.growth == "constant" else length
-    return lanes * from_short(lambda n: flops(step(language, tokens[:1, : n + 1])), length, stretch)
+    return lanes * from_short(lambda n: flops(step(language, tokens[:1, : n + 1])), length, stretch, language.growth)
 
 
 def lanes_and_length(shape: str) -> tuple[int, int]:

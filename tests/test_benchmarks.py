@@ -94,13 +94,13 @@ def test_two_hundred_steps_on_text_fall_well_below_unigrams(name: str, monkeypat
     assert row["faults"] == 0
 
 
-@pytest.mark.parametrize("name", ["hope", "titans_mag", "tnt", "transformer"])
+@pytest.mark.parametrize("name", ["hope", "titans_mag", "tnt", "transformer", "hope_attention", "dot"])
 def test_steps_of_long_texts_are_counted_from_short_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly, with levels, attention's window, persistent tokens and shards, and where the state grows with the text."""
     module = load("model_speed", monkeypatch)
     settings = module.Settings(dim=64, layers=1, heads=8, chunk=64, window=64, periods=(64, 128))
-    language = module.model(name, settings, 512)
-    tokens = torch.randint(257, (2, 513))  # four stretches of 128
+    language = module.model(name, settings, 768)
+    tokens = torch.randint(257, (2, 769))  # six stretches of 128
     assert module.step_flops(language, tokens) == 2 * module.flops(module.step(language, tokens[:1]))
 
 
