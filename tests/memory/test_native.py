@@ -79,6 +79,17 @@ CELLS = {
     "a window with momentum": ("omeganet", {**PLAIN, "rule": Momentum()}),
     "a window, dot product": ("omeganet", {**PLAIN, "bias": Omega(DotProduct(), 3), "read": "before"}),
     "a window of polynomials": ("omeganet", {"rule": Momentum(), "features": Polynomial(3, reduce=2)}),
+    "read at the boundary": ("titans", {"read": "boundary"}),
+    "a deep network erased, read at the boundary": (
+        "titans",
+        {"rule": DeltaGradient("with_decay"), "network": MLP(depth=3, norm=False), "read": "boundary"},
+    ),
+    "momentum of a matrix, read at the boundary": ("linear_attention", {"rule": Momentum(), "read": "boundary"}),
+    "a window, read at the boundary": ("omeganet", {**PLAIN, "rule": Momentum(), "read": "boundary"}),
+    "polynomials, read at the boundary": (
+        "dla",
+        {"network": MLP(leading=True, residual=False), "features": Polynomial(2, reduce=3), "read": "boundary"},
+    ),
     "a window, Huber": ("omeganet", {**PLAIN, "bias": Omega(Huber(), 3)}),
     "channels, read before": ("gla", {"read": "before"}),
     "channels decay, then are erased": ("gla", {"rule": DeltaGradient("after_decay")}),

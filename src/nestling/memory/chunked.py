@@ -30,7 +30,6 @@ from nestling.memory import channel, directed, native, pieces
 from nestling.memory.coefficients import Coefficients, coefficients, each, leading
 from nestling.memory.inputs import Inputs, border_guard, lanes_where
 from nestling.memory.layout import Layout, layout
-from nestling.memory.native import stale
 from nestling.memory.networks.base import at
 from nestling.memory.report import Report
 from nestling.memory.retentions import Scaled, Settled, per_channel, settled, toward_initial
@@ -78,8 +77,6 @@ def scan(
     if report is None and (found := native.scan(spec, x, cut, scan)) is not None:
         tail = None if x.state.tail is None else carried(x.state.tail, x.k, x.v, x.fine, cut, x.mapped)
         return found.y, MemoryState(*found.stand, tail, cut.position, x.state.faults + _skipped(x))
-    if report is None and (read := stale.scan(spec, x, scan)) is not None:
-        return read
     x = x.featured()
     groups, count = tiles(spec, x, cut).groups(), cut.tokens.shape[1]
     running = Running(x.state.anchor, x.state.weights, x.state.momentum, x.state.faults)

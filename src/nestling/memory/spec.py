@@ -281,10 +281,9 @@ class MemorySpec(TwoEngines[Inputs, MemoryState]):
 
     def _piece(self, call: Call, tile: int | None) -> Size | None:
         from nestling.memory import chunked
-        from nestling.memory.native import stale
 
         shape, like = check_call(self, call), call.q.new_empty(0, dtype=widest(torch.float32, *call[1:4], *call.w0))
-        return None if stale.serves(self, like, call) else chunked.piece(self, shape, tile, like)
+        return chunked.piece(self, shape, tile, like)
 
     def recall(self, w0: Sequence[Tensor], weights: Sequence[Tensor], q: Tensor) -> Tensor:
         """M*(q), a read without a write (Titans, §2), at the weights of a state, which stand still for all of q."""

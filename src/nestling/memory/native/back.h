@@ -110,6 +110,17 @@ static void back_answers(
     if (n->residual) add_part(L, last, of_y, last, g->q, n->width[0]);
 }
 
+// ẑ = h A, layer after layer, from the last.
+static void back_anchor_answers(
+    const Cell *cell, Space *m, const Tile *t, const Stand *at, const real *of_y, const Stand *of, OfTile *g
+) {
+    Trace made = {.normed = m->normed, .scale = m->scale};
+    for (int l = 0; l < cell->network.depth; l++) made.x[l] = m->h[l], made.z[l] = m->ahead[l], made.slope[l] = m->rise[l];
+    back_answer(
+        &cell->network, t->tokens, &made, at->a, at->turned, of_y, g->q, m->of_x, g->unasked ? 0 : of->a, m->of_z, m->of_h, m->panel
+    );
+}
+
 // (I + T) r = diag(η) δ + diag(ε γ) z: the gradient of r in of_delta becomes that of δ, and that of z is left in of_read; where the
 // tile made its products at the anchor, that is all of it, else it goes on to x and W.
 static void back_erased(const Cell *cell, Space *m, const Tile *t, const Stand *at, const Stand *g_of, OfTile *g, int l) {
@@ -241,12 +252,16 @@ static void clear_rows(const Cell *cell, Space *m, const Tile *t) {
 // A whole tile: from the gradients of its answers and of the weights behind it to those of all it was given. `of` comes in as
 // of the end, and leaves as of the start. The tile's gradients and answers must have been made.
 static void back_tile(const Cell *cell, Space *m, const Tile *t, const Stand *at, const real *of_y, const Stand *of, OfTile *g) {
-    clear_rows(cell, m, t);
-    back_advance(cell, m, t, at, of, g);
-    if (t->q) back_answers(cell, m, t, at, of_y, of, g);
-    if (cell->erases)
-        for (int l = 0; l < cell->network.depth; l++) back_erased(cell, m, t, at, of, g, l);
-    back_gradients(cell, m, t, at, of, g);
+    int apart = cell->boundary;  // what is read is not what is written
+    if (!(apart && g->quiet)) {
+        clear_rows(cell, m, t);
+        back_advance(cell, m, t, at, of, g);
+        if (t->q && !apart) back_answers(cell, m, t, at, of_y, of, g);
+        if (cell->erases)
+            for (int l = 0; l < cell->network.depth; l++) back_erased(cell, m, t, at, of, g, l);
+        back_gradients(cell, m, t, at, of, g);
+    }
+    if (t->q && apart) back_anchor_answers(cell, m, t, at, of_y, of, g);  // last: the anchor may be the weights
 }
 
 #endif

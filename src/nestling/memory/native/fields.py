@@ -41,7 +41,7 @@ class Cell(ctypes.Structure):
     _fields_ = [
         ("network", Network),
         ("bias", Bias),
-        *((name, INT) for name in ("before", "momentum", "erases", "window")),
+        *((name, INT) for name in ("before", "boundary", "momentum", "erases", "window")),
     ]
 
 

@@ -35,7 +35,8 @@ Found = tuple[Ends, Weights]
 def serves(spec: KernelMemory, x: Tensor) -> bool:
     """Whether there is C code for these choices and for such tensors, on this machine."""
     cell = Cell.of(spec, spec.network)
-    return isinstance(spec.network, MLP) and spec.network.depth > 1 and serves_cell(cell, x) and runs_here(KERNEL, x)
+    fits = isinstance(spec.network, MLP) and spec.network.depth > 1 and spec.read != "boundary"
+    return fits and serves_cell(cell, x) and runs_here(KERNEL, x)
 
 
 class Scan(Lanes):

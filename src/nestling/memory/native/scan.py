@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 LINKED, DIRECTED = HEADERS / "linked.c", HEADERS / "directed.c"
 STEPS = (Gradient, Momentum, DeltaGradient, Implicit, Muon)
+MADE = 6  # numbers that are made of a tile for each of its tokens and each of the first layer's outputs
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 
 
@@ -82,6 +83,7 @@ class Cell:
             network=network,
             bias=_bias(self.bias),
             before=self.read == "before",
+            boundary=self.read == "boundary",
             momentum=self.rule.momentum,
             erases=self.rule.erase != "none",
             window=self.bias.window,
@@ -122,7 +124,7 @@ def _known(cell: Cell) -> bool:
         and not (isinstance(rule, Muon) and rule.per_token)
         and not (rule.erase != "none" and (rule.momentum or cell.bias.window > 1))
         and not (link.kind and cell.bias.window > 1)
-        and cell.read != "boundary"
+        and (cell.read != "boundary" or (link.kind == 0 and type(rule) is not Muon))
     )
 
 
@@ -189,10 +191,15 @@ class Scan(Lanes):
 
     def group(self, stand: Stand) -> int:
         """Where Newton–Schulz acts, memories are large: what is kept of all of them, and what is made again of the one that a
-        thread has in hand, take least room together where groups are longer by the root of the memories."""
+        thread has in hand, take least room together where groups are longer by the root of the memories. Tiles that only write
+        are quick in groups of any length, so that both may take equal room."""
+        tiles = self.cut.table.shape[1]
+        if self.cell.read == "boundary":
+            made = MADE * self.cut.longest * stand.weights[0].shape[-1]
+            return max(1, min(tiles, isqrt(tiles * self.keeps(stand) // made)))
         if self.source != DIRECTED:
             return super().group(stand)
-        memories, tiles = stand.weights[0][..., 0, 0].numel(), self.cut.table.shape[1]
+        memories = stand.weights[0][..., 0, 0].numel()
         return -(-tiles // max(1, isqrt(tiles * threads(memories) // memories)))
 
     def stores(self, structure: fields.Scan) -> list[tuple[fields.Store, slice]]:

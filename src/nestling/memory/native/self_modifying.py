@@ -80,7 +80,9 @@ def scan(
     slow: Callable[[SelfModifying, Streams], tuple[Tensor, MemoryState]],
 ) -> Ends | None:
     """A call by the C code, as `nestling.memory.native.scan.scan`."""
-    if spec.static or not (all(serves(cell, x.q) for cell in cells(spec)) and orderly(x.momentum)):
+    if spec.static or spec.read == "boundary":
+        return None
+    if not (all(serves(cell, x.q) for cell in cells(spec)) and orderly(x.momentum)):
         return None
     found = runs(cut, x.q.shape[2])
     if found is None:

@@ -5,6 +5,7 @@
 //     x_1 = k,  z_l = x_l A_l,  x_{l+1} = σ(z_l),  M(k) = [k +] [LN](z_D)
 //     δ_D = [LN]ᵀ ∂ℓ/∂M,  δ_l = (δ_{l+1} A_{l+1}ᵀ) ∘ σ'(z_l)                            gradients of row i: x_{l,i}ᵀ δ_{l,i}
 //     ẑ_l = γ (h_l W_l) + f (h_l S_l) − (C ∘ h_l x_lᵀ) δ_l,  h_{l+1} = σ(ẑ_l)              the query's own way, at W_t
+//     ẑ_l = h_l A_l                                                                        or at the boundary, the anchor
 //     W ← γ_L W + f_L S − Σ_i C[L,i] x_iᵀ δ_i,   S ← m_L S − Σ_i P[L,i] x_iᵀ δ_i
 //
 // A rule that erases, without momentum, has r_l in the place of δ_l, from (I + T) r_l = diag(η) δ_l + diag(ε γ) x_l W_l with
@@ -22,7 +23,7 @@
 typedef struct {
     Network network;
     Bias bias;
-    int before, momentum, erases, window;
+    int before, boundary, momentum, erases, window;  // before, boundary: what is read, if not the weights after the token's write
 } Cell;
 
 // Weights, momentum and anchor, or their gradients. Where the anchor is the weights, so is the pointer.
@@ -204,8 +205,25 @@ static void finish(const Network *n, Space *m, const Tile *t, real *y) {
     if (n->residual) add_part(L, last, t->q, n->width[0], y, last);
 }
 
+// Answers to the tile's queries from the anchor; y null: what the way back needs instead.
+static void anchor_answers(const Cell *cell, Space *m, const Tile *t, const Stand *at, real *y) {
+    const Network *n = &cell->network;
+    int L = t->tokens;
+    m->h[0] = (real *)t->q;
+    for (int l = 0; l < n->depth; l++) {
+        int in = n->width[l], out = n->width[l + 1];
+        product(L, in, out, plain(m->h[l], in), plain(at->a[l], out), m->ahead[l], out, 0, m->panel);
+        activate_asked(n, m, L, l, !y);
+    }
+    finish(n, m, t, y);
+}
+
 // Answers to the tile's queries; y null: what the way back needs instead.
 static void answers(const Cell *cell, Space *m, const Tile *t, const Stand *at, real *y) {
+    if (cell->boundary) {
+        anchor_answers(cell, m, t, at, y);
+        return;
+    }
     const Network *n = &cell->network;
     int L = t->tokens, N = t->rows, D = n->depth, first = cell->before ? 0 : 1;
     const real *keep = t->c->keep + first, *carry = cell->momentum ? t->c->carry + first : 0;
