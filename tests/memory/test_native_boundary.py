@@ -1,4 +1,4 @@
-"""Memories that answer from their chunk's start by the C code, against their definition."""
+"""Memories that answer from their chunk's start by the C code, against their definition; TNT with them."""
 
 from __future__ import annotations
 
@@ -121,3 +121,40 @@ def test_what_it_leaves_to_the_framework(calls: list[int]) -> None:
     ):
         spec = nl.memory.named("titans", **{"key_dim": 6, "chunk": 7, "read": "boundary", **choices})
         assert_left(spec, example(spec, 25, 3, torch.float64), calls, **options)
+
+
+@NEEDS
+@pytest.mark.parametrize("shard", [8, 100])
+@pytest.mark.parametrize("projection", ["normalized", "literal", "none"])
+def test_tnt_is_read_in_c_whole(shard: int, projection: str, calls: list[int]) -> None:
+    """The global memory, the local one and the projection, which is a memory too."""
+    spec = nl.memory.named("tnt", key_dim=6, chunk=4, shard=shard, global_chunk=9, projection=projection)
+    inputs = example(spec, 25, 3, torch.float64)
+    expected = differentiated(spec, *inputs, [0, 25], engine="reference")
+    assert_close(differentiated(spec, *inputs, [0, 25]), expected, 1e-8)
+    assert len(calls) == (2 if projection == "none" else 3)
+    assert_close(differentiated(spec, *inputs, [0, 11, 12, 25]), expected, 1e-8)
+
+
+@NEEDS
+def test_tokens_and_queries_that_are_no_numbers_and_keys_of_zero(calls: list[int]) -> None:
+    """A projection is without them, and so are all gradients; of keys of 0 they are finite."""
+    spec = nl.memory.named("tnt", key_dim=6, chunk=4, shard=8, global_chunk=9)
+
+    def gradients(engine: str) -> list[Tensor]:
+        w0, (q, k, v), gates = example(spec, 25, 3, torch.float64)
+        with torch.no_grad():
+            k[0, 1, 11], q[1, 0, 5], k[1, :, 14] = torch.nan, torch.inf, 0
+        y, state = nl.memory.scan(spec, w0, q, k, v, gates, engine=engine)
+        assert y[1, 0, 5].isnan().all()
+        answers = y.nan_to_num()
+        kept = [x for x in nl.state.leaves(state) if x.requires_grad]
+        found = torch.autograd.grad(
+            answers.square().sum() + sum(x.square().sum() for x in kept), [*w0, q, k, v, *(g for _, g in gates.items())]
+        )
+        return [answers.detach(), *(x.detach() for x in kept), *found]
+
+    found = gradients("chunked")
+    assert len(calls) == 3
+    assert all(bool(x.isfinite().all()) for x in found)
+    assert_close(found, gradients("reference"), 1e-8)

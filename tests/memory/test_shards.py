@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nestling as nl
 from nestling.memory import shards
-from nestling.memory.projection import project, step
+from nestling.memory.projection import memory, state, step, steps
 
 CASE = st.fixed_dictionaries(
     {
@@ -40,6 +40,13 @@ def shard_starts(case: dict, lanes: int = 3) -> tuple[Tensor, Tensor | None, Ten
                 begins[lane, t] = at % shard == 0
                 at += 1
     return begins, valid, position % shard
+
+
+def project(p: Tensor, q: Tensor, k: Tensor, begins: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q_t P_t of every token, and the last P."""
+    w0 = [torch.zeros(p.shape[1:], dtype=p.dtype)]
+    y, end = memory(q.shape[-1]).scan(w0, q, k, k, steps(k), state(p), reset=begins, valid=valid)
+    return y, end.weights[0]
 
 
 @given(case=CASE)
@@ -135,7 +142,8 @@ def test_a_long_call_takes_as_many_steps_as_a_shard_has(monkeypatch: pytest.Monk
     _, state = spec.scan(w0, *example, valid=torch.arange(128) < torch.tensor([[5], [11]]))
     calls.clear()
     spec.scan(w0, *example, state)
-    assert calls == [("boundary", (2, 128)), ("after", (2 * 8, 16))]
+    projection = local = ("after", (2 * 8, 16))
+    assert calls == [projection, ("boundary", (2, 128)), local]
     spec.scan(w0, *example)
     assert states[-1].anchor[0] is states[-1].weights[0], (
         "as in a fresh state, by which the engine knows a chunk's start"
@@ -155,7 +163,7 @@ def test_orthonormal_keys_project_on_their_span_and_at_last_change_nothing() -> 
 
 
 @given(case=CASE)
-def test_the_chunk_form_is_the_running_sum(case: dict) -> None:
+def test_read_as_a_memory_it_is_the_running_sum(case: dict) -> None:
     """Also over tiles, with shards, resets and tokens that do not count; symmetric, positive, blind to the keys' scale."""
     case = case | {"time": 3 * case["time"]}
     begins, valid, _ = shard_starts(case)
@@ -170,7 +178,8 @@ def test_the_chunk_form_is_the_running_sum(case: dict) -> None:
     there = torch.ones_like(begins) if valid is None else valid
     for t in range(time):
         p = step(p, k[:, :, t], begins[:, t], there[:, t])
-        torch.testing.assert_close(y[:, :, t], (q[:, :, t, None] @ p)[:, :, 0], rtol=1e-9, atol=1e-9)
+        read = torch.where(there[:, t, None, None], (q[:, :, t, None] @ p)[:, :, 0], 0.0)
+        torch.testing.assert_close(y[:, :, t], read, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(end, p, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(end, end.mT)
     assert torch.linalg.eigvalsh(end).min() > -1e-9

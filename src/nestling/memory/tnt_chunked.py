@@ -1,4 +1,4 @@
-"""TNT at speed: projections in chunk form, and each memory by its own engine with all of a call's shards side by side.
+"""TNT at speed: each memory by its own engine with all of a call's shards side by side, projections among them.
 
 Equal to its reference for lanes at any positions, resets and invalid tokens anywhere, and any split of a stream: which token
 begins a shard is counted from the lane's own position 0.
@@ -6,21 +6,19 @@ begins a shard is counted from the lane's own position 0.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from nestling.memory import projection
 from nestling.memory.gates import Gates
-from nestling.memory.norm import l2_norm
-from nestling.memory.pieces import uncut
-from nestling.memory.projection import answered, finite, project
+from nestling.memory.protocol import Memory
 from nestling.memory.report import Report
 from nestling.memory.shards import pack, unfold
+from nestling.memory.state import Weights
 from nestling.memory.tnt import Streams, Tnt, TntState
-
-LONG = 512  # tokens of a call whose projections are made again, at least
+from nestling.memory.unit import unit_rows
 
 
 def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | None = None) -> tuple[Tensor, TntState]:
@@ -33,9 +31,8 @@ def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | Non
 
     asked: dict[int | None, Tensor] = dict.fromkeys(spec.shards, x.q)
     projections = []
-    counts = _some(~(x.fine & alive.to(x.fine.device)))
     for shard, p in zip(spec.lengths, x.state.projection, strict=True):
-        asked[shard], p = _projected(spec, p, x.q, x.k, begins[shard], None if counts is None else ~counts)
+        asked[shard], p = _projected(spec, x, p, shard, begins[shard], alive)
         projections.append(p)
 
     skipped = (~x.fine & alive.to(x.fine.device)).sum(1)
@@ -46,7 +43,8 @@ def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | Non
         options: dict[str, Any] = {"tile": tile}
         if report is not None:
             options["report"] = report.scope(names[n])
-        y, new = _read(spec, x, n, asked[own], x.reset if own is None else begins[own], options)
+        one = One(spec.memories[n], own, x.w0[n], x.state.parts[n], x.k, x.v, x.gates[n])
+        y, new = _read(one, asked[own], x.reset if own is None else begins[own], x, options)
         total = y if total is None else total + y
         parts.append(new)
         faults = faults + new.faults - x.state.parts[n].faults - skipped
@@ -57,26 +55,22 @@ def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | Non
 
 
 def _projected(
-    spec: Tnt, p: Tensor, q: Tensor, k: Tensor, fresh: Tensor | None, alive: Tensor | None
+    spec: Tnt, x: Streams, p: Tensor, shard: int, begins: Tensor | None, alive: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the memories of a length of shards are asked with, and the last P.
-
-    Many tokens go lane by lane, made again in the backward pass: what is inside is several times as wide as what goes in.
-    """
-
-    def asked(p: Tensor, q: Tensor, k: Tensor, fresh: Tensor | None, alive: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, fine = finite(q)
-        read, p = project(p, q, k, fresh, alive)
-        return answered(l2_norm(read) if spec.projection == "normalized" else read, fine), p
-
-    again = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not uncut()
-    if not again or q.shape[2] < LONG:
-        return asked(p, q, k, fresh, alive)
-    parts = ((None,) * len(q) if x is None else torch.split(x, 1) for x in (p, q, k, fresh, alive))
-    lanes = zip(*parts, strict=True)
-    found = [checkpoint(asked, *lane, use_reentrant=False, preserve_rng_state=False) for lane in lanes]
-    reads, projections = zip(*found, strict=True)
-    return torch.cat(reads), torch.cat(projections)
+    """What the memories of a length of shards are asked with, and the last P."""
+    if x.q.shape[2] == 1:
+        q, fine = projection.finite(x.q)
+        counts = _some(~(x.fine & alive.to(x.fine.device))[:, 0])
+        p = projection.step(
+            p, x.k[:, :, 0], None if begins is None else begins[:, 0], None if counts is None else ~counts
+        )
+        read = projection.answered(q @ p, fine)
+    else:
+        memory, w0 = projection.memory(spec.key_dim), (p.new_zeros(p.shape[1:]),)
+        one = One(memory, shard, w0, projection.state(p), x.k, x.k, projection.steps(x.k))
+        read, end = _read(one, x.q, begins, x, {})
+        (p,) = end.weights
+    return (unit_rows(read) if spec.projection == "normalized" else read), p
 
 
 def places(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,14 +86,24 @@ def places(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: i
     return alive, before, after
 
 
-def _read(
-    spec: Tnt, x: Streams, n: int, q: Tensor, begins: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, Any]:
-    """One memory: in rows of a shard if its shards make several, else in a row, reset where they begin.
+class One(NamedTuple):
+    """One memory, and what it reads besides queries."""
+
+    memory: Memory
+    shard: int | None
+    w0: Weights
+    state: Any
+    k: Tensor
+    v: Tensor
+    gates: Gates
+
+
+def _read(one: One, q: Tensor, begins: Tensor | None, x: Streams, options: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Answers and the new state: in rows of a shard if its shards make several, else in a row, reset where they begin.
 
     A cache is read in a row: of rows it would come back with room for the longest.
     """
-    memory, shard, w0, state = spec.memories[n], spec.shards[n], x.w0[n], x.state.parts[n]
+    memory, shard, w0, state, k, v, gates = one
     alone = memory.growth == "linear" or "report" in options
     if shard is not None and begins is not None and q.shape[2] > 1 and not alone:
         packing = pack(begins, x.valid, shard)
@@ -112,9 +116,9 @@ def _read(
             def start(count: int) -> Any:
                 return memory.start(w0, count)
 
-            inputs = (q, x.k, x.v, dict(x.gates[n].items()))
+            inputs = (q, k, v, dict(gates.items()))
             return unfold(run, packing, start, state, _first(begins, x.valid), inputs)
-    return memory.scan(w0, q, x.k, x.v, x.gates[n], state, reset=begins, valid=x.valid, **options)
+    return memory.scan(w0, q, k, v, gates, state, reset=begins, valid=x.valid, **options)
 
 
 def _first(begins: Tensor, valid: Tensor | None) -> Tensor:
