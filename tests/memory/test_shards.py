@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nestling as nl
+from nestling import native
 from nestling.memory import shards
 from nestling.memory.projection import memory, state, step, steps
 
@@ -116,8 +117,7 @@ def test_packed_and_unpacked_reading_agree(case: dict, projection: str) -> None:
     runs = []
     for packed in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            if not packed:
-                patch.setattr("nestling.memory.tnt_chunked.pack", lambda *_: None)
+            patch.setattr("nestling.memory.tnt_chunked.in_a_row", lambda *_, row=not packed: row)
             y, new = spec.scan(w0, *inputs, state, **masks)
         total = y.square().sum() + sum(x.square().sum() for x in nl.state.leaves(new) if x.requires_grad)
         runs.append((y, *nl.state.leaves(new), *torch.autograd.grad(total, w0, retain_graph=True)))
@@ -126,7 +126,8 @@ def test_packed_and_unpacked_reading_agree(case: dict, projection: str) -> None:
 
 
 def test_a_long_call_takes_as_many_steps_as_a_shard_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What makes TNT quick: the local memory reads the call's shards at once, also when lanes are out of step."""
+    """What makes TNT quick: the local memory reads the call's shards at once, also when lanes are out of step; but the C code,
+    which has no steps to save, where lanes and heads are work enough for all threads."""
     spec = nl.memory.named("tnt", key_dim=4, chunk=4, shard=16, global_chunk=32)
     calls, states = [], []
     scan = nl.memory.MemorySpec.scan
@@ -141,9 +142,19 @@ def test_a_long_call_takes_as_many_steps_as_a_shard_has(monkeypatch: pytest.Monk
     example = spec.example(torch.Generator().manual_seed(0), lanes=2, time=128)
     _, state = spec.scan(w0, *example, valid=torch.arange(128) < torch.tensor([[5], [11]]))
     calls.clear()
-    spec.scan(w0, *example, state)
     projection = local = ("after", (2 * 8, 16))
+    with native.without():
+        spec.scan(w0, *example, state)
     assert calls == [projection, ("boundary", (2, 128)), local]
+    if native.status().startswith("on"):
+        calls.clear()
+        spec.scan(w0, *example, state)
+        assert calls == [("after", (2, 128)), ("boundary", (2, 128)), ("after", (2, 128))]
+        calls.clear()
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+        spec.scan(w0, *example, state)
+        assert calls == [projection, ("boundary", (2, 128)), local]
+    monkeypatch.setattr("nestling.memory.tnt_chunked.in_a_row", lambda *_: False)
     spec.scan(w0, *example)
     assert states[-1].anchor[0] is states[-1].weights[0], (
         "as in a fresh state, by which the engine knows a chunk's start"

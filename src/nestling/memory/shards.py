@@ -9,6 +9,7 @@ goes last, so that its row ends in the lane's new state. The paper folds whole s
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,7 +148,8 @@ def unfold(scan: Scan, packing: Packing, start: Start, state: Any, at_start: Ten
         own = fast.where(at_start, fast.take(fresh, others[:, 0]), state, keep=("faults",))
         order = torch.cat([torch.arange(lanes)[:, None], lanes + others], 1)
         first = fast.take(fast.stack([own, fresh]), order.flatten())
-    y, ends = scan(fast.tree_map(packing.put, inputs), first, reset=packing.reset, valid=packing.valid)
+    put = cache(packing.put)  # what is read as two things is put there once
+    y, ends = scan(fast.tree_map(put, inputs), first, reset=packing.reset, valid=packing.valid)
     faults = ends.faults.view(-1, rows).sum(1)
     new = fast.take(ends, torch.arange(lanes) * rows + packing.ends)
     return packing.back(y), new._replace(faults=faults)

@@ -1,4 +1,4 @@
-"""TNT at speed: each memory by its own engine with all of a call's shards side by side, projections among them.
+"""TNT at speed: each memory by its own engine, projections among them, with all of a call's shards side by side where they gain.
 
 Equal to its reference for lanes at any positions, resets and invalid tokens anywhere, and any split of a stream: which token
 begins a shard is counted from the lane's own position 0.
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from nestling.memory import projection
 from nestling.memory.gates import Gates
-from nestling.memory.protocol import Memory
+from nestling.memory.native.lanes import together
+from nestling.memory.protocol import Call, Memory
 from nestling.memory.report import Report
 from nestling.memory.shards import pack, unfold
+from nestling.memory.spec import MemorySpec
 from nestling.memory.state import Weights
 from nestling.memory.tnt import Streams, Tnt, TntState
 from nestling.memory.unit import unit_rows
@@ -44,7 +46,8 @@ def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | Non
         if report is not None:
             options["report"] = report.scope(names[n])
         one = One(spec.memories[n], own, x.w0[n], x.state.parts[n], x.k, x.v, x.gates[n])
-        y, new = _read(one, asked[own], x.reset if own is None else begins[own], x, options)
+        with together(len(spec.memories)):
+            y, new = _read(one, asked[own], x.reset if own is None else begins[own], x, options)
         total = y if total is None else total + y
         parts.append(new)
         faults = faults + new.faults - x.state.parts[n].faults - skipped
@@ -105,7 +108,7 @@ def _read(one: One, q: Tensor, begins: Tensor | None, x: Streams, options: dict[
     """
     memory, shard, w0, state, k, v, gates = one
     alone = memory.growth == "linear" or "report" in options
-    if shard is not None and begins is not None and q.shape[2] > 1 and not alone:
+    if shard is not None and begins is not None and q.shape[2] > 1 and not alone and not in_a_row(one, q, x):
         packing = pack(begins, x.valid, shard)
         if packing is not None:
 
@@ -119,6 +122,16 @@ def _read(one: One, q: Tensor, begins: Tensor | None, x: Streams, options: dict[
             inputs = (q, k, v, dict(gates.items()))
             return unfold(run, packing, start, state, _first(begins, x.valid), inputs)
     return memory.scan(w0, q, k, v, gates, state, reset=begins, valid=x.valid, **options)
+
+
+def in_a_row(one: One, q: Tensor, x: Streams) -> bool:
+    """Whether there is C code for a memory, and work for all threads in its lanes and heads. It goes on to the next shard as to
+    the next tile: rows would bring nothing then but copies of all that is read, and weights for each."""
+    if torch.compiler.is_compiling() or not isinstance(one.memory, MemorySpec):
+        return False
+    if torch.get_num_threads() > q.shape[0] * q.shape[1] or not (x.valid is None or bool(x.valid.all())):
+        return False
+    return one.memory._piece(Call(one.w0, q, one.k, one.v, one.gates, one.state, None, None), None) is None
 
 
 def _first(begins: Tensor, valid: Tensor | None) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -55,7 +58,18 @@ Again = Callable[[Given, Stand], Ends]
 # Tiles between two places that weights are kept of: at least so many. What is kept may be so many times as large as the answers,
 # less so many times what is kept at one place.
 FEW, ROOM, LESS = 4, 10, 22
+_TOGETHER: ContextVar[int] = ContextVar("together", default=1)
 T = TypeVar("T")
+
+
+@contextmanager
+def together(count: int) -> Iterator[None]:
+    """So many memories answer the same tokens here, so that of each the less is kept."""
+    token = _TOGETHER.set(count)
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
 
 
 def apart(weights: Weights, anchor: Weights) -> Weights:
@@ -112,6 +126,7 @@ class Lanes(ABC):
     def __init__(self, name: str, cut: Runs, fine: Tensor | None, again: Again) -> None:
         self.name, self.cut, self.fine, self._again = name, cut, fine, again
         self.broken = torch.zeros(0)
+        self._room = ROOM / sqrt(_TOGETHER.get())
         self._code: Any = None
         self._counts = (0, 0, 0, 0)
 
@@ -137,7 +152,7 @@ class Lanes(ABC):
         twice attention's memory."""
         tiles, apiece, last = self.cut.table.shape[1], self.keeps(stand), stand.weights[-1]
         answers = last[..., 0, 0].numel() * self.width(stand) * tiles * self.cut.longest
-        places = max(0, ROOM * answers // max(1, apiece) - LESS)
+        places = max(0, int(self._room * answers / max(1, apiece)) - LESS)
         return min(self.cut.group, max(FEW, -(-tiles // (places + 1))))
 
     def keeps(self, stand: Stand) -> int:
