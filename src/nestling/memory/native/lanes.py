@@ -65,6 +65,9 @@ T = TypeVar("T")
 @contextmanager
 def together(count: int) -> Iterator[None]:
     """So many memories answer the same tokens here, so that of each the less is kept."""
+    if torch.compiler.is_compiling():  # which knows no such variable, and goes the framework's way
+        yield
+        return
     token = _TOGETHER.set(count)
     try:
         yield
