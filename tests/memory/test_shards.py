@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import nestling as nl
 from nestling import native
 from nestling.memory import shards
 from nestling.memory.projection import memory, state, step, steps
+from nestling.memory.unit import unit_rows
 
 CASE = st.fixed_dictionaries(
     {
@@ -45,7 +47,7 @@ def shard_starts(case: dict, lanes: int = 3) -> tuple[Tensor, Tensor | None, Ten
 
 def project(p: Tensor, q: Tensor, k: Tensor, begins: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """q_t P_t of every token, and the last P."""
-    w0 = [torch.zeros(p.shape[1:], dtype=p.dtype)]
+    w0, k = [torch.zeros(p.shape[1:], dtype=p.dtype)], unit_rows(k)
     y, end = memory(q.shape[-1]).scan(w0, q, k, k, steps(k), state(p), reset=begins, valid=valid)
     return y, end.weights[0]
 
@@ -127,7 +129,7 @@ def test_packed_and_unpacked_reading_agree(case: dict, projection: str) -> None:
 
 def test_a_long_call_takes_as_many_steps_as_a_shard_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes TNT quick: the local memory reads the call's shards at once, also when lanes are out of step; but the C code,
-    which has no steps to save, where lanes and heads are work enough for all threads."""
+    which has no steps to save, where lanes and heads are work enough for all cores."""
     spec = nl.memory.named("tnt", key_dim=4, chunk=4, shard=16, global_chunk=32)
     calls, states = [], []
     scan = nl.memory.MemorySpec.scan
@@ -138,6 +140,7 @@ def test_a_long_call_takes_as_many_steps_as_a_shard_has(monkeypatch: pytest.Monk
         return scan(self, w0, q, *rest, **options)
 
     monkeypatch.setattr(nl.memory.MemorySpec, "scan", noting)
+    monkeypatch.setattr("nestling.memory.tnt_chunked.CORES", 4)
     w0 = spec.init(2)
     example = spec.example(torch.Generator().manual_seed(0), lanes=2, time=128)
     _, state = spec.scan(w0, *example, valid=torch.arange(128) < torch.tensor([[5], [11]]))
@@ -151,7 +154,14 @@ def test_a_long_call_takes_as_many_steps_as_a_shard_has(monkeypatch: pytest.Monk
         spec.scan(w0, *example, state)
         assert calls == [("after", (2, 128)), ("boundary", (2, 128)), ("after", (2, 128))]
         calls.clear()
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+        *streams, gates = example
+        forgets = gates.map(lambda gate: gate.clone())
+        assert forgets.retention is not None
+        forgets.retention[0, 0, 70, 1] = 0  # which the C code leaves to the framework
+        spec.scan(w0, *streams, forgets, state)
+        assert calls == [("after", (2, 128)), ("boundary", (2, 128)), ("after", (2, 128)), local]
+        calls.clear()
+        monkeypatch.setattr("nestling.memory.tnt_chunked.CORES", 5)
         spec.scan(w0, *example, state)
         assert calls == [projection, ("boundary", (2, 128)), local]
     monkeypatch.setattr("nestling.memory.tnt_chunked.in_a_row", lambda *_: False)
@@ -214,3 +224,57 @@ def test_a_query_of_half_precision_meets_a_projection_of_single_precision() -> N
     assert p.dtype == torch.float32
     unit = F.normalize(low[1].double(), dim=-1)
     torch.testing.assert_close(p.double(), unit.mT @ unit, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("there", [8, 16, 13])
+def test_lanes_that_are_padded_at_the_end(there: int) -> None:
+    """Also where what is there fills whole shards."""
+    spec = nl.memory.named("tnt", key_dim=4, chunk=4, shard=8, global_chunk=8)
+    g = torch.Generator().manual_seed(5)
+    w0, example = [w.double() for w in spec.init(2, g)], spec.example(g, time=20, dtype=torch.float64)
+    y, end = spec.scan(w0, *example, valid=(torch.arange(20) < there).expand(2, 20))
+    *streams, gates = example
+    z, alone = spec.scan(w0, *(x[:, :, :there] for x in streams), gates[:there])
+    torch.testing.assert_close(y[:, :, :there], z)
+    assert not y[:, :, there:].any()
+    for a, b in zip(nl.state.leaves(end), nl.state.leaves(alone), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e12])
+def test_keys_of_any_length_have_their_gradients(size: float) -> None:
+    k = torch.randn(1, 1, 6, 4, generator=torch.Generator().manual_seed(6)) * size
+    q = torch.randn(1, 1, 6, 4, generator=torch.Generator().manual_seed(7))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        key = k.to(dtype).requires_grad_()
+        y, _ = project(torch.zeros(1, 1, 4, 4, dtype=dtype), q.to(dtype), key, None, None)
+        found.append(torch.autograd.grad(y.sin().sum(), key)[0].double() * size)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_that_the_hierarchy_takes_is_in_the_projection() -> None:
+    """Its own guard looks at keys of unit norm, which are always small enough."""
+    spec = nl.memory.named("tnt", key_dim=4, chunk=4, shard=8, global_=None, projection="literal")
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(8), lanes=1, heads=1, time=8)
+    k[0, 0, 3] *= 1.5e19 / k[0, 0, 3].norm()
+    v[0, 0, 3] = 0
+    _, state = spec.scan(spec.init(1), q, k, v, gates.map(lambda gate: gate * 0 if gate is gates.lr else gate))
+    assert float(state.projection[0].diagonal(0, -2, -1).sum()) == pytest.approx(8, rel=1e-4)
+
+
+def test_what_a_checkpoint_makes_again_goes_the_same_way_whatever_the_threads() -> None:
+    spec = nl.memory.named("tnt", key_dim=4, chunk=4, shard=16, global_chunk=32)
+    w0 = [w.requires_grad_() for w in spec.init(2)]
+    q, k, v, gates = spec.example(torch.Generator().manual_seed(9), lanes=1, time=96)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(1)
+            y = checkpoint(lambda *w: spec.scan(w, q, k, v, gates)[0], *w0, use_reentrant=False)
+            torch.set_num_threads(threads)
+            found.append(torch.autograd.grad(y.sum(), w0))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

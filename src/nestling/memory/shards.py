@@ -77,7 +77,8 @@ def pack(begins: Tensor, valid: Tensor | None, shard: int) -> Packing | None:
             place[n, run] = number * size + np.arange(len(run))
             reset[n, number, np.cumsum([len(part) for part in row])[:-1]] = True
     ends = torch.tensor([end for _, end in packed])
-    even = bool(filled.all()) and bool((token.reshape(lanes, -1) == np.arange(rows * size)).all())
+    whole = rows * size == time and bool(filled.all())
+    even = whole and bool((token.reshape(lanes, -1) == np.arange(rows * size)).all())
     return Packing(
         rows,
         size,

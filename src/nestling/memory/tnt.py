@@ -39,6 +39,7 @@ from nestling.memory.inputs import (
 from nestling.memory.named import named
 from nestling.memory.pieces import FEW, INSIDE, Size, fitting
 from nestling.memory.projection import Projecting
+from nestling.memory.projection import memory as projecting
 from nestling.memory.protocol import Call, Engines, Example, Memory, Part, Read, TwoEngines
 from nestling.memory.settings import whole_numbers
 from nestling.memory.state import Weights
@@ -149,7 +150,7 @@ class Tnt(TwoEngines[Streams, TntState]):
             )
         if not self.memories:
             raise ValueError(f"{self.name}: there is neither a global nor a local memory; expected at least one")
-        for derived in ("memories", "shards", "lengths", "shapes", "gate_channels"):
+        for derived in ("memories", "shards", "lengths", "shapes", "gate_channels", "projector"):
             getattr(self, derived)  # now, as a compiled step cannot take the lock of a cached property
         if self.steps is not None and len(self.steps) != self.gate_channels.get("lr", 1):
             raise ValueError(
@@ -199,6 +200,11 @@ class Tnt(TwoEngines[Streams, TntState]):
         """The distinct lengths of shards that need a projection of their own."""
         own = cast(tuple[int, ...], self.shard)
         return () if self.projection == "none" else tuple(dict.fromkeys(own))
+
+    @cached_property
+    def projector(self) -> Memory:
+        """P of a length of shards, as a memory."""
+        return projecting(self.key_dim)
 
     def refined(self, chunk: int | Sequence[int]) -> Tnt:
         """The same memory with other local chunks, usually smaller ones: the second stage of training (TNT, §4.2).

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nestling.memory import projection
+from nestling.memory import native, projection
 from nestling.memory.gates import Gates
 from nestling.memory.native.lanes import together
+from nestling.memory.norm import l2_norm
 from nestling.memory.protocol import Call, Memory
 from nestling.memory.report import Report
 from nestling.memory.shards import pack, unfold
@@ -21,6 +22,7 @@ from nestling.memory.spec import MemorySpec
 from nestling.memory.state import Weights
 from nestling.memory.tnt import Streams, Tnt, TntState
 from nestling.memory.unit import unit_rows
+from nestling.processor import CORES
 
 
 def scan(spec: Tnt, x: Streams, *, tile: int | None = None, report: Report | None = None) -> tuple[Tensor, TntState]:
@@ -68,12 +70,11 @@ def _projected(
             p, x.k[:, :, 0], None if begins is None else begins[:, 0], None if counts is None else ~counts
         )
         read = projection.answered(q @ p, fine)
-    else:
-        memory, w0 = projection.memory(spec.key_dim), (p.new_zeros(p.shape[1:]),)
-        one = One(memory, shard, w0, projection.state(p), x.k, x.k, projection.steps(x.k))
-        read, end = _read(one, x.q, begins, x, {})
-        (p,) = end.weights
-    return (unit_rows(read) if spec.projection == "normalized" else read), p
+        return (l2_norm(read) if spec.projection == "normalized" else read), p
+    k, w0 = unit_rows(x.k), (p.new_zeros(p.shape[1:]),)
+    one = One(spec.projector, shard, w0, projection.state(p), k, k, projection.steps(k))
+    read, end = _read(one, x.q, begins, x, {})
+    return (unit_rows(read) if spec.projection == "normalized" else read), end.weights[0]
 
 
 def places(position: Tensor, reset: Tensor | None, valid: Tensor | None, time: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,8 +108,18 @@ def _read(one: One, q: Tensor, begins: Tensor | None, x: Streams, options: dict[
     A cache is read in a row: of rows it would come back with room for the longest.
     """
     memory, shard, w0, state, k, v, gates = one
+
+    def in_order() -> tuple[Tensor, Any]:
+        return memory.scan(w0, q, k, v, gates, state, reset=begins, valid=x.valid, **options)
+
     alone = memory.growth == "linear" or "report" in options
-    if shard is not None and begins is not None and q.shape[2] > 1 and not alone and not in_a_row(one, q, x):
+    if shard is not None and begins is not None and q.shape[2] > 1 and not alone:
+        if in_a_row(one, q, x):
+            try:
+                with native.only():
+                    return in_order()
+            except native.Declined:  # the framework's way is many times as slow in a row
+                pass
         packing = pack(begins, x.valid, shard)
         if packing is not None:
 
@@ -121,15 +132,16 @@ def _read(one: One, q: Tensor, begins: Tensor | None, x: Streams, options: dict[
 
             inputs = (q, k, v, dict(gates.items()))
             return unfold(run, packing, start, state, _first(begins, x.valid), inputs)
-    return memory.scan(w0, q, k, v, gates, state, reset=begins, valid=x.valid, **options)
+    return in_order()
 
 
 def in_a_row(one: One, q: Tensor, x: Streams) -> bool:
-    """Whether there is C code for a memory, and work for all threads in its lanes and heads. It goes on to the next shard as to
-    the next tile: rows would bring nothing then but copies of all that is read, and weights for each."""
+    """Whether there is C code for a memory, and work for all cores in its lanes and heads. It goes on to the next shard as to
+    the next tile: rows would bring nothing then but copies of all that is read, and weights for each. Of cores, not of threads:
+    what a checkpoint makes again has to go the same way."""
     if torch.compiler.is_compiling() or not isinstance(one.memory, MemorySpec):
         return False
-    if torch.get_num_threads() > q.shape[0] * q.shape[1] or not (x.valid is None or bool(x.valid.all())):
+    if q.shape[0] * q.shape[1] < CORES or not (x.valid is None or bool(x.valid.all())):
         return False
     return one.memory._piece(Call(one.w0, q, one.k, one.v, one.gates, one.state, None, None), None) is None
 

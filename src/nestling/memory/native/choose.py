@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -20,6 +22,23 @@ if TYPE_CHECKING:
     from nestling.memory.spec import MemorySpec
 
 
+_ONLY: ContextVar[bool] = ContextVar("only", default=False)
+
+
+class Declined(Exception):
+    """The C code does not serve a call."""
+
+
+@contextmanager
+def only() -> Iterator[None]:
+    """A scan that goes the framework's way raises `Declined` here instead, before it begins."""
+    token = _ONLY.set(True)
+    try:
+        yield
+    finally:
+        _ONLY.reset(token)
+
+
 def serves(cell: Cell, x: Tensor) -> bool:
     """Whether there is C code for these choices and for such tensors, on this machine."""
     return serves_tiles(cell, x) or channel.serves(cell, x)
@@ -33,4 +52,7 @@ def scan(
     slow   the same call by the framework's operations
     """
     found = in_tiles(spec, x, cut, slow)
-    return channel.scan(spec, x, cut, slow) if found is None else found
+    found = channel.scan(spec, x, cut, slow) if found is None else found
+    if found is None and _ONLY.get():
+        raise Declined
+    return found

@@ -193,13 +193,13 @@ class Scan(Lanes):
         """Where Newton–Schulz acts, memories are large: what is kept of all of them, and what is made again of the one that a
         thread has in hand, take least room together where groups are longer by the root of the memories. Tiles that only write
         are quick in groups of any length, so that both may take equal room."""
-        tiles = self.cut.table.shape[1]
+        tiles, memories = self.cut.table.shape[1], stand.weights[0][..., 0, 0].numel()
         if self.cell.read == "boundary":
-            made = MADE * self.cut.longest * stand.weights[0].shape[-1]
-            return max(1, min(tiles, isqrt(tiles * self.keeps(stand) // made)))
+            kept = self.keeps(stand)
+            made = MADE * self.cut.longest * stand.weights[0].shape[-1] + kept // memories  # and what stands before it
+            return max(1, min(tiles, isqrt(tiles * kept // made)))
         if self.source != DIRECTED:
             return super().group(stand)
-        memories = stand.weights[0][..., 0, 0].numel()
         return -(-tiles // max(1, isqrt(tiles * threads(memories) // memories)))
 
     def stores(self, structure: fields.Scan) -> list[tuple[fields.Store, slice]]:
