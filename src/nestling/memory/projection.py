@@ -6,7 +6,7 @@ A memory is trained at keys and asked at queries. q P is the part of the query i
 where these are orthonormal, as P sums projectors and grows with the shard (its trace is the number of tokens). Normalizing what
 comes out keeps the read input at the keys' own norm.
 
-So P is itself a memory of the shard (derived): linear attention whose values are its keys, of unit norm.
+So P is itself a memory of the shard (derived): linear attention whose values are its keys, each written with the step 1/‖k‖².
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from nestling.memory.biases import DotProduct
 from nestling.memory.gates import Gates
 from nestling.memory.inputs import surely
-from nestling.memory.norm import l2_norm
+from nestling.memory.norm import EPS, l2_norm
 from nestling.memory.spec import MemorySpec
 from nestling.memory.state import MemoryState
 
@@ -56,14 +56,14 @@ def step(p: Tensor, k: Tensor, fresh: Tensor | None, alive: Tensor | None) -> Te
 
 
 def memory(dim: int) -> MemorySpec:
-    """P as a memory: its weights. What it reads are keys of unit norm, the same as values, and `steps`; it is asked with the
-    queries."""
+    """P as a memory: its weights. What it reads are keys, the same as values, and `steps`; it is asked with the queries."""
     return MemorySpec(dim, dim, bias=DotProduct(), name="projection")
 
 
 def steps(k: Tensor) -> Gates:
-    """All 1. With 1/‖k‖² no keys of unit norm would have to be made, but its gradient has ‖k‖⁻⁴ in it, which is soon 0."""
-    return Gates(lr=k.new_ones(k.shape[:3]))
+    """1/‖k‖², with the ε of the norm: no keys of unit norm are made, and none kept for the backward pass. As the square of 1/‖k‖,
+    since the gradient of 1/‖k‖² has ‖k‖⁻⁴ in it, which is 0 for long keys."""
+    return Gates(lr=(k.square().sum(-1) + EPS**2).rsqrt().square())
 
 
 def state(p: Tensor) -> MemoryState:

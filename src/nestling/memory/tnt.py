@@ -349,7 +349,7 @@ class Tnt(TwoEngines[Streams, TntState]):
         dtype = widest(torch.float32, *w0, q, k, v, *state.projection)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         gates = gates.map(lambda gate: gate.to(dtype))
-        fine = token_guard((k, v), gates)[0]
+        fine = token_guard((k, k, v), gates)[0]  # the projection's values are keys
         if not surely(fine):
             k = torch.where(fine[:, None, :, None], k, torch.nan)
         return Streams(start, state, self.apart(w0), q, k, v, self._gates(gates), fine, reset, valid)

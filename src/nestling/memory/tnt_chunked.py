@@ -71,8 +71,8 @@ def _projected(
         )
         read = projection.answered(q @ p, fine)
         return (l2_norm(read) if spec.projection == "normalized" else read), p
-    k, w0 = unit_rows(x.k), (p.new_zeros(p.shape[1:]),)
-    one = One(spec.projector, shard, w0, projection.state(p), k, k, projection.steps(k))
+    w0 = (p.new_zeros(p.shape[1:]),)
+    one = One(spec.projector, shard, w0, projection.state(p), x.k, x.k, projection.steps(x.k))
     read, end = _read(one, x.q, begins, x, {})
     return (unit_rows(read) if spec.projection == "normalized" else read), end.weights[0]
 
