@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +12,10 @@ from torch import Tensor
 
 import nestling as nl
 from nestling.memory import MLP, DeltaGradient, DotProduct, Gradient, Lq, Matrix, Muon, Omega, Softmax
+from nestling.memory.layout import layout
+from nestling.memory.native.lanes import Again, stand
+from nestling.memory.native.runs import runs
+from nestling.memory.native.scan import Cell, Scan
 from nestling.native import without
 
 from .test_native import NEEDS, assert_close, example
@@ -90,6 +94,20 @@ def test_refused_tokens_write_nothing_and_what_overflows_goes_to_the_guards(call
     assert torch.isfinite(y).all()
     assert end.faults.tolist() == other.faults.tolist()
     assert_close([y, *end.weights], [z, *other.weights], 1e-8)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 128])
+def test_what_a_thread_has_in_hand_takes_no_more_room_than_what_is_kept(chunk: int) -> None:
+    """Weights stand before each tile of a group: in chunks of one token these are most of it."""
+    spec = nl.memory.named("titans", key_dim=64, chunk=chunk, read="boundary")
+    state = spec.start(spec.init(4), 1)
+    cut = layout(state.position, 1024, None, None, period=spec.periods, tile=128, halo=0)
+    found = runs(cut, 1024)
+    assert found is not None
+    at, nobody = stand(state, state, found), cast(Again, None)  # as nothing is read
+    one = Scan(Cell.of(spec, spec.network), spec.features, found, None, nobody)
+    group, tiles = one.group(at), found.table.shape[1]
+    assert group * one.keeps(at) // 4 <= 2 * (-(-tiles // group)) * one.keeps(at)
 
 
 @NEEDS

@@ -31,7 +31,7 @@ class Declined(Exception):
 
 @contextmanager
 def only() -> Iterator[None]:
-    """A scan that goes the framework's way raises `Declined` here instead, before it begins."""
+    """A scan that would go the framework's way, from its beginning or after an overflow, raises `Declined` here instead."""
     token = _ONLY.set(True)
     try:
         yield
